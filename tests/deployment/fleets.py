@@ -9,16 +9,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from fedkn.config import ExperimentConfig
 from server.deployment.creation import create_fleet
 from server.deployment.fleet import Fleet
+from server.deployment.ports import free_port
 from server.deployment.processes import main_processes, running, stop
+from server.deployment.programs import flower_environment
+from simulations.engines import run_experiment
 
 FEDKN = Path(sys.executable).parent / "fedkn"
 SMALL = {
@@ -135,3 +139,51 @@ def kill(fleet: Fleet, name: str, number: signal.Signals = signal.SIGKILL) -> No
             psutil.Process(process.pid).send_signal(number)
     if number is signal.SIGKILL:
         wait_for(lambda: name not in main_processes(fleet), 10)
+
+
+def expected_weights(**changes: object) -> str:
+    """Return the weights of the simulation of the same experiment."""
+    keys = {key.replace("__", "."): value for key, value in changes.items()}
+    config = ExperimentConfig.resolve(SMALL, keys, {"engine": "inprocess", "workers": 1})
+    return run_experiment(config).weights_sha256
+
+
+def losses(line: dict[str, Any], kind: str = "failed") -> dict[int, str]:
+    """Return by client why its update is not in a round."""
+    return {loss["client"]: loss["reason"] for loss in line[kind]}
+
+
+def training(fleet: Fleet, name: str) -> bool:
+    """Whether a ClientApp of the device runs, beside its SuperNode and SuperExec."""
+    found = (one.pid for one in running(fleet) if one.name == name)
+    commands = (Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found)
+    return any(b"flwr-clientapp" in command for command in commands)
+
+
+def refused(
+    arguments: list[str], folder: Path, environment: Mapping[str, str] | None = None
+) -> str:
+    """Start a SuperNode that is to be refused, and return what it said in ten seconds."""
+    # A file: the SuperExec that it starts keeps a pipe open after it has ended.
+    log = folder / "supernode.log"
+    with log.open("w") as output:
+        process = psutil.Popen(
+            ["flower-supernode", *arguments, "--port", str(free_port())],
+            env={**flower_environment(folder), **(environment or {})},
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    children: list[psutil.Process] = []
+    deadline = time.monotonic() + 10
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(psutil.Error):
+                children = process.children(recursive=True)
+            time.sleep(0.1)
+    finally:
+        for one in (*children, process):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
+    return " ".join(log.read_text().split())

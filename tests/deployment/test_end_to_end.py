@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,12 +11,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
 from flwr.supercore.control.control_http_client import ControlHttpClient
 
-from fedkn.config import ExperimentConfig
 from server.deployment import programs
 from server.deployment.certificates import create_authority, create_device_key, issue_certificate
 from server.deployment.control import Control
@@ -25,8 +22,7 @@ from server.deployment.fleet import Fleet
 from server.deployment.ports import free_port
 from server.deployment.processes import running, start
 from server.deployment.startup import bring_up, wait_for_devices
-from simulations.engines import run_experiment
-from tests.deployment.fleets import SMALL, Run, a_fleet, fedkn, kill
+from tests.deployment.fleets import Run, a_fleet, expected_weights, fedkn, kill, refused
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +32,6 @@ def fleet(tmp_path_factory) -> Iterator[Fleet]:
         done = fedkn("up", str(made.path), "--local")
         assert done.returncode == 0, done.stderr
         yield made
-
-
-def expected_weights(**changes: object) -> str:
-    keys = {key.replace("__", "."): value for key, value in changes.items()}
-    config = ExperimentConfig.resolve(SMALL, keys, {"engine": "inprocess", "workers": 1})
-    return run_experiment(config).weights_sha256
 
 
 def test_a_run_ends_in_the_weights_of_the_simulation(fleet):
@@ -80,33 +70,6 @@ def test_no_key_and_no_datum_is_in_a_log(fleet):
     for log in (fleet.path / "logs").iterdir():
         text = log.read_text(errors="replace")
         assert not [secret for secret in secrets if secret in text], log
-
-
-def refused(arguments: list[str], folder: Path) -> str:
-    """Start a SuperNode that is to be refused, and return what it said in ten seconds."""
-    # A file: the SuperExec that it starts keeps a pipe open after it has ended.
-    log = folder / "supernode.log"
-    with log.open("w") as output:
-        process = psutil.Popen(
-            ["flower-supernode", *arguments, "--port", str(free_port())],
-            env=programs.flower_environment(folder),
-            cwd=folder,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    children: list[psutil.Process] = []
-    deadline = time.monotonic() + 10
-    try:
-        while process.poll() is None and time.monotonic() < deadline:
-            with suppress(psutil.Error):
-                children = process.children(recursive=True)
-            time.sleep(0.1)
-    finally:
-        for one in (*children, process):
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-        process.wait()
-    return " ".join(log.read_text().split())
 
 
 def test_a_key_that_is_not_registered_is_refused(fleet, tmp_path):

@@ -6,19 +6,24 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedkn.config import ExperimentConfig
-from server.deployment import programs
 from server.deployment.fleet import Fleet
-from server.deployment.ports import free_port
-from server.deployment.processes import running, start, stop
-from simulations.engines import run_experiment
-from tests.deployment.fleets import SMALL, Run, a_fleet, fedkn, kill, wait_for
+from server.deployment.processes import stop
+from tests.deployment.fleets import (
+    Run,
+    a_fleet,
+    expected_weights,
+    fedkn,
+    kill,
+    losses,
+    training,
+    wait_for,
+)
+from tests.deployment.hostile import become_hostile
 from tests.full_disk import fill
 
 
@@ -36,12 +41,6 @@ def fleet(made) -> Fleet:
     return made
 
 
-def expected_weights(**changes: object) -> str:
-    keys = {key.replace("__", "."): value for key, value in changes.items()}
-    config = ExperimentConfig.resolve(SMALL, keys, {"engine": "inprocess", "workers": 1})
-    return run_experiment(config).weights_sha256
-
-
 def resumed(fleet: Fleet, run: Run) -> dict[str, Any]:
     """Go on with `run` by the command that it names itself; return its last line."""
     done = fedkn("run", str(fleet.path), "--resume", run.folder.name, timeout=300)
@@ -49,17 +48,6 @@ def resumed(fleet: Fleet, run: Run) -> dict[str, Any]:
     assert "resumed after round" in done.stdout
     assert (run.folder / "report.html").is_file()
     return run.lines("end")[-1]
-
-
-def losses(line: dict[str, Any], kind: str = "failed") -> dict[int, str]:
-    return {loss["client"]: loss["reason"] for loss in line[kind]}
-
-
-def training(fleet: Fleet, name: str) -> bool:
-    """Whether a ClientApp of the device runs, beside its SuperNode and SuperExec."""
-    found = (one.pid for one in running(fleet) if one.name == name)
-    commands = (Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found)
-    return any(b"flwr-clientapp" in command for command in commands)
 
 
 def test_ctrl_c_stops_a_run_and_resume_goes_on(fleet):
@@ -73,7 +61,7 @@ def test_ctrl_c_stops_a_run_and_resume_goes_on(fleet):
 
 
 def test_a_hung_device_is_named_and_takes_part_again(fleet):
-    patience = {"server__round_timeout": 25, "server__join_timeout": 40}
+    patience = {"server__round_timeout": 40, "server__join_timeout": 40}
     with Run(fleet, "hung", rounds=8, **patience) as run:
         run.after_round(1)
         kill(fleet, "device-1", signal.SIGSTOP)
@@ -122,48 +110,6 @@ def test_a_killed_device_that_comes_back_is_the_same_client(fleet):
     assert not any(line["state_lost"] for line in rounds)
     (evaluation,) = run.lines("client_evaluation")
     assert len(evaluation["clients"]) == 3
-
-
-HOSTILE = '''
-import sys
-from importlib.machinery import PathFinder
-
-
-class Hostile:
-    """Lets fedkn's ClientApp send other tensors than it trained."""
-
-    def find_spec(self, name, path, target=None):
-        if name != "clients.app":
-            return None
-        spec = PathFinder.find_spec(name, path)
-        load = spec.loader.exec_module
-
-        def exec_module(module):
-            load(module)
-            honest = module.tensors_to_arrays
-            module.tensors_to_arrays = lambda tensors: honest(
-                {name: GARBAGE for name, value in tensors.items()}
-            )
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-sys.meta_path.insert(0, Hostile())
-'''
-
-
-def become_hostile(fleet: Fleet, number: int, garbage: str, folder: Path) -> None:
-    """Put a SuperNode in a device's place whose ClientApp sends `garbage` for every `value`."""
-    device = fleet.devices[number]
-    stop(fleet, [device.name])
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(HOSTILE.replace("GARBAGE", garbage))
-    log = fleet.log(device.name)
-    log.replace(log.with_suffix(".log.1"))
-    honest = programs.supernode(fleet, device, fleet.superlink_address, free_port())
-    environment = {**honest.environment, "PYTHONPATH": str(folder)}
-    start(fleet, replace(honest, environment=environment))
 
 
 def test_garbage_over_the_wire_is_refused_with_client_and_reason(fleet, tmp_path):
