@@ -13,9 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedkn.layers.dropout import keep_mask
-from fedkn.layers.statistics import Geometry, statistics
+from fedkn.layers.small_units import SMALL_UNIT, expected_scale_and_shift
+from fedkn.layers.statistics import Geometry, statistics, unit_size
 
-__all__ = ["Settings", "composite", "draw_mask", "filter_sums", "is_centred", "wide"]
+__all__ = [
+    "Settings",
+    "averages_over_drops",
+    "composite",
+    "draw_mask",
+    "filter_sums",
+    "is_centred",
+    "unit_maps",
+    "wide",
+]
 
 
 class Settings(NamedTuple):
@@ -40,29 +50,54 @@ class Settings(NamedTuple):
 def composite(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
     """Return (conv(x, w) - mean * sum(w)) / sqrt(var + eps) + bias, (N, O, OH, OW).
 
+    In a deterministic pass over small units, its expectation (`fedkn.layers.small_units`).
+
     `x` is (N, C, H, W), `weight` (O, C/groups, KH, KW), `bias` (O,) or None. Statistics and the
     normalization are in float32 at least; the convolution is in x's dtype, or autocast's.
     """
     _, stride, padding, dilation, groups = settings.geometry
     dtype = wide(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        mask = draw_mask(x, settings)
-        mean, variance = statistics(x.to(dtype), mask, settings.level, settings.geometry)
-        scale = torch.rsqrt(variance + settings.eps)
+        mean, scale, shift = unit_maps(x.to(dtype), settings)
         centred = is_centred(settings)
+        sums = filter_sums(weight.to(dtype))
         if centred:
             weight = weight - weight.mean((1, 2, 3), keepdim=True)
     z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     with torch.autocast(x.device.type, enabled=False):
         y = z.to(dtype)
         if not centred:
-            y = y - mean * filter_sums(weight.to(dtype))
+            y = y - mean * sums
         y = y * scale
+        if shift is not None:
+            y = y + shift * sums
         if bias is not None:
             y = y + bias.to(dtype).view(1, -1, 1, 1)
         if settings.relu:
             y = F.relu(y)
     return y.to(z.dtype)
+
+
+def unit_maps(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the mean, the scale and the shift of each unit of `x`, each (N, 1, OH, OW).
+
+    A normalized unit is (U - mean) * scale + shift, None for zero. `x` is of the statistics' dtype.
+    """
+    if averages_over_drops(x, settings):
+        n = unit_size(x, settings.geometry)
+        mean, variance = statistics(x, None, 0, settings.geometry)
+        scale, shift = expected_scale_and_shift(mean, variance, n, settings.level, settings.eps)
+        return mean, scale, shift
+    mask = draw_mask(x, settings)
+    mean, variance = statistics(x, mask, settings.level, settings.geometry)
+    return mean, torch.rsqrt(variance + settings.eps), None
+
+
+def averages_over_drops(x: Tensor, settings: Settings) -> bool:
+    """Whether a deterministic pass averages over the number of dropped elements: small units."""
+    if settings.key is not None or not settings.level:
+        return False
+    return unit_size(x, settings.geometry) <= SMALL_UNIT
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

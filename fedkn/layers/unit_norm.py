@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fedkn.layers import plain
-from fedkn.layers.composite import Settings, draw_mask, wide
-from fedkn.layers.statistics import box, statistics
+from fedkn.layers.composite import Settings, averages_over_drops, unit_maps, wide
+from fedkn.layers.statistics import box
 
 __all__ = ["normalized_units"]
 
@@ -31,7 +31,7 @@ def normalized_units(units: Tensor, settings: Settings, eager: bool) -> Tensor:
     `units` is (N, C, OH * KH, OW * KW); `settings.geometry` has windows as far apart as they are
     large. `eager` as in `fedkn.layers.autograd`. Returns the input's shape and dtype.
     """
-    if not eager:
+    if not eager or averages_over_drops(units, settings):
         return _definition(units, settings)
     if torch.is_grad_enabled() and units.requires_grad:
         y: Tensor = _NormalizedUnits.apply(units, settings)  # type: ignore[no-untyped-call] # torch's
@@ -43,10 +43,10 @@ def normalized_units(units: Tensor, settings: Settings, eager: bool) -> Tensor:
 def _definition(units: Tensor, settings: Settings) -> Tensor:
     dtype, kernel = wide(units.dtype), settings.geometry.kernel
     with torch.autocast(units.device.type, enabled=False):
-        mask = draw_mask(units, settings)
-        mean, variance = statistics(units.to(dtype), mask, settings.level, settings.geometry)
-        scale = torch.rsqrt(variance + settings.eps)
+        mean, scale, shift = unit_maps(units.to(dtype), settings)
         y = (units - _spread(mean, kernel)) * _spread(scale, kernel)
+        if shift is not None:
+            y = y + _spread(shift, kernel)
     return y.to(units.dtype)
 
 

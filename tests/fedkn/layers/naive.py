@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fedkn.layers.small_units import SMALL_UNIT
 
 TORCH_MODE = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
 
@@ -47,6 +51,27 @@ def moments(unit: Tensor, unit_mask: Tensor | None, p: float, expected: bool):
     return mean, variance
 
 
+def normalized(unit, unit_mask, p: float, expected: bool, eps: float) -> Tensor:
+    """Each unit less its mean, over its deviation; expected of small units, over how many drop."""
+    n = unit.shape[-1] * unit.shape[-2] * unit.shape[-3]
+    if not (expected and p and n <= SMALL_UNIT):
+        mean, variance = moments(unit, unit_mask, p, expected)
+        return (unit - mean) / torch.sqrt(variance + eps)
+    mean, variance = moments(unit, None, 0.0, expected=False)
+    square = (unit**2).mean((-3, -2, -1), keepdim=True)
+    total = torch.zeros_like(unit)
+    for dropped in range(n + 1):
+        kept = n - dropped
+        # Kept elements are `kept` of n drawn without replacement.
+        mean_of_kept = mean * kept / n
+        error = 0.0 if n == 1 else variance * kept * (n - kept) / (n - 1) / n**2
+        variance_of_kept = square * kept / n - mean_of_kept**2 - error
+        deviation = torch.sqrt(variance_of_kept / (1 - p) ** 2 + eps)
+        some = (unit - mean_of_kept / (1 - p)) / deviation
+        total = total + math.comb(n, dropped) * p**dropped * (1 - p) ** kept * some
+    return total
+
+
 def naive_kn_conv(
     x, weight, bias, *, stride, sides, dilation, groups, padding_mode="zeros", mask=None,
     p=0.0, expected=False, eps=1e-5,
@@ -55,8 +80,7 @@ def naive_kn_conv(
     kernel = tuple(weight.shape[2:])
     unit = units(padded(x, sides, padding_mode), kernel, stride, dilation)
     unit_mask = None if mask is None else units(mask, kernel, stride, dilation)
-    mean, variance = moments(unit, unit_mask, p, expected)
-    normal = (unit - mean) / torch.sqrt(variance + eps)
+    normal = normalized(unit, unit_mask, p, expected, eps)
     inputs = normal.unflatten(3, (groups, -1))
     filters = weight.unflatten(0, (groups, -1))
     y = torch.einsum("nijgckl,gockl->ngoij", inputs, filters).flatten(1, 2)
@@ -69,7 +93,6 @@ def naive_kernel_norm(
     """`mask` has the output's shape: each window has its own."""
     unit = units(padded(x, sides, padding_mode), kernel, stride, (1, 1))
     unit_mask = None if mask is None else units(mask, kernel, kernel, (1, 1))
-    mean, variance = moments(unit, unit_mask, p, expected)
-    normal = (unit - mean) / torch.sqrt(variance + eps)
+    normal = normalized(unit, unit_mask, p, expected, eps)
     n, rows, columns, channels, kh, kw = normal.shape
     return normal.permute(0, 3, 1, 4, 2, 5).reshape(n, channels, rows * kh, columns * kw)

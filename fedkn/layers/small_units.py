@@ -1,0 +1,79 @@
+"""What dropout makes of units of few elements, in expectation: for evaluation without a mask.
+
+In a large unit the variance under dropout hardly varies, and normalizing by its expected value is
+what training did on average. A unit of nine pixels, often all equal, is another matter: now nothing
+is dropped and its variance is zero, now one element is and it is not. So for small units the
+normalized output itself is averaged, by the law of total expectation over K, the number of dropped
+elements: Binomial(n, p). With f = K/n, m and v the unit's mean and biased variance, and kept
+elements scaled by 1/(1-p), sampling without replacement gives
+
+    E[mean' | K] = m (1 - f)/(1-p)
+    E[var' | K] = (1 - f) ((1 - K/(n(n-1))) v + f m^2) / (1-p)^2
+
+and s_K = 1/sqrt(E[var' | K] + eps). Over K, these average to the mean m and to the variance that
+large units are normalized by, v + p/(1-p) E[x^2] (1 - 1/n).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from fedkn.layers.dropout import LEVELS
+
+__all__ = ["SMALL_UNIT", "expected_scale_and_shift"]
+
+# The largest unit that is averaged over K. Beyond, on trained networks, no answer changed.
+SMALL_UNIT = 64
+
+# Numbers of dropped elements that are less probable than this are left out.
+_NEGLIGIBLE = 1e-9
+
+
+def expected_scale_and_shift(
+    mean: Tensor, variance: Tensor, n: int, level: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return a and b such that a (U - mean) + b is the normalized unit U, averaged over K.
+
+    Args:
+        mean: of the unit without dropout, (N, 1, OH, OW).
+        variance: biased, of the unit without dropout, like `mean`.
+        n: elements of a unit.
+        level: the drop probability in units of 1/LEVELS.
+        eps: added to the variance.
+
+    Both are like `mean`: a = sum_K P(K) s_K, and b = mean * (a - sum_K P(K) s_K (1-f)/(1-p)).
+    """
+    rows = torch.tensor(_counts(n, level), dtype=mean.dtype, device=mean.device)
+    probability, of_mean, of_variance, of_square = rows.view(4, 1, -1, 1, 1)
+    scales = torch.rsqrt(of_variance * variance + of_square * mean.square() + eps) * probability
+    scale = scales.sum(1, keepdim=True)
+    return scale, mean * (scales * (1.0 - of_mean)).sum(1, keepdim=True)
+
+
+@functools.lru_cache
+def _counts(n: int, level: int) -> tuple[tuple[float, ...], ...]:
+    """Return P(K), E[mean' | K]/m and what v and m^2 are multiplied by in E[var' | K], by K."""
+    p = level / LEVELS
+    kept = 1.0 - p
+    columns = []
+    for dropped in range(n + 1):
+        probability = math.comb(n, dropped) * p**dropped * kept ** (n - dropped)
+        if probability < _NEGLIGIBLE:
+            continue
+        left = 1.0 - dropped / n
+        one_less = 1.0 - dropped / (n * (n - 1)) if n > 1 else 1.0
+        columns.append((
+            probability,
+            left / kept,
+            left * one_less / kept**2,
+            left * (1.0 - left) / kept**2,
+        ))  # fmt: skip
+    total = sum(column[0] for column in columns)
+    return tuple(
+        tuple(column[row] / total if row == 0 else column[row] for column in columns)
+        for row in range(4)
+    )
