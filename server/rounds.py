@@ -147,6 +147,7 @@ def run_round(
     gate = Screen(
         tensors,
         {partition: member.examples for partition, member in members.items()},
+        config.train,
         max_norm=config.server.max_update_norm,
     )
     replies = collect(grid, messages, gate, config.server)

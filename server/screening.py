@@ -17,6 +17,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.lib import format as npy
 
+from fedkn.config import TrainConfig
 from fedkn.federation import ARRAYS, EXAMPLES, METRICS, PARTITION, TRAIN_METRICS, npy_header
 
 __all__ = ["RefusedUpdate", "Screen", "Update"]
@@ -43,6 +44,7 @@ class Screen:
     Args:
         sent: the global tensors of the round by name, as the clients received them.
         declared: partition id to number of examples.
+        train: how clients were asked to train, which bounds the local steps they can have taken.
         max_norm: refuse an update farther than this (Euclidean, over all tensors) from `sent`;
             0 is no bound.
     """
@@ -51,11 +53,13 @@ class Screen:
         self,
         sent: Mapping[str, np.ndarray],
         declared: Mapping[int, int],
+        train: TrainConfig,
         *,
         max_norm: float = 0.0,
     ) -> None:
         self._sent = sent
         self._declared = declared
+        self._train = train
         self._max_norm = max_norm
 
     def check(self, message: Message) -> Update:
@@ -105,7 +109,17 @@ class Screen:
             )
         if negative := [key for key in TRAIN_METRICS if metrics[key] < 0]:
             raise RefusedUpdate(f"metric '{negative[0]}' is negative: {metrics[negative[0]]}")
+        self._check_steps(metrics["steps"], declared)
         return metrics
+
+    def _check_steps(self, steps: float, examples: int) -> None:
+        # FedNova and SCAFFOLD divide by them. A device may take smaller batches than it was asked
+        # to, down to one example.
+        most = self._train.local_epochs * examples
+        if self._train.local_steps:
+            most = min(most, self._train.local_steps)
+        if steps != int(steps) or not 1 <= steps <= most:
+            raise RefusedUpdate(f"claims {steps:g} local steps: between 1 and {most} are possible")
 
     def _arrays(self, record: ArrayRecord) -> dict[str, np.ndarray]:
         if record.keys() != self._sent.keys():

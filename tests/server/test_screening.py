@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedkn.config import TrainConfig
 from fedkn.federation import TRAIN_METRICS, arrays_record
 from server.screening import RefusedUpdate, Screen
 from tests.server.fake_grid import ScriptedGrid
@@ -46,7 +47,7 @@ def honest(arrays: dict[str, np.ndarray] | None = None) -> Message:
 
 
 def screen(max_norm: float = 0.0) -> Screen:
-    return Screen(SENT, {3: 40, 4: 41}, max_norm=max_norm)
+    return Screen(SENT, {3: 40, 4: 41}, TrainConfig(local_epochs=2), max_norm=max_norm)
 
 
 def test_an_honest_update_passes_unchanged():
