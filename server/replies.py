@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from flwr.superlink.grid import HttpGrid
 
 from fedkn.config import ServerConfig
 from fedkn.federation import failure_reason, record_bytes
+from server.arrivals import INCOMPLETE, Arrivals
 from server.screening import RefusedUpdate, Screen, Update
 
 __all__ = ["Replies", "collect"]
@@ -59,17 +60,31 @@ def collect(
         return sorting.finish(enough=False)
     deadline = time.monotonic() + limits.round_timeout
     waiting = set(grid.push_messages(list(messages.values()))) if messages else set()
+    arrivals = Arrivals(grid) if isinstance(grid, HttpGrid) else None
     while waiting:
-        for reply in grid.pull_messages(sorted(waiting)):
+        whole, lost = _pulled(grid, arrivals, sorted(waiting))
+        for reply in whole:
             waiting.discard(reply.metadata.reply_to_message_id)
             sorting.take(reply)
+        for message_id, reason in lost.items():
+            waiting.discard(message_id)
+            sorting.lose(message_id, reason)
         if 0 < limits.enough_updates <= sorting.valid:
             return sorting.finish(enough=True)
         left = deadline - time.monotonic()
         if not waiting or left <= 0:
             break
         time.sleep(min(_POLL_SECONDS, left))
+    for message_id in arrivals.begun if arrivals else ():
+        sorting.lose(message_id, INCOMPLETE)
     return sorting.finish(enough=False)
+
+
+def _pulled(
+    grid: Grid, arrivals: Arrivals | None, waiting: list[str]
+) -> tuple[Iterable[Message], dict[str, str]]:
+    """Return the replies there are, and by message id why one will never be."""
+    return arrivals.pull(waiting) if arrivals else (grid.pull_messages(waiting), {})
 
 
 class _Sorting:
@@ -88,16 +103,19 @@ class _Sorting:
         """Return the number of valid updates so far."""
         return len(self._updates)
 
+    def lose(self, message_id: str, reason: str) -> None:
+        """Take note that the reply to a message will not come."""
+        partition = self._partition(message_id)
+        if partition is not None:
+            self._heard.add(partition)
+            self._replies.failed.append({"client": partition, "reason": reason})
+
     def take(self, reply: Message) -> None:
         """Sort out one reply."""
-        # Messages get their ids when they are sent.
-        self._asked = self._asked or {
-            message.metadata.message_id: partition for partition, message in self._messages.items()
-        }
         if not reply.has_error():
             records = reply.content.array_records.values()
             self._replies.bytes += sum(record_bytes(record) for record in records)
-        partition = self._asked.get(reply.metadata.reply_to_message_id)
+        partition = self._partition(reply.metadata.reply_to_message_id)
         try:
             self._take(partition, reply)
         except RefusedUpdate as refusal:
@@ -113,6 +131,14 @@ class _Sorting:
             self._replies.failed.extend({"client": p, "reason": reason} for p in silent)
         self._replies.updates = [self._updates[partition] for partition in sorted(self._updates)]
         return self._replies
+
+    def _partition(self, message_id: str) -> int | None:
+        """Return which partition a message went to."""
+        # Messages get their ids when they are sent.
+        self._asked = self._asked or {
+            message.metadata.message_id: partition for partition, message in self._messages.items()
+        }
+        return self._asked.get(message_id)
 
     def _take(self, partition: int | None, reply: Message) -> None:
         if partition is None:
