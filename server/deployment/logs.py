@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from fedkn.errors import unknown_name
 from server.deployment.fleet import Fleet
 from server.deployment.programs import PROXY, SUPEREXEC, SUPERLINK
+from server.deployment.proxy import REFUSALS
 
 __all__ = ["follow_logs", "last_lines", "log_names"]
 
@@ -19,9 +20,11 @@ _POLL_SECONDS = 0.3
 def log_names(fleet: Fleet, chosen: str = "") -> list[str]:
     """Return the programs whose logs there are, or the one that was `chosen`.
 
+    Of what the proxy refuses there is a log as well.
+
     Raises UserError for a name that no program of the fleet has.
     """
-    names = [SUPERLINK, SUPEREXEC, PROXY, *(device.name for device in fleet.devices)]
+    names = [SUPERLINK, SUPEREXEC, PROXY, REFUSALS, *(device.name for device in fleet.devices)]
     if chosen and chosen not in names:
         raise unknown_name("process", chosen, names)
     return [name for name in ([chosen] if chosen else names) if fleet.log(name).is_file()]

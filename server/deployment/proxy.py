@@ -11,7 +11,10 @@ from string import Template
 
 from server.deployment.fleet import Fleet
 
-__all__ = ["FLEET_CALLS", "nginx_config"]
+__all__ = ["FLEET_CALLS", "REFUSALS", "nginx_config"]
+
+REFUSALS = "refusals"
+"""The log of what the server did not take from a device, a line each, with the reason."""
 
 FLEET_CALLS = (
     "activate-node",
@@ -33,6 +36,7 @@ def nginx_config(fleet: Fleet) -> str:
     host = f"{fleet.host} localhost 127.0.0.1" if fleet.host != "localhost" else "localhost"
     return _CONFIG.substitute(
         proxy=fleet.proxy_config.parent,
+        refusals=fleet.log(REFUSALS),
         port=fleet.port,
         names=host,
         certificate=fleet.certificate,
@@ -43,7 +47,8 @@ def nginx_config(fleet: Fleet) -> str:
     )
 
 
-# Arrays travel in parts of 5 MiB, so a body is never much larger than that.
+# Arrays travel in parts of 5 MiB, so a body is never much larger than that. The SuperLink answers a
+# refused SuperNode without saying why, and logs no more: the reasons stand in the map.
 _CONFIG = Template(
     """\
 # Written by fedkn deploy init: devices reach the Fleet API here, and nothing else.
@@ -52,7 +57,16 @@ pid "$proxy/nginx.pid";
 error_log stderr warn;
 events { worker_connections 1024; }
 http {
-    access_log off;
+    map "$$status $$upstream_status" $$refusal {
+        default "";
+        "400 " "plain text or no HTTP: this port speaks TLS alone";
+        "403 " "no call of a device";
+        "413 " "a message of $$content_length bytes, more than client_max_body_size";
+        "~^401" "signed at $$http_flwr_timestamp, over 5 s ahead or 305 s behind; or by another";
+        "~^412" "key not registered, or online already: see the SuperLink's log";
+    }
+    log_format refusals "$$time_iso8601 $$remote_addr $$uri: $$status, $$refusal";
+    access_log "$refusals" refusals if=$$refusal;
     server_tokens off;
     client_body_temp_path "$proxy/body";
     proxy_temp_path "$proxy/temp";
@@ -94,6 +108,12 @@ http {
             proxy_buffering off;
         }
         location / { return 403; }
+        # A plain-text client. As Flower's own errors are written, so that a SuperNode shows it.
+        error_page 497 =400 @plain_text;
+        location @plain_text {
+            default_type application/json;
+            return 400 '{"code": 400, "detail": "plain text: the server speaks TLS alone"}';
+        }
     }
 }
 """
