@@ -17,8 +17,11 @@ from clients.device.settings import Device
 __all__ = ["check_connection"]
 
 _SECONDS = 5.0
-# Node authentication refuses messages whose time is farther off than this, in seconds.
-_WINDOW = 300.0
+# Node authentication refuses what was signed so many seconds ahead of the server's clock, or behind
+# it: Flower's SYSTEM_TIME_TOLERANCE, and that with TIMESTAMP_TOLERANCE.
+_AHEAD, _BEHIND = 5.0, 305.0
+# Date is in whole seconds, of which servers take note once a second: by so much it misleads.
+_BLUR = 1.0
 
 
 def check_connection(device: Device) -> Iterator[Finding]:
@@ -38,7 +41,7 @@ def check_connection(device: Device) -> Iterator[Finding]:
         )
         return
     try:
-        date = _date(device, context)
+        date, now = _date(device, context)
     except ssl.SSLCertVerificationError as error:
         yield _unverified(device, error)
         return
@@ -51,35 +54,44 @@ def check_connection(device: Device) -> Iterator[Finding]:
         yield Finding("TLS", "fail", f"no HTTPS at {device.server}: {error!r}", fix)
         return
     yield Finding("TLS", "ok", f"the certificate is {device.host}'s, signed by {device.ca.name}")
-    yield _clock(date)
+    yield _clock(date, now)
 
 
-def _date(device: Device, context: ssl.SSLContext) -> str | None:
-    """Return the Date header of the server's answer, whatever the answer is."""
+def _date(device: Device, context: ssl.SSLContext) -> tuple[str | None, float]:
+    """Return the Date header of the server's answer, whatever it is, and this device's time then.
+
+    The latter in seconds since 1970: halfway between question and answer.
+    """
     connection = http.client.HTTPSConnection(
         device.host, device.port, timeout=_SECONDS, context=context
     )
     try:
+        connection.connect()
+        asked = time.time()
         connection.request("HEAD", "/")
-        return connection.getresponse().getheader("Date")
+        date = connection.getresponse().getheader("Date")
+        return date, (asked + time.time()) / 2
     finally:
         connection.close()
 
 
-def _clock(date: str | None) -> Finding:
+def _clock(date: str | None, now: float) -> Finding:
     name = "clock"
+    window = f"{_AHEAD:.0f} s ahead or {_BEHIND:.0f} s behind, messages are refused"
     if not date:
-        fix = f"compare the clocks yourself: more than {_WINDOW:.0f} s apart, messages are refused"
+        fix = f"compare the clocks yourself: {window}"
         return Finding(name, "warn", "the server does not tell its time", fix)
     try:
-        skew = time.time() - parsedate_to_datetime(date).timestamp()
+        skew = now - parsedate_to_datetime(date).timestamp() - _BLUR
     except ValueError:
         return Finding(name, "warn", f"the server's time cannot be read: {date!r}")
+    if abs(skew) <= _BLUR:
+        return Finding(name, "ok", "as the server's, to a second")
     message = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the server's"
-    fix = f"set the clock (timedatectl set-ntp true): beyond {_WINDOW:.0f} s messages are refused"
-    if abs(skew) >= _WINDOW:
+    fix = f"set the clock (timedatectl set-ntp true): {window}"
+    if not _BLUR - _BEHIND < skew < _AHEAD - _BLUR:
         return Finding(name, "fail", message, fix)
-    if abs(skew) >= _WINDOW / 5:
+    if not -_BEHIND / 5 < skew < _AHEAD / 2:
         return Finding(name, "warn", message, fix)
     return Finding(name, "ok", message)
 

@@ -95,7 +95,10 @@ def test_a_good_connection(fleet, device):
     [
         (-400, "fail", "400 s ahead of"),
         (400, "fail", "400 s behind"),
-        (-100, "warn", "100 s ahead of"),
+        # Flower takes what was signed 5 s ahead of its clock, or 305 s behind.
+        (-8, "fail", "8 s ahead of"),
+        (100, "warn", "100 s behind"),
+        (20, "ok", "20 s behind"),
     ],
 )
 def test_clocks_apart(fleet, device, skew, status, message):
