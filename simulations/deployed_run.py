@@ -33,7 +33,8 @@ _AWAY_SECONDS = 600.0
 class Progress:
     """What came of a run: its seconds of wall clock, and what its metrics.jsonl says.
 
-    `training` is the time that a round's devices spent training, on average, summed over rounds.
+    `training` is the time that a round's devices spent training, on average, summed over rounds;
+    `missing` has by client the rounds that name it under refused or failed.
     """
 
     seconds: float = 0.0
@@ -44,6 +45,7 @@ class Progress:
     error: str = ""
     completed: bool = False
     round_seconds: list[float] = field(default_factory=list)
+    missing: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def training_share(self) -> float:
@@ -57,6 +59,9 @@ class Progress:
                 self.rounds += 1
                 self.round_seconds.append(line["seconds"])
                 self.training += line["train_seconds"] / max(line["updates"], 1)
+                named = {loss["client"] for loss in (*line["refused"], *line["failed"])}
+                for client in named - {None}:
+                    self.missing.setdefault(client, []).append(line["round"])
             case "evaluation":
                 accuracy = line["accuracy"]
                 self.accuracy = math.nan if accuracy is None else accuracy

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from simulations.grid import GridConfig
     from simulations.run_folder import RunFolder
 
-__all__ = ["run"]
+__all__ = ["missing_updates", "run"]
 
 # Devices that are asked for are mostly there; one that is not is named soon.
 _WAIT_SECONDS = 30.0
@@ -96,8 +96,19 @@ def run(
         f"accuracy {progress.accuracy:.4f} after {cell.rounds} rounds, {progress.seconds:.0f} s; "
         f"weights {progress.weights_sha256[:16]}"
     )
+    if progress.missing:
+        say(missing_updates(progress))
     say(_training_time(progress, cell))
     say(f"Report:  {build_report(folder)}")
+
+
+def missing_updates(progress: Progress) -> str:
+    """Return a line that names for every client the rounds without an update of it."""
+    each = (
+        f"client {client}: round{'s' * (len(rounds) > 1)} {_spans(rounds)}"
+        for client, rounds in sorted(progress.missing.items())
+    )
+    return f"updates missing: {'; '.join(each)}"
 
 
 def _grid(fleet: Fleet, table: Mapping[str, Any], flags: Mapping[str, Any]) -> GridConfig:
@@ -149,6 +160,17 @@ def _cell(grid: GridConfig, folder: RunFolder) -> ExperimentConfig:
     (group,) = groups(grid)
     (cell,) = result_cells(grid, group, grid.train.learning_rate)
     return cell.config.overlay(checkpoint__folder=str(folder.path.resolve()))
+
+
+def _spans(rounds: Iterable[int]) -> str:
+    """Return ascending numbers as text: 1, 2, 3, 7 is ``1-3, 7``."""
+    spans: list[list[int]] = []
+    for number in rounds:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    return ", ".join("-".join(map(str, span)) for span in spans)
 
 
 def _training_time(progress: Progress, config: ExperimentConfig) -> str:

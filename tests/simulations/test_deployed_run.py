@@ -1,4 +1,4 @@
-"""What a deployed run that failed is said to have failed of."""
+"""What is said at the end of a deployed run: of what it failed, and who missed which rounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from fedkn.errors import FedknError
 from server.deployment.control import RunState
 from server.deployment.fleet import Fleet
 from simulations import deployed_run
-from simulations.deployed_run import run_deployed
+from simulations.commands.deploy_run import missing_updates
+from simulations.deployed_run import Progress, run_deployed
 
 # As the SuperLink gives back what a ServerApp printed whose disk was full.
 OUTPUT = """\
@@ -59,3 +60,14 @@ def test_the_reason_is_told_without_a_log(output, reason, tmp_path, monkeypatch)
     with pytest.raises(FedknError) as failure:
         run_deployed(fleet, config, Failed(output), print)
     assert str(failure.value) == f"the run failed after 0 rounds: {reason}"
+
+
+def test_who_missed_which_rounds():
+    progress = Progress()
+    losses = {2: [1], 3: [1, 0], 4: [1], 6: [1, None]}
+    for number in range(1, 8):
+        failed = [{"client": client, "reason": "no reply"} for client in losses.get(number, [])]
+        line = {"kind": "round", "round": number, "seconds": 1.0, "train_seconds": 1.0}
+        progress.take({**line, "updates": 1, "failed": failed, "refused": failed})
+    told = "updates missing: client 0: round 3; client 1: rounds 2-4, 6"
+    assert missing_updates(progress) == told
