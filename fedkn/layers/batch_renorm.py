@@ -61,11 +61,13 @@ class BatchRenorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape; in training the running values move."""
+        # Under autocast x has fewer bits than the parameters: statistics are in theirs.
+        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         if self.training:
-            y = self._renormalize(x)
+            y = self._renormalize(wide)
         else:
-            y = (x - _per_channel(self.running_mean)) / _per_channel(self.running_deviation)
-        return y * _per_channel(self.weight) + _per_channel(self.bias)
+            y = (wide - _per_channel(self.running_mean)) / _per_channel(self.running_deviation)
+        return (y * _per_channel(self.weight) + _per_channel(self.bias)).to(x.dtype)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Return r_max and d_max as they stand after the batches seen, each of shape (1,)."""

@@ -97,10 +97,13 @@ class HybridBatchNorm2d(_GlobalStatistics):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
         mean, variance = self.running_mean, self.running_var
+        # Under autocast x has fewer bits than the parameters: statistics are in theirs.
+        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         if self.training:
-            batch_variance, batch_mean = torch.var_mean(x, (0, 2, 3), correction=0)
+            batch_variance, batch_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
             share = torch.sigmoid(self.mixing)
             mean = torch.lerp(mean, batch_mean, share)
             variance = torch.lerp(variance, batch_variance, share)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (x - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        y = (wide - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        return y.to(x.dtype)

@@ -36,7 +36,9 @@ class Moments(nn.Module):
     def forward(self, x: Tensor) -> None:
         """Take in the values of `x`, (N, C) or (N, C, ...); no gradient flows."""
         over = [dim for dim in range(x.dim()) if dim != 1]
-        variance, mean = torch.var_mean(x, over, correction=0)
+        # Half-precision values are taken for what they are, and summed in float32.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, over, correction=0)
         added = x.numel() // x.shape[1]
         total = self.count + added
         share = added / total
