@@ -125,8 +125,13 @@ class TrainConfig(Section):
     """What a client does in one round."""
 
     batch_size: int = Field(2, ge=1, description="local batch size")
+    accumulate: int = Field(
+        1, ge=1, description="local batches whose gradients are averaged for one local step"
+    )
     local_epochs: int = Field(1, ge=1, description="passes over the client's images in a round")
-    local_steps: int = Field(0, ge=0, description="at most so many local steps (0: no cap)")
+    local_steps: int = Field(
+        0, ge=0, description="at most so many local steps in a round, of the optimizer (0: no cap)"
+    )
     learning_rate: Positive = Field(0.05, description="local SGD learning rate")
     momentum: Fraction = Field(0.0, description="local SGD momentum")
     weight_decay: NonNegative = Field(0.0, description="L2 penalty")
@@ -139,6 +144,11 @@ class TrainConfig(Section):
     )
     keep_momentum: bool = Field(
         False, description="a client goes on with the momentum of its last round"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="what a training step computes in; parameters, optimizer, statistics and "
+        "evaluation stay float32",
     )
 
 

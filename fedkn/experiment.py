@@ -26,6 +26,7 @@ from fedkn.data import sources
 from fedkn.data.augmentation import channel_statistics
 from fedkn.data.images import ImageData, Source
 from fedkn.data.split import stratified_split
+from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.normalizers import Normalizer
 from fedkn.training.inputs import Inputs
@@ -33,6 +34,7 @@ from fedkn.training.inputs import Inputs
 __all__ = [
     "FederatedData",
     "build_model",
+    "data_summary",
     "device_of",
     "federated_data",
     "inputs_of",
@@ -101,42 +103,62 @@ def normalizer_of(config: ExperimentConfig) -> Normalizer:
     return _normalizer(config.normalizer, config.rounds)
 
 
-def build_model(config: ExperimentConfig) -> nn.Module:
-    """Return the model with its initial weights, which depend on ``config.seed`` alone."""
-    source = _source(config.data)
+def data_summary(config: ExperimentConfig) -> DataSummary:
+    """Return what clients must know of the experiment's images.
+
+    Raises:
+        UserError: the experiment's source cannot be read here.
+    """
+    return _summary(config.data, _scaling(config) == "standardized")
+
+
+def build_model(config: ExperimentConfig, summary: DataSummary | None = None) -> nn.Module:
+    """Return the model with its initial weights, which depend on ``config.seed`` alone.
+
+    With a `summary` of the experiment's images their source need not be here.
+    """
+    if summary is None:
+        source = _source(config.data)
+        classes, channels = source.num_classes, source.in_channels
+    else:
+        classes, channels = len(summary.classes), summary.shape[0]
     normalizer = normalizer_of(config)
-    model = _build(config.model, normalizer, source.num_classes, source.in_channels, config.seed)
+    model = _build(config.model, normalizer, classes, channels, config.seed)
     model.to(memory_format=normalizer.memory_format)  # type: ignore[call-overload]  # as torch has it
     return model
 
 
-def inputs_of(config: ExperimentConfig, device: torch.device) -> Inputs:
-    """Return how a batch of images is scaled and augmented in this experiment."""
-    data, normalizer = config.data, normalizer_of(config)
-    scaling: str = data.scaling
-    if scaling == "published":
-        scaling = normalizer.published_scaling
+def inputs_of(
+    config: ExperimentConfig, device: torch.device, summary: DataSummary | None = None
+) -> Inputs:
+    """Return how a batch of images is scaled and augmented in this experiment.
+
+    With a `summary` of the experiment's images their source need not be here.
+    """
+    data, scaling = config.data, _scaling(config)
     mean = deviation = None
     if scaling == "standardized":
-        mean, deviation = (t.to(device) for t in _statistics(data))
-    return Inputs(scaling, mean, deviation, data.flip, data.crop_padding, normalizer.memory_format)
+        told = summary or data_summary(config)
+        mean, deviation = (
+            torch.tensor(v, dtype=torch.float32, device=device) for v in (told.mean, told.deviation)
+        )
+    layout = normalizer_of(config).memory_format
+    return Inputs(scaling, mean, deviation, data.flip, data.crop_padding, layout)
 
 
 def why_alone(config: ExperimentConfig) -> str:
     """Return why the clients of `config` cannot be trained together, stacked; empty if they can."""
-    normalizer = normalizer_of(config)
-    if not normalizer.together:
-        return (
-            f"the layers of normalizer '{normalizer.name}' mix the examples of a batch or keep "
-            "running statistics"
-        )
-    if config.train.keep_momentum:
-        return "train.keep_momentum keeps a velocity for each of them"
-    if config.strategy.name == "scaffold":
-        return "scaffold corrects the gradients of each of them"
-    if config.privacy.mechanism == "example":
-        return "DP-SGD draws and clips for each of them"
-    return ""
+    normalizer, train = normalizer_of(config), config.train
+    reasons = {
+        f"the layers of normalizer '{normalizer.name}' mix the examples of a batch or keep "
+        "running statistics": not normalizer.together,
+        "train.keep_momentum keeps a velocity for each of them": train.keep_momentum,
+        "scaffold corrects the gradients of each of them": config.strategy.name == "scaffold",
+        "DP-SGD draws and clips for each of them": config.privacy.mechanism == "example",
+        "train.accumulate gives a step several batches": train.accumulate > 1,
+        f"they compute in float32, not in {train.precision}": train.precision != "float32",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def device_of(config: ExperimentConfig) -> torch.device:
@@ -206,9 +228,20 @@ def _federated_data(
     return FederatedData(train, tuple(own), tuple(held), validation, test)
 
 
+def _scaling(config: ExperimentConfig) -> str:
+    published = config.data.scaling == "published"
+    return normalizer_of(config).published_scaling if published else config.data.scaling
+
+
 @lru_cache(maxsize=4)
-def _statistics(data: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    return channel_statistics(_split(data)[0])
+def _summary(data: DataConfig, standardized: bool) -> DataSummary:
+    images = _source(data).train
+    shape = (images.in_channels, *images.image_size)
+    if not standardized:
+        return DataSummary(images.classes, shape)
+    mean, deviation = channel_statistics(_split(data)[0])
+    # Floats hold float32 numbers exactly.
+    return DataSummary(images.classes, shape, tuple(mean.tolist()), tuple(deviation.tolist()))
 
 
 def _normalizer(config: NormalizerConfig, rounds: int) -> Normalizer:

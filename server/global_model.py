@@ -12,7 +12,7 @@ from fedkn.errors import UserError
 from fedkn.experiment import build_model, device_of, federated_data, inputs_of, normalizer_of
 from fedkn.federation import on_the_wire
 from fedkn.normalizers import TensorRole
-from fedkn.training import Evaluation, Workspace, evaluate, refuse_unprivate
+from fedkn.training import Evaluation, Workspace, check_precision, evaluate, refuse_unprivate
 from fedkn.training.memory import step_memory
 
 __all__ = ["GlobalModel"]
@@ -36,7 +36,7 @@ class GlobalModel:
         normalizer = normalizer_of(config)
         network = build_model(config).to(self._device)
         if config.privacy.mechanism == "example":
-            refuse_unprivate(normalizer, network)
+            refuse_unprivate(normalizer, network, config.train.precision)
             if not config.privacy.noise_multiplier:
                 raise UserError(
                     "privacy.noise_multiplier = 0 protects nothing (epsilon is infinite): raise "
@@ -88,9 +88,13 @@ class GlobalModel:
         )
 
     def memory(self) -> dict[str, int]:
-        """Return ``peak_bytes`` of one local training step and the ``batch_size`` it is for."""
+        """Return ``peak_bytes`` of one local batch's training and the ``batch_size`` it is for."""
         size = max(self._config.train.batch_size, self._minimum_batch)
         some = self._sample.select(np.arange(size) % len(self._sample)).to(self._device)
         self._workspace.load()
-        peak = step_memory(self._workspace.model, self._inputs(some.images), some.labels)
+        precision = self._config.train.precision
+        check_precision(precision, self._device)
+        peak = step_memory(
+            self._workspace.model, self._inputs(some.images), some.labels, precision=precision
+        )
         return {"peak_bytes": peak, "batch_size": size}

@@ -64,7 +64,7 @@ def _check_models(grid: GridConfig) -> None:
         config = result_cells(grid, group, grid.compare.learning_rates[0])[0].config
         normalizer, model = normalizer_of(config), build_model(config)
         if config.privacy.mechanism == "example":
-            refuse_unprivate(normalizer, model)
+            refuse_unprivate(normalizer, model, config.train.precision)
         rule = normalizer.federation_rule(model)
         if TensorRole.LOCAL in rule.values():
             keep_tensors.append(name)

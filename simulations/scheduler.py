@@ -126,7 +126,7 @@ def expected_cost(config: ExperimentConfig) -> float:
     train = config.train
     steps = 100 * train.local_epochs / train.batch_size
     if train.local_steps:
-        steps = min(steps, train.local_steps)
+        steps = min(steps, train.local_steps * train.accumulate)
     return config.rounds * config.cohort * steps * (4 + train.batch_size)
 
 

@@ -5,6 +5,7 @@ from fedkn.training.evaluation import Evaluation, evaluate
 from fedkn.training.inputs import Inputs
 from fedkn.training.local import LocalTask, LocalUpdate, Workspace, carried_part, train_locally
 from fedkn.training.optimizer import FlatSGD
+from fedkn.training.precision import check_precision, training_scores
 from fedkn.training.private import refuse_unprivate, train_privately
 from fedkn.training.schedule import learning_rate
 
@@ -17,10 +18,12 @@ __all__ = [
     "LocalUpdate",
     "Workspace",
     "carried_part",
+    "check_precision",
     "evaluate",
     "learning_rate",
     "plan_batches",
     "refuse_unprivate",
     "train_locally",
     "train_privately",
+    "training_scores",
 ]

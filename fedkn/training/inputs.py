@@ -41,5 +41,5 @@ class Inputs:
         return self.flip or self.crop_padding > 0
 
     def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return uint8 `images` augmented with `generator`'s draws and scaled to float32."""
-        return self(augment(images, generator, flip=self.flip, crop_padding=self.crop_padding))
+        """Return uint8 `images` augmented with `generator`'s draws, not scaled."""
+        return augment(images, generator, flip=self.flip, crop_padding=self.crop_padding)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from fedkn.config import TrainConfig
 from fedkn.layers import dropout_stream
 from fedkn.normalizers import Forward, Normalizer
-from fedkn.seeds import derive, torch_generator
 from fedkn.training.batches import plan_batches
 from fedkn.training.inputs import Inputs
 from fedkn.training.optimizer import FlatSGD
+from fedkn.training.precision import training_scores
+from fedkn.training.step_batches import step_batches
 
 __all__ = ["LocalTask", "LocalUpdate", "Workspace", "carried_part", "train_locally"]
 
@@ -29,11 +30,13 @@ class LocalTask:
 
     Attributes:
         seed: the experiment's; round_: from 1; client: the partition id.
-        train: batches, momentum, weight decay and clipping.
+        train: batches, momentum, weight decay, clipping and precision.
         learning_rate: of this round, which the server knows from its schedule.
         proximal_mu: weight of FedProx's term (0: none).
         correction: added to the gradient of every step, by parameter (SCAFFOLD; empty: none).
         carried: what the client kept of its last round: `LocalUpdate.carried` of then.
+        largest_batch: what the device can bear: larger local batches are divided, and a step takes
+            the same examples as ever (0: no limit).
     """
 
     seed: int
@@ -44,6 +47,7 @@ class LocalTask:
     proximal_mu: float = 0.0
     correction: Mapping[str, Tensor] = field(default_factory=dict)
     carried: Mapping[str, Tensor] = field(default_factory=dict)
+    largest_batch: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class LocalUpdate:
     """What came of it, beside the model's tensors.
 
     Attributes:
-        examples: examples trained on, once for each time; steps: local steps taken.
+        examples: examples trained on, once for each time; steps: local steps taken, each of which
+            is one of the optimizer's, whatever number of local batches it accumulates.
         skipped_batches, skipped_examples: too small for the normalizer.
         loss: mean cross entropy (nats) over the examples trained on, before each step.
         seconds: wall-clock time of the training alone.
@@ -136,11 +141,15 @@ def train_locally(
 ) -> LocalUpdate:
     """Train the loaded model on uint8 `images` (N, C, H, W) with int64 `labels` (N,).
 
-    Every step: a batch of `plan_batches`, augmented and scaled, forward with the normalizers'
-    dropout drawn from the task's seeds, cross entropy, backward, FedProx's term where
+    Every step: the batches of `plan_batches`, augmented and scaled, each forward with the
+    normalizers' dropout drawn from the task's seeds, in ``train.precision``, cross entropy and
+    backward; the mean of their gradients, each weighted by its examples; FedProx's term where
     ``task.proximal_mu`` is set, clipping, SCAFFOLD's correction, SGD. Images and labels are on the
     model's device. The model's `normalizer` says what is too small a batch, and prepares and
     completes its layers.
+
+    Where the layers treat every example by itself and drop nothing, a step over several batches is
+    that over one batch of all their examples.
     """
     started = time.perf_counter()
     train, optimizer, model = task.train, workspace.optimizer, workspace.model
@@ -151,6 +160,7 @@ def train_locally(
         seed=task.seed,
         round_=task.round_,
         client=task.client,
+        largest_batch=task.largest_batch,
     )
     anchor = optimizer.values.clone() if task.proximal_mu else None
     correction = optimizer.flat(task.correction) if task.correction else None
@@ -159,18 +169,16 @@ def train_locally(
     total = torch.zeros((), dtype=torch.float64, device=workspace.device)
     model.train()
     normalizer.begin_training(model, task.round_)
-    for step, batch in enumerate(plan.batches):
-        where = batch.to(images.device)
-        some = images[where]
-        if inputs.augments:
-            generator = torch_generator(task.seed, "augment", task.round_, task.client, step)
-            x = inputs.augmented(some, generator)
-        else:
-            x = inputs(some)
-        with dropout_stream(derive(task.seed, "dropout", task.round_, task.client, step)):
-            loss = F.cross_entropy(model(x), labels[where])
+    for step, chosen in enumerate(plan.steps):
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
+        draws = (task.seed, task.round_, task.client, step)
+        size = sum(map(len, chosen))
+        for x, answers, dropout in step_batches(images, labels, chosen, inputs, draws):
+            with dropout_stream(dropout):
+                loss = F.cross_entropy(training_scores(model, x, train.precision), answers)
+            share = None if len(chosen) == 1 else loss.new_tensor(len(answers) / size)
+            loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
+            total += loss.detach().double() * len(answers)
         if anchor is not None:
             optimizer.add_proximal(anchor, task.proximal_mu)
         optimizer.step(
@@ -180,13 +188,12 @@ def train_locally(
             clip_norm=train.clip_norm,
             correction=correction,
         )
-        total += loss.detach().double() * len(batch)
     normalizer.end_training(model, _pass_over(model, images, inputs), task.round_)
     velocity = optimizer.velocity() if train.keep_momentum else {}
     mean_loss = float(total) / plan.examples if plan.examples else 0.0
     return LocalUpdate(
         examples=plan.examples,
-        steps=len(plan.batches),
+        steps=len(plan.steps),
         skipped_batches=plan.skipped_batches,
         skipped_examples=plan.skipped_examples,
         loss=mean_loss,

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
 from fedkn.layers import dropout_stream
+from fedkn.training.precision import training_scores
 
 __all__ = ["peak_bytes", "saved_activations", "step_memory"]
 
 
-def step_memory(model: nn.Module, x: Tensor, labels: Tensor) -> int:
+def step_memory(model: nn.Module, x: Tensor, labels: Tensor, *, precision: str = "float32") -> int:
     """Return the most bytes that one forward and backward pass holds in tensors at once.
 
     Beyond the model's parameters, gradients, and the batch `x` (N, C, H, W), float32, itself:
     activations kept for the backward pass, gradients of activations, and temporary tensors.
-    `labels` is (N,), int64. The step leaves its marks: gradients are zero afterwards, the model is
-    in training mode, and running statistics have seen the batch.
+    `labels` is (N,), int64; `precision` is ``train.precision``. The step leaves its marks:
+    gradients are zero afterwards, the model is in training mode, and running statistics have seen
+    the batch.
     """
     for parameter in model.parameters():
         if parameter.grad is None:
@@ -31,7 +33,7 @@ def step_memory(model: nn.Module, x: Tensor, labels: Tensor) -> int:
 
     def step() -> None:
         with dropout_stream(0):
-            loss = F.cross_entropy(model(x), labels)
+            loss = F.cross_entropy(training_scores(model, x, precision), labels)
         loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
 
     model.train()

@@ -23,12 +23,13 @@ from fedkn.errors import UserError
 from fedkn.layers import dropout_stream
 from fedkn.layers.opacus import register
 from fedkn.normalizers import Normalizer
-from fedkn.seeds import derive, numpy_generator, torch_generator
+from fedkn.seeds import numpy_generator
 from fedkn.training.batches import plan_batches
 from fedkn.training.inputs import Inputs
 from fedkn.training.local import LocalTask, LocalUpdate, Workspace, carried_part
 from fedkn.training.optimizer import FlatSGD
 from fedkn.training.privacy_spent import PrivacySpent
+from fedkn.training.step_batches import step_batches
 
 __all__ = ["poisson_batch", "refuse_unprivate", "train_privately"]
 
@@ -50,9 +51,13 @@ def train_privately(
         g = (sum over the batch of g_i * min(1, C / ||g_i||) + noise_multiplier * C * z) / B
 
     with g_i an example's gradient, C the ``privacy.clip_norm``, z standard normal, B the expected
-    batch size: ``train.batch_size``, or all of the client's examples where they are fewer. Then
-    follow FedProx's term, weight decay, SCAFFOLD's correction and momentum, which see the images
-    through noise alone. ``train.clip_norm`` is not applied.
+    batch size: ``train.batch_size * train.accumulate``, or all of the client's examples where they
+    are fewer. Then follow FedProx's term, weight decay, SCAFFOLD's correction and momentum, which
+    see the images through noise alone. ``train.clip_norm`` is not applied.
+
+    The examples drawn go through the model in ``train.accumulate`` equal parts, more where
+    ``task.largest_batch`` divides the local batches; their clipped gradients are summed, and noise
+    is added once. So a step and its privacy are those of one batch.
 
     The batches are drawn with ("poisson", round, client, step), the noise with ("noise", round,
     client, step), both from the seed, or both from the operating system with ``privacy.secret``;
@@ -65,45 +70,45 @@ def train_privately(
         ValueError: if the privacy spent was carried incompletely.
     """
     started = time.perf_counter()
-    refuse_unprivate(normalizer, workspace.model)
+    refuse_unprivate(normalizer, workspace.model, task.train.precision)
     train, optimizer, model = task.train, workspace.optimizer, workspace.model
     size, seed, round_, client = len(labels), task.seed, task.round_, task.client
     plan = plan_batches(
         size, train, normalizer.minimum_batch, seed=seed, round_=round_, client=client
     )
-    expected = min(train.batch_size, size)
+    expected = min(train.batch_size * train.accumulate, size)
+    bearable = min(task.largest_batch or train.batch_size, train.batch_size)
+    parts = train.accumulate * -(-train.batch_size // bearable)
     spent = PrivacySpent.restored(task.carried)
     anchor = optimizer.values.clone() if task.proximal_mu else None
     correction = optimizer.flat(task.correction) if task.correction else None
     if train.keep_momentum:
         optimizer.restart(carried_part(task.carried, _MOMENTUM))
     total = torch.zeros((), dtype=torch.float64, device=workspace.device)
+    summed = torch.zeros_like(optimizer.gradients)
     seen = 0
     model.train()
     # Not completed by end_training, which looks at all images without noise: only layers with
     # buffers need it, and those are refused.
     normalizer.begin_training(model, round_)
     with _gradients_by_example(model):
-        for step in range(len(plan.batches)):
+        for step in range(len(plan.steps)):
             draw, noise = (_generator(task, what, step, privacy) for what in ("poisson", "noise"))
             batch = poisson_batch(size, expected / size, draw)
-            optimizer.zero_grad()
             # Without examples the sum is zero and the step is noise alone.
-            if len(batch):
-                where = batch.to(images.device)
-                some = images[where]
-                if inputs.augments:
-                    x = inputs.augmented(
-                        some, torch_generator(seed, "augment", round_, client, step)
-                    )
-                else:
-                    x = inputs(some)
-                with dropout_stream(derive(seed, "dropout", round_, client, step)):
-                    loss = F.cross_entropy(model(x), labels[where], reduction="sum")
+            chosen = [part for part in torch.tensor_split(batch, parts) if len(part)]
+            draws = (seed, round_, client, step)
+            parts_of_step = step_batches(images, labels, chosen, inputs, draws) if chosen else ()
+            summed.zero_()
+            for x, answers, dropout in parts_of_step:
+                with dropout_stream(dropout):
+                    loss = F.cross_entropy(model(x), answers, reduction="sum")
                 loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
                 _sum_clipped(optimizer, privacy.clip_norm)
+                summed.add_(optimizer.gradients)
                 total += loss.detach().double()
-                seen += len(batch)
+                seen += len(answers)
+            optimizer.gradients.copy_(summed)
             _add_noise(optimizer, privacy.noise_multiplier * privacy.clip_norm, noise)
             optimizer.gradients.div_(expected)
             if anchor is not None:
@@ -115,12 +120,12 @@ def train_privately(
                 clip_norm=0.0,
                 correction=correction,
             )
-    if plan.batches:
-        spent = spent.after(privacy.noise_multiplier, expected / size, len(plan.batches))
+    if plan.steps:
+        spent = spent.after(privacy.noise_multiplier, expected / size, len(plan.steps))
     velocity = optimizer.velocity() if train.keep_momentum else {}
     return LocalUpdate(
         examples=plan.examples,
-        steps=len(plan.batches),
+        steps=len(plan.steps),
         skipped_batches=plan.skipped_batches,
         skipped_examples=plan.skipped_examples,
         loss=float(total) / seen if seen else 0.0,
@@ -131,8 +136,13 @@ def train_privately(
     )
 
 
-def refuse_unprivate(normalizer: Normalizer, model: nn.Module) -> None:
-    """Raise UserError if `model`, built with `normalizer`, cannot be trained by DP-SGD."""
+def refuse_unprivate(normalizer: Normalizer, model: nn.Module, precision: str) -> None:
+    """Raise UserError if `model`, built with `normalizer`, cannot be trained so by DP-SGD."""
+    if precision != "float32":
+        raise UserError(
+            "privacy.mechanism = 'example' clips every example's gradient, which "
+            f"train.precision = '{precision}' would round: set train.precision = 'float32'"
+        )
     instead = "choose one that treats every example by itself: kernel, group, ws_group, layer, …"
     if normalizer.mixes_examples:
         raise UserError(

@@ -125,8 +125,9 @@ def train_stacked(
     the examples of a batch independently: shorter batches are filled up with examples of no weight.
 
     Raises:
-        ValueError: if the tasks differ in more than the client, carry anything from round to round
-            or correct the gradient, or as `StackedWorkspace.load`.
+        ValueError: if the tasks differ in more than the client, carry anything from round to round,
+            correct the gradient, accumulate it or compute in another precision than float32, or as
+            `StackedWorkspace.load`.
     """
     started = time.perf_counter()
     kinds = {
@@ -136,9 +137,12 @@ def train_stacked(
         raise ValueError("clients that train together must be given the same training")
     if any(c.task.correction or c.task.carried or c.task.train.keep_momentum for c in clients):
         raise ValueError("clients that train together keep nothing and correct nothing")
+    train = clients[0].task.train
+    if train.accumulate > 1 or train.precision != "float32":
+        raise ValueError("clients that train together take one batch a step, in float32")
     plans = [_plan(client, minimum_batch) for client in clients]
     # The longest first: whoever has steps left is always the head of the stack.
-    order = sorted(range(len(clients)), key=lambda i: -len(plans[i].batches))
+    order = sorted(range(len(clients)), key=lambda i: -len(plans[i].steps))
     members = [clients[i] for i in order]
     ordered = [plans[i] for i in order]
     task = clients[0].task
@@ -153,7 +157,7 @@ def train_stacked(
     for place, (original, plan) in enumerate(zip(order, ordered, strict=True)):
         update = LocalUpdate(
             examples=plan.examples,
-            steps=len(plan.batches),
+            steps=len(plan.steps),
             skipped_batches=plan.skipped_batches,
             skipped_examples=plan.skipped_examples,
             loss=losses[place] / plan.examples if plan.examples else 0.0,
@@ -201,9 +205,9 @@ def _batches(
     starts = [0]
     for client in clients:
         starts.append(starts[-1] + len(client.labels))
-    for step in range(len(plans[0].batches)):
-        active = sum(len(plan.batches) > step for plan in plans)
-        chosen = [plans[k].batches[step] for k in range(active)]
+    for step in range(len(plans[0].steps)):
+        active = sum(len(plan.steps) > step for plan in plans)
+        chosen = [plans[k].steps[step][0] for k in range(active)]
         longest = max(map(len, chosen))
         where = torch.stack([_filled(b, longest) + starts[k] for k, b in enumerate(chosen)])
         weights = torch.tensor([[float(i < len(b)) for i in range(longest)] for b in chosen])

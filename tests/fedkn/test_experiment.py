@@ -8,7 +8,14 @@ import torch
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
-from fedkn.experiment import build_model, device_of, federated_data, inputs_of, normalizer_of
+from fedkn.experiment import (
+    build_model,
+    data_summary,
+    device_of,
+    federated_data,
+    inputs_of,
+    normalizer_of,
+)
 
 
 def configured(**changes) -> ExperimentConfig:
@@ -143,3 +150,24 @@ def test_no_cache_is_left_in_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     federated_data(configured(seed=77))
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("scaling", ["standardized", "unit", "published"])
+def test_a_summary_stands_in_for_the_source(scaling):
+    """To the bit, on a machine that has no such data."""
+    here = configured(data__scaling=scaling, normalizer__name="group")
+    summary = data_summary(here)
+    assert summary.classes == tuple("0123456789")
+    assert summary.shape == (1, 8, 8)
+    assert bool(summary.mean) == bool(summary.deviation) == (scaling != "unit")
+    elsewhere = here.overlay(data__source="image_folder", data__root="/only/on/the/server")
+    one, other = build_model(here), build_model(elsewhere, summary)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    pixels = federated_data(here).train.images[:9]
+    ours, theirs = (
+        inputs_of(here, torch.device("cpu")),
+        inputs_of(elsewhere, torch.device("cpu"), summary),
+    )
+    assert torch.equal(ours(pixels), theirs(pixels))
+    with pytest.raises(UserError, match="/only/on/the/server"):
+        build_model(elsewhere)

@@ -310,7 +310,7 @@ def test_batch_norm_is_refused_with_the_reason():
 def test_whatever_keeps_statistics_is_refused():
     model = nn.Sequential(build("group"), nn.BatchNorm1d(10))
     with pytest.raises(UserError, match=r"keeps '1\.running_mean'"):
-        refuse_unprivate(normalizers.create("group"), model)
+        refuse_unprivate(normalizers.create("group"), model, "float32")
 
 
 @pytest.mark.parametrize("name", normalizers.names())

@@ -1,0 +1,50 @@
+"""What a training step computes in: float32, or bfloat16 by autocast."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedkn.errors import UserError
+
+__all__ = ["check_precision", "training_scores"]
+
+
+def training_scores(model: nn.Module, x: Tensor, precision: str) -> Tensor:
+    """Return ``model(x)``, computed in `precision`.
+
+    ``float32``: in the model's own dtype. ``bfloat16``: convolutions and products of matrices in
+    bfloat16, as PyTorch's autocast has it, and the scores as float32. Parameters, their gradients
+    and running statistics keep their dtype.
+    """
+    if precision == "float32":
+        scores: Tensor = model(x)
+        return scores
+    with torch.autocast(x.device.type, torch.bfloat16):
+        scores = model(x)
+    return scores.float()
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise UserError if `device` cannot train in `precision`. A slow way is a way."""
+    if precision != "float32" and (reason := _why_not(torch.device(device))):
+        raise UserError(
+            f"train.precision = '{precision}', which PyTorch cannot compute in on {device} here "
+            f"({reason}): set train.precision = 'float32'"
+        )
+
+
+@lru_cache(maxsize=8)
+def _why_not(device: torch.device) -> str:
+    """Return what a small training step in bfloat16 fails of; empty if it works."""
+    weight = torch.ones(2, 2, 3, 3, device=device, requires_grad=True)
+    try:
+        with torch.autocast(device.type, torch.bfloat16):
+            out = F.conv2d(torch.ones(1, 2, 4, 4, device=device), weight)
+        out.float().sum().backward()  # type: ignore[no-untyped-call]  # torch annotates it so
+    except RuntimeError as error:
+        return (str(error).strip().splitlines() or ["no reason given"])[0]
+    return ""
