@@ -48,13 +48,20 @@ def superexec(fleet: Fleet) -> Program:
     return Program(SUPEREXEC, command, flower_environment(fleet.home(SUPEREXEC)))
 
 
-def supernode(fleet: Fleet, device: Device, server: str, port: int) -> Program:
+def supernode(
+    fleet: Fleet,
+    device: Device,
+    server: str,
+    port: int,
+    node_config: Mapping[str, str | int] | None = None,
+) -> Program:
     """Return the SuperNode of `device` on this machine.
 
     Args:
         server: ``host:port`` to connect to. port: of its own Runtime API, on 127.0.0.1.
+        node_config: what the ClientApp is told about the device; None: who it is, and no more.
     """
-    node = {
+    node = node_config or {
         "partition-id": device.partition,
         "num-partitions": fleet.clients,
         "device-name": device.name,
@@ -67,7 +74,10 @@ def supernode(fleet: Fleet, device: Device, server: str, port: int) -> Program:
         *("--auth-supernode-private-key", str(device.key)),
         *("--port", str(port), "--node-config", settings),
     )
-    return Program(device.name, command, flower_environment(fleet.home(device.name)))
+    threads = str(node.get("threads", 1))
+    environment = flower_environment(fleet.home(device.name))
+    environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return Program(device.name, command, environment)
 
 
 def proxy(fleet: Fleet, nginx: str) -> Program:

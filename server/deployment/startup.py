@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 
 from fedkn.errors import FedknError, UserError
@@ -20,6 +20,7 @@ from server.deployment.programs import PROXY, SUPEREXEC, SUPERLINK
 __all__ = ["DevicesMissing", "bring_up", "missing_devices", "wait_for_devices"]
 
 Say = Callable[[str], None]
+NodeConfigs = Mapping[str, Mapping[str, str | int]]
 
 _START_SECONDS = 60.0
 # A SuperNode that was killed is refused until the SuperLink takes it for gone, after 60 s.
@@ -33,13 +34,16 @@ class DevicesMissing(FedknError):
     """Not all devices are online; the text names them."""
 
 
-def bring_up(fleet: Fleet, *, local: bool, say: Say) -> None:
+def bring_up(
+    fleet: Fleet, *, local: bool, say: Say, node_configs: NodeConfigs | None = None
+) -> None:
     """Start the server's programs and, if `local`, a SuperNode for every device on this machine.
 
     What already runs is left alone, so this also starts again what has died.
 
     Args:
         say: is told what happens, line by line.
+        node_configs: by device, what its ClientApp is told about it (as `programs.supernode`).
 
     Raises:
         UserError: a port is taken, nginx is missing. FedknError: a program ended at once.
@@ -64,7 +68,7 @@ def bring_up(fleet: Fleet, *, local: bool, say: Say) -> None:
                 control.register(state.device)
                 say(f"{state.device.name}: key registered")
         if local:
-            _start_devices(fleet, control, say)
+            _start_devices(fleet, control, say, node_configs or {})
         else:
             _start_proxy(fleet, say)
 
@@ -124,14 +128,14 @@ def _wait_for_superlink(fleet: Fleet, control: Control) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _start_devices(fleet: Fleet, control: Control, say: Say) -> None:
+def _start_devices(fleet: Fleet, control: Control, say: Say, node_configs: NodeConfigs) -> None:
     for device in fleet.devices:
         make_folder(device.state)
     waiting = {device.name: device for device in fleet.devices}
     # Restarts of a SuperNode that the SuperLink still takes for online.
     again: dict[str, float] = {}
     deadline = time.monotonic() + _ONLINE_SECONDS
-    _start_missing(fleet, waiting.values())
+    _start_missing(fleet, waiting.values(), node_configs)
     while waiting:
         running = main_processes(fleet)
         online = {s.device.name for s in control.devices() if s.status == "online"}
@@ -144,7 +148,7 @@ def _start_devices(fleet: Fleet, control: Control, say: Say) -> None:
                 raise FedknError(_ended(fleet, name))
             if time.monotonic() > again.get(name, 0.0):
                 if name in again:
-                    _start_missing(fleet, [waiting[name]])
+                    _start_missing(fleet, [waiting[name]], node_configs)
                 else:
                     say(f"{name}: its last connection still counts as online, trying again")
                 again[name] = time.monotonic() + _RESTART_SECONDS
@@ -156,7 +160,7 @@ def _start_devices(fleet: Fleet, control: Control, say: Say) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _start_missing(fleet: Fleet, devices: Iterable[Device]) -> None:
+def _start_missing(fleet: Fleet, devices: Iterable[Device], node_configs: NodeConfigs) -> None:
     there = main_processes(fleet)
     for device in devices:
         if device.name not in there:
@@ -165,7 +169,8 @@ def _start_missing(fleet: Fleet, devices: Iterable[Device]) -> None:
             log = fleet.log(device.name)
             if log.exists():
                 log.replace(log.with_suffix(".log.1"))
-            start(fleet, programs.supernode(fleet, device, fleet.superlink_address, free_port()))
+            server, own = fleet.superlink_address, node_configs.get(device.name)
+            start(fleet, programs.supernode(fleet, device, server, free_port(), own))
 
 
 def _is_settled(fleet: Fleet, name: str) -> bool:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.table import Table
 
 from simulations.commands.deploy_run import run
 from simulations.commands.options import Debug
+
+if TYPE_CHECKING:
+    from server.deployment.fleet import Fleet
 
 __all__ = ["deploy"]
 
@@ -65,8 +68,13 @@ def up(
     from server.deployment.fleet import Fleet
     from server.deployment.startup import bring_up
 
-    console = Console()
-    bring_up(Fleet.open(fleet), local=local, say=lambda text: _say(console, text))
+    console, opened = Console(), Fleet.open(fleet)
+    bring_up(
+        opened,
+        local=local,
+        say=lambda text: _say(console, text),
+        node_configs=_node_configs(opened) if local else None,
+    )
     _say(console, f"Next:  fedkn deploy run {fleet}")
 
 
@@ -123,6 +131,13 @@ def down(fleet: FleetFolder, *, debug: Debug = False) -> None:
 
     ended = stop(Fleet.open(fleet))
     typer.echo(f"ended: {', '.join(ended)}" if ended else "nothing was running")
+
+
+def _node_configs(fleet: Fleet) -> dict[str, dict[str, str | int]]:
+    """Return what every device.toml says of data and limits of the device's own."""
+    from clients.device.settings import read_device
+
+    return {device.name: read_device(device.folder).node_config() for device in fleet.devices}
 
 
 def _say(console: Console, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
 import ssl
@@ -19,12 +20,14 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
+from server.deployment import startup
 from server.deployment.bundle import build_bundle
 from server.deployment.certificates import expiry, issue_certificate, public_pem
 from server.deployment.creation import create_fleet
 from server.deployment.fleet import Fleet
 from server.deployment.ports import check_free, free_port
 from server.deployment.programs import supernode
+from simulations.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +133,45 @@ def test_a_supernodes_node_config_is_what_the_client_reads(fleet):
         "device-name": "device-1",
         "state-folder": str(device.state),
     }
+
+
+def test_a_local_supernode_is_told_what_device_toml_says(monkeypatch, tmp_path):
+    """From the command line to the command: data and limits of the device's own."""
+    from flwr.common.config import parse_config_args
+
+    own = create_fleet(tmp_path / "f", 2, "localhost", 18443)
+    device = own.devices[1]
+    with device.config.open("a", encoding="utf-8") as file:
+        file.write('[data]\nroot = "my images"\n[profile]\nbatch_size = 2\nthreads = 3\n')
+    started = {}
+    monkeypatch.setattr(startup, "main_processes", lambda fleet: {})
+    monkeypatch.setattr(startup, "stop", lambda fleet, names: [])
+    monkeypatch.setattr(startup, "start", lambda fleet, one: started.update({one.name: one}))
+
+    def bring_up(fleet, *, local, say, node_configs):
+        startup._start_missing(fleet, fleet.devices, node_configs)
+
+    monkeypatch.setattr(startup, "bring_up", bring_up)
+    # The command line puts a filter there.
+    monkeypatch.setattr(logging.getLogger("flwr"), "filters", [])
+    with pytest.raises(SystemExit, match="0"):
+        main(["deploy", "up", str(own.path), "--local"])
+    plain, told = (started[one.name] for one in own.devices)
+    node = parse_config_args([told.command[told.command.index("--node-config") + 1]])
+    assert node == {
+        "partition-id": 1,
+        "num-partitions": 2,
+        "device-name": "device-1",
+        "state-folder": str(device.state),
+        "data-path": str(device.folder / "my images"),
+        "batch-size": 2,
+        "threads": 3,
+    }
+    assert told.command[told.command.index("--superlink") + 1] == own.superlink_address
+    assert told.environment["OMP_NUM_THREADS"] == "3"
+    bare = supernode(own, own.devices[0], own.superlink_address, 1)
+    assert plain.command[-1] == bare.command[-1]
+    assert plain.environment == bare.environment
 
 
 def test_the_superlink_listens_on_this_machine_alone(fleet):
