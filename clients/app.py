@@ -48,7 +48,7 @@ app = ClientApp()
 @app.query()
 def join(message: Message, context: Context) -> Message:
     """Tell the server which partition this client is, and how many images it holds."""
-    session, partition = open_session(context)
+    session, partition = open_session(context, message.content)
     answer = join_answer(partition, len(session.parts[partition]))
     return Message(answer, reply_to=message)
 
@@ -56,7 +56,7 @@ def join(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Load the received tensors and the client's own, train locally, answer with the update."""
-    session, partition = open_session(context)
+    session, partition = open_session(context, message.content)
     received, told = _received(message)
     round_ = _told(told, ROUND, int)
     own = local_state(context, partition, _told(told, RUN_TOKEN, str))
@@ -74,6 +74,7 @@ def train(message: Message, context: Context) -> Message:
             proximal_mu=_told(told, PROXIMAL_MU, float) if PROXIMAL_MU in told else 0.0,
             correction=_correction(session, control, own_control),
             carried={n: v for n, v in kept.items() if not n.startswith((_MODEL, _CONTROL))},
+            largest_batch=session.largest_batch,
         ),
         {**received, **carried_part(kept, _MODEL)},
     )
@@ -103,7 +104,7 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate_own(message: Message, context: Context) -> Message:
     """Evaluate the received model with the client's own tensors on the images that it keeps."""
-    session, partition = open_session(context)
+    session, partition = open_session(context, message.content)
     received, told = _received(message)
     own = local_state(context, partition, _told(told, RUN_TOKEN, str))
     kept, _ = own.restore(_state_round(session, message, told))

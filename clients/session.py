@@ -9,12 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Context
+from flwr.app import Context, RecordDict
 from torch import Tensor
 
-from clients.device.data import OwnData, describe, load_own, node_data
+from clients.device.data import (
+    OwnData,
+    describe,
+    load_own,
+    node_data,
+    summary_here,
+    summary_of,
+)
 from clients.device.profile import MIB, Profile, fitting_batch, node_profile, step_bytes
-from fedkn.config import ExperimentConfig
+from fedkn.config import ExperimentConfig, TrainConfig
+from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.experiment import (
     build_model,
@@ -24,8 +32,9 @@ from fedkn.experiment import (
     keep_back,
     normalizer_of,
 )
+from fedkn.federation import told_data
 from fedkn.normalizers import Normalizer, TensorRole
-from fedkn.training import Inputs, Workspace
+from fedkn.training import Inputs, Workspace, check_precision
 
 __all__ = ["Session", "open_session"]
 
@@ -38,8 +47,11 @@ class Session:
 
     Attributes:
         config: the experiment's, lowered to what the device can bear.
-        asked: the experiment's as the server has it.
         profile: what the device can bear; None in a simulation.
+        largest_batch: of the local batches; smaller than ``train.batch_size`` where the device
+            cannot bear that.
+        compared: whether a device's own images were held against the experiment's: not where it
+            does not have these and the server has not told of them.
         rule: the role of every tensor of the model.
         images, labels: all training images on the device, of which a client sees only its own.
         parts: for every client the indices of those that it trains on.
@@ -47,8 +59,9 @@ class Session:
     """
 
     config: ExperimentConfig
-    asked: ExperimentConfig
     profile: Profile | None
+    largest_batch: int
+    compared: bool
     workspace: Workspace
     inputs: Inputs
     normalizer: Normalizer
@@ -74,11 +87,13 @@ class Session:
         return tuple(name for name, role in self.rule.items() if role is TensorRole.LOCAL)
 
 
-def open_session(context: Context) -> tuple[Session, int]:
+def open_session(context: Context, content: RecordDict | None) -> tuple[Session, int]:
     """Return the session of the experiment in `context` and the client's partition id.
 
     A node whose config has a ``data-path`` is a device with images of its own; any other holds
-    its part of the experiment's source.
+    its part of the experiment's source. What the experiment's images are like, a device with its
+    own is told in the `content` of a message. Before it has one (None) it goes by the
+    experiment's source, if that is here too, else by its own images.
 
     Raises:
         UserError: a configuration or data that cannot work, or a node without a partition id.
@@ -92,6 +107,7 @@ def open_session(context: Context) -> tuple[Session, int]:
         tuple(context.run_config.items()),
         nodes if isinstance(nodes, int) else 0,
         (partition, own) if own else None,
+        told_data(content) if own and content is not None else None,
         node_profile(node),
     )
     if not 0 <= partition < len(session.parts):
@@ -108,6 +124,7 @@ def _session_of(
     run_config: tuple[tuple[str, Any], ...],
     nodes: int,
     own: tuple[int, OwnData] | None,
+    told: DataSummary | None,
     profile: Profile | None,
 ) -> Session:
     config = ExperimentConfig.resolve(dict(run_config))
@@ -115,42 +132,45 @@ def _session_of(
         raise UserError(
             "partition.clients is 0 and the node's config has no num-partitions: set one of them"
         )
-    return _session(config.for_nodes(nodes), own, profile)
+    return _session(config.for_nodes(nodes), own, told, profile)
 
 
 # Frozen and hashable, so that all clients of a process find the same session.
 @lru_cache(maxsize=1)
 def _session(
-    asked: ExperimentConfig, own: tuple[int, OwnData] | None, profile: Profile | None
+    asked: ExperimentConfig,
+    own: tuple[int, OwnData] | None,
+    told: DataSummary | None,
+    profile: Profile | None,
 ) -> Session:
     if profile and profile.threads:
         torch.set_num_threads(profile.threads)
     device = device_of(asked)
     normalizer = normalizer_of(asked)
-    held_by = _own_images(asked, *own) if own else _partitions(asked)
-    model = build_model(held_by.config).to(device)
-    workspace, inputs = Workspace(model), inputs_of(held_by.config, device)
-    images = held_by.images.to(device)
     config = profile.limited(asked) if profile else asked
+    check_precision(config.train.precision, device)
+    wanted = (told or summary_here(asked)) if own else None
+    held_by = _own_images(asked, wanted, *own) if own else _partitions(asked)
+    model = build_model(asked, held_by.summary).to(device)
+    workspace, inputs = Workspace(model), inputs_of(asked, device, held_by.summary)
+    images = held_by.images.to(device)
+    largest = asked.train.batch_size
+    if profile:
+        largest = profile.largest_batch(largest)
     if profile and profile.memory_limit:
-        batch = fitting_batch(
-            lambda size: step_bytes(workspace, inputs, images[:1], size, asked.train),
-            config.train.batch_size,
+        largest = fitting_batch(
+            lambda size: step_bytes(workspace, inputs, images[:1], size, config.train),
+            largest,
             least=normalizer.minimum_batch,
             limit=profile.memory_limit * MIB,
         )
-        config = config.overlay(train__batch_size=batch)
-    if config.train != asked.train:
-        _LOG.warning(
-            "this device trains with batch_size %d (asked: %d) and at most %d local_steps "
-            "(asked: %d; 0 is no cap)",
-            *(config.train.batch_size, asked.train.batch_size),
-            *(config.train.local_steps, asked.train.local_steps),
-        )
+    if lowered := _lowered(asked.train, config.train, largest):
+        _LOG.warning("this device trains with %s", ", ".join(lowered))
     return Session(
         config=config,
-        asked=asked,
         profile=profile,
+        largest_batch=largest,
+        compared=not own or wanted is not None,
         workspace=workspace,
         inputs=inputs,
         normalizer=normalizer,
@@ -162,11 +182,23 @@ def _session(
     )
 
 
+def _lowered(asked: TrainConfig, train: TrainConfig, largest: int) -> list[str]:
+    """Return in words what the device does other than it was asked to."""
+    found = []
+    if largest < asked.batch_size:
+        found.append(f"batches of {largest} (asked: {asked.batch_size}), which a step accumulates")
+    if train.local_steps != asked.local_steps:
+        found.append(f"{train.local_steps} local_steps (asked: {asked.local_steps or 'no cap'})")
+    if train.precision != asked.precision:
+        found.append(f"precision {train.precision} (asked: {asked.precision})")
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class _Images:
-    """Images, who holds which, and the configuration that the model is built from."""
+    """Images, who holds which, and what the model is built from (None: the experiment's source)."""
 
-    config: ExperimentConfig
+    summary: DataSummary | None
     images: Tensor
     labels: Tensor
     parts: tuple[np.ndarray, ...]
@@ -175,12 +207,14 @@ class _Images:
 
 def _partitions(config: ExperimentConfig) -> _Images:
     data = federated_data(config)
-    return _Images(config, data.train.images, data.train.labels, data.parts, data.held)
+    return _Images(None, data.train.images, data.train.labels, data.parts, data.held)
 
 
-def _own_images(config: ExperimentConfig, partition: int, own: OwnData) -> _Images:
+def _own_images(
+    config: ExperimentConfig, wanted: DataSummary | None, partition: int, own: OwnData
+) -> _Images:
     """Return the device's own images; the other partitions hold none here."""
-    images, source = load_own(own, config)
+    images = load_own(own, config.data, wanted)
     _LOG.info("this device's own data: %s", describe(images))
     evaluation = config.evaluation
     used, kept = keep_back(
@@ -192,7 +226,7 @@ def _own_images(config: ExperimentConfig, partition: int, own: OwnData) -> _Imag
     )
     clients, nothing = range(config.partition.clients), np.empty(0, dtype=np.int64)
     return _Images(
-        source,
+        wanted or summary_of(images),
         images.images,
         images.labels,
         tuple(used if client == partition else nothing for client in clients),

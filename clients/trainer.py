@@ -48,7 +48,8 @@ class SequentialTrainer:
         """Train by `train_locally`; on a device in smaller batches where memory runs out.
 
         A device then halves its batch and starts again from what was received, until the update
-        is made; `LocalUpdate.batch_size` says with which batches.
+        is made; `LocalUpdate.batch_size` says with which batches. A step accumulates as many of
+        them as it takes for the same examples.
 
         Raises:
             UserError: memory does not suffice for the smallest batch of the normalizer.
@@ -56,17 +57,17 @@ class SequentialTrainer:
         least = session.normalizer.minimum_batch
         while (update := _attempt(session, task, received)) is None:
             # No batch is larger than what the client holds.
-            size = min(task.train.batch_size, len(session.parts[task.client]))
+            largest = task.largest_batch or task.train.batch_size
+            size = min(largest, task.train.batch_size, len(session.parts[task.client]))
             if size // 2 < least:
                 raise UserError(
                     f"this device's memory does not suffice for a step on {size} image(s): "
                     "close other programs, or choose a smaller model"
                 )
             _LOG.warning("out of memory at batch size %d: trying %d", size, size // 2)
-            smaller = task.train.model_copy(update={"batch_size": size // 2})
-            task = replace(task, train=smaller)
-        if task.train.batch_size != session.asked.train.batch_size:
-            update = replace(update, batch_size=task.train.batch_size)
+            task = replace(task, largest_batch=size // 2)
+        if 0 < task.largest_batch < task.train.batch_size:
+            update = replace(update, batch_size=task.largest_batch)
         return update, session.workspace.state()
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from numpy.lib import format as npy
 from torch import Tensor
 
+from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.normalizers import TensorRole
 from fedkn.training import LocalUpdate
@@ -27,6 +29,7 @@ __all__ = [
     "CONFIG",
     "CONTROL",
     "CORRECT",
+    "DATA",
     "EVALUATION_LOSS",
     "EVALUATION_METRICS",
     "EXAMPLES",
@@ -41,6 +44,7 @@ __all__ = [
     "TRAIN_METRICS",
     "arrays_record",
     "arrays_to_tensors",
+    "data_record",
     "evaluation_metrics",
     "failure_reason",
     "join_answer",
@@ -49,14 +53,20 @@ __all__ = [
     "on_the_wire",
     "record_bytes",
     "tensors_to_arrays",
+    "told_data",
     "update_metrics",
 ]
+
+ValueT = TypeVar("ValueT", str, int, float)
 
 # Records of a message. These are Flower's own defaults, so its strategies find them.
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 
 # Record of the server's control variate, which SCAFFOLD sends beside the arrays.
 CONTROL = "control"
+
+# Record of every message to a client: what it must know of the experiment's images.
+DATA = "data"
 
 # Config of a training message. The round and FedProx's weight carry Flower's names.
 ROUND, PROXIMAL_MU, LEARNING_RATE = "server-round", "proximal-mu", "learning-rate"
@@ -198,14 +208,46 @@ def failure_reason(reply: Message) -> str:
     return (reply.error.reason or "no reason given").strip().splitlines()[-1]
 
 
-def join_request() -> RecordDict:
+def data_record(summary: DataSummary) -> ConfigRecord:
+    """Return `summary` as the record `DATA` of a message."""
+    lists = {key: list(value) for key, value in asdict(summary).items()}
+    return ConfigRecord({key: value for key, value in lists.items() if value})
+
+
+def told_data(content: RecordDict) -> DataSummary:
+    """Return what a message tells of the experiment's images.
+
+    Raises:
+        UserError: nothing, or nothing that can be meant.
+    """
+    record = content.config_records.get(DATA, ConfigRecord())
+    classes, shape = _listed(record, "classes", str), _listed(record, "shape", int)
+    mean, deviation = (_listed(record, key, float) for key in ("mean", "deviation"))
+    figures = {len(mean), len(deviation)}
+    if len(classes) < 2 or len(shape) != 3 or min(shape) < 1 or figures not in ({0}, {shape[0]}):
+        raise UserError("the server's message does not say what the experiment's images are like")
+    channels, height, width = shape
+    return DataSummary(classes, (channels, height, width), mean, deviation)
+
+
+def join_request(summary: DataSummary) -> RecordDict:
     """Return the content of the query by which the server asks a client who it is."""
-    return RecordDict({CONFIG: ConfigRecord()})
+    return RecordDict({DATA: data_record(summary)})
 
 
 def join_answer(partition: int, examples: int) -> RecordDict:
     """Return a client's answer to `join_request`: its partition and how many images it holds."""
     return RecordDict({METRICS: MetricRecord({PARTITION: partition, EXAMPLES: examples})})
+
+
+def _listed(record: ConfigRecord, key: str, kind: type[ValueT]) -> tuple[ValueT, ...]:
+    value = record.get(key, [])
+    if not isinstance(value, list):
+        raise UserError(f"the server's message has no list '{key}'")
+    found = tuple(one for one in value if isinstance(one, kind))
+    if len(found) < len(value):
+        raise UserError(f"the server's message has no list of {kind.__name__} '{key}'")
+    return found
 
 
 def _array(value: np.ndarray) -> Array:

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedkn.config import ExperimentConfig
+from fedkn.experiment import data_summary
 from fedkn.federation import (
     ARRAYS,
     CONFIG,
     CORRECT,
+    DATA,
     EVALUATION_LOSS,
     EVALUATION_METRICS,
     EXAMPLES,
     METRICS,
     PARTITION,
     arrays_record,
+    data_record,
     failure_reason,
 )
 from server.membership import Membership
@@ -71,10 +74,13 @@ def evaluate_clients(
     """Let every client that is online evaluate the global `tensors` with its own."""
     everyone = range(config.partition.clients)
     members = membership.online(everyone)
-    record = arrays_record(tensors)
+    content: dict[str, ArrayRecord | ConfigRecord] = {
+        ARRAYS: arrays_record(tensors),
+        DATA: data_record(data_summary(config)),
+    }
     messages = {
         partition: Message(
-            RecordDict({ARRAYS: record, CONFIG: ConfigRecord(dict(participation.told(partition)))}),
+            RecordDict({**content, CONFIG: ConfigRecord(dict(participation.told(partition)))}),
             dst_node_id=member.node_id,
             message_type=MessageType.EVALUATE,
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from flwr.app import Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 
+from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError
 from fedkn.federation import EXAMPLES, METRICS, PARTITION, failure_reason, join_request
 
@@ -40,14 +41,24 @@ class Membership:
         grid: the Flower grid.
         expected: there are partitions 0 to expected - 1.
         timeout: seconds to wait for clients that are not online.
+        data: what they are told of the experiment's images.
         max_examples: a client that declares more is refused: it is not waited for and takes no
             part (0: any number).
     """
 
-    def __init__(self, grid: Grid, expected: int, timeout: float, *, max_examples: int = 0) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        expected: int,
+        timeout: float,
+        *,
+        data: DataSummary,
+        max_examples: int = 0,
+    ) -> None:
         self._grid = grid
         self._expected = expected
         self._timeout = timeout
+        self._data = data
         self._members: dict[int, Member] = {}
         self._asked: set[int] = set()
         self._given_up: set[int] = set()
@@ -112,7 +123,7 @@ class Membership:
     def _ask(self, nodes: set[int], timeout: float) -> list[str]:
         """Ask `nodes` who they are; return their complaints."""
         questions = [
-            Message(join_request(), dst_node_id=node, message_type=MessageType.QUERY)
+            Message(join_request(self._data), dst_node_id=node, message_type=MessageType.QUERY)
             for node in sorted(nodes)
         ]
         self._asked |= nodes

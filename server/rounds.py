@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
+from fedkn.experiment import data_summary
 from fedkn.federation import (
     ARRAYS,
     CONFIG,
     CONTROL,
+    DATA,
     LEARNING_RATE,
     ROUND,
     arrays_record,
+    data_record,
     record_bytes,
 )
 from fedkn.training import learning_rate
@@ -130,7 +133,12 @@ def run_round(
     )
     record = arrays_record(tensors)
     control = arrays_record(aggregator.control(tensors))
-    content = {ARRAYS: record, CONTROL: control} if control else {ARRAYS: record}
+    content: dict[str, ArrayRecord | ConfigRecord] = {
+        ARRAYS: record,
+        DATA: data_record(data_summary(config)),
+    }
+    if control:
+        content[CONTROL] = control
     messages = {
         partition: Message(
             RecordDict(

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
+from fedkn.experiment import data_summary
 from fedkn.training import Evaluation
 from server.aggregation import Aggregator
 from server.checkpoints import Checkpoint, CheckpointStore, weights_sha256
@@ -84,6 +85,7 @@ def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
         grid,
         config.partition.clients,
         config.server.join_timeout,
+        data=data_summary(config),
         max_examples=config.server.max_examples,
     )
     if finished < config.rounds or config.evaluation.client_fraction:

@@ -113,9 +113,10 @@ class Screen:
         return metrics
 
     def _check_steps(self, steps: float, examples: int) -> None:
-        # FedNova and SCAFFOLD divide by them. A device may take smaller batches than it was asked
-        # to, down to one example.
-        most = self._train.local_epochs * examples
+        # FedNova and SCAFFOLD divide by them. A device that takes smaller batches than it was asked
+        # to takes as many steps all the same; a batch too small for the normalizer may be none.
+        together = self._train.batch_size * self._train.accumulate
+        most = self._train.local_epochs * -(-examples // together)
         if self._train.local_steps:
             most = min(most, self._train.local_steps)
         if steps != int(steps) or not 1 <= steps <= most:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,23 @@ import torch
 
 from fedkn.config import DataConfig, ExperimentConfig
 from fedkn.data import sources
+from fedkn.data.augmentation import channel_statistics
 from fedkn.data.images import ImageData, Source
+from fedkn.data.summary import DataSummary
 from fedkn.data.torchvision_sources import TORCHVISION_SOURCES
 from fedkn.errors import UserError, unknown_name
-from fedkn.experiment import normalizer_of
+from fedkn.experiment import data_summary
 
-__all__ = ["KINDS", "OwnData", "describe", "label_counts", "load_own", "node_data"]
+__all__ = [
+    "KINDS",
+    "OwnData",
+    "describe",
+    "label_counts",
+    "load_own",
+    "node_data",
+    "summary_here",
+    "summary_of",
+]
 
 KINDS = ("image_folder", "arrays", *TORCHVISION_SOURCES)
 
@@ -45,43 +55,49 @@ def node_data(node_config: Mapping[str, Any]) -> OwnData | None:
     return OwnData(path, kind) if path else None
 
 
-def load_own(own: OwnData, config: ExperimentConfig) -> tuple[ImageData, ExperimentConfig]:
-    """Return the device's images, and the configuration from which it builds its model.
+def load_own(own: OwnData, data: DataConfig, wanted: DataSummary | None) -> ImageData:
+    """Return the device's images, labelled as `wanted`, the experiment's, has it.
 
-    The images are all that are there, but for those set apart as test images: ``test/`` of a
-    folder, ``test_images`` of an .npz, torchvision's test part. The configuration is `config`
-    where this device has the experiment's source too. Where it has not, the classes and
-    channels of the model are those of the device's own images, and a server that trains another
-    model sends tensors that do not fit.
+    They are all that are there, but for those set apart as test images: ``test/`` of a folder,
+    ``test_images`` of an .npz, torchvision's test part. Image folders are resized to the
+    experiment's size. Classes are matched by name; the device may lack some. Without `wanted` the
+    images are as they are.
 
     Raises:
-        UserError: no such data, unreadable data, or images whose classes, channels or size differ
-            from the experiment's; ``data.scaling`` wants the experiment's images, which are not
-            here.
+        UserError: no such data, unreadable data, or images whose classes, channels or size are
+            not the experiment's.
     """
-    reference = _reference(config.data)
-    kind = own.kind or _kind(own, config.data)
-    size = _image_size(config.data, reference) if kind == "image_folder" else 0
+    kind = own.kind or _kind(own, data)
+    size = _image_size(data, wanted) if kind == "image_folder" else 0
     try:
         source = sources.load(kind, own.path, image_size=size)
     except UserError as error:
         raise UserError(f"this device's data: {error}") from error
     images = source.train if _has_test(own, kind) else _whole(source)
-    if reference is not None:
-        _compare(images, reference.train, own)
-        return images, config
-    scaling: str = config.data.scaling
-    if scaling == "published":
-        scaling = normalizer_of(config).published_scaling
-    if scaling == "standardized":
-        raise UserError(
-            "data.scaling is 'standardized', by the images of the experiment's source "
-            f"'{config.data.source}', which are not on this device: let the experiment use unit or "
-            "centered"
-        )
-    return images, config.overlay(
-        data__source=kind, data__root=own.path, data__image_size=size, data__download=False
-    )
+    if wanted is None:
+        return images
+    try:
+        return wanted.conformed(images)
+    except UserError as error:
+        raise UserError(f"this device's data in '{own.path}' {error}") from None
+
+
+def summary_here(config: ExperimentConfig) -> DataSummary | None:
+    """Return the summary of the experiment's source where this device can read it, else None.
+
+    Nothing is downloaded.
+    """
+    try:
+        return data_summary(config.overlay(data__download=False))
+    except UserError:
+        return None
+
+
+def summary_of(images: ImageData) -> DataSummary:
+    """Return the summary of a device's own `images`, as if they were the experiment's."""
+    mean, deviation = channel_statistics(images)
+    shape = (images.in_channels, *images.image_size)
+    return DataSummary(images.classes, shape, tuple(mean.tolist()), tuple(deviation.tolist()))
 
 
 def label_counts(images: ImageData) -> dict[str, int]:
@@ -102,15 +118,6 @@ def describe(images: ImageData) -> str:
 _SHOWN = 20
 
 
-@lru_cache(maxsize=1)
-def _reference(data: DataConfig) -> Source | None:
-    """Return the experiment's source where this device can read it; nothing is downloaded."""
-    try:
-        return sources.load(data.source, data.root, image_size=data.image_size)
-    except UserError:
-        return None
-
-
 def _kind(own: OwnData, data: DataConfig) -> str:
     """Return what lies at the path: a file is an .npz, a folder what the experiment uses."""
     if own.path.endswith(".npz"):
@@ -118,10 +125,10 @@ def _kind(own: OwnData, data: DataConfig) -> str:
     return data.source if data.source in TORCHVISION_SOURCES else "image_folder"
 
 
-def _image_size(data: DataConfig, reference: Source | None) -> int:
-    if data.image_size or reference is None:
+def _image_size(data: DataConfig, wanted: DataSummary | None) -> int:
+    if wanted is None:
         return data.image_size
-    height, width = reference.train.image_size
+    _, height, width = wanted.shape
     return height if height == width else 0
 
 
@@ -142,25 +149,3 @@ def _whole(source: Source) -> ImageData:
         torch.cat([train.labels, test.labels]),
         train.classes,
     )
-
-
-def _compare(own: ImageData, wanted: ImageData, where: OwnData) -> None:
-    problem = ""
-    missing = [name for name in wanted.classes if name not in own.classes]
-    strange = [name for name in own.classes if name not in wanted.classes]
-    if strange:
-        problem = f"has classes that the experiment lacks: {', '.join(strange[:5])}"
-    elif missing:
-        problem = (
-            f"lacks the experiment's classes {', '.join(missing[:5])}: "
-            "make an empty folder for each, or give the .npz an array 'classes' with all names"
-        )
-    elif own.classes != wanted.classes:
-        problem = f"has the classes in another order: it must be {', '.join(wanted.classes[:20])}"
-    elif own.in_channels != wanted.in_channels:
-        problem = f"has {own.in_channels} channel(s), but the experiment {wanted.in_channels}"
-    elif own.image_size != wanted.image_size:
-        ours, theirs = ("x".join(map(str, i.image_size)) for i in (own, wanted))
-        problem = f"has images of {ours} pixels, but the experiment of {theirs}: resize them"
-    if problem:
-        raise UserError(f"this device's data in '{where.path}' {problem}")

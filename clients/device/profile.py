@@ -1,7 +1,8 @@
 """What a device can bear: batch size, local steps, threads and memory.
 
 A profile only ever lowers what the experiment asks for: the server's config is the limit, and a
-device that was set up for one experiment can take part in another.
+device that was set up for one experiment can take part in another. A smaller batch does not change
+what a step is: more of them are accumulated.
 """
 
 from __future__ import annotations
@@ -33,14 +34,22 @@ class Profile(Section):
     local_steps: int = Field(0, ge=0, description="most local steps in a round")
     threads: int = Field(0, ge=0, description="threads of a training step (0: PyTorch's choice)")
     memory_limit: int = Field(0, ge=0, description="MiB that a training step may hold in tensors")
+    float32: bool = Field(
+        False,
+        description="compute in float32 where bfloat16 is asked for: many CPUs emulate it",
+    )
 
     def limited(self, config: ExperimentConfig) -> ExperimentConfig:
-        """Return `config` with batch size and local steps lowered to this profile's."""
+        """Return `config` with the local steps lowered to this profile's, in its precision."""
         asked = config.train
         return config.overlay(
-            train__batch_size=min(self.batch_size or asked.batch_size, asked.batch_size),
             train__local_steps=min(filter(None, (self.local_steps, asked.local_steps)), default=0),
+            train__precision="float32" if self.float32 else asked.precision,
         )
+
+    def largest_batch(self, asked: int) -> int:
+        """Return the largest local batch, of `asked` images at most, before memory is looked at."""
+        return min(self.batch_size or asked, asked)
 
     def node_config(self) -> dict[str, int]:
         """Return the limits that are set as entries of the node's config."""
@@ -70,7 +79,7 @@ def step_bytes(
 ) -> int:
     """Return how many bytes of tensors a training step holds at most: model, gradients, the rest.
 
-    Measured in a step on `batch_size` copies of `example`, a uint8 image (1, C, H, W) on the
+    Measured in one batch: `batch_size` copies of `example`, a uint8 image (1, C, H, W) on the
     workspace's device. The model's tensors are not what they were afterwards.
     """
     model = sum(tensor.nbytes for tensor in workspace.state().values())
@@ -78,7 +87,8 @@ def step_bytes(
     vectors = workspace.optimizer.values.nbytes * (2 if train.momentum else 1)
     x = inputs(example.expand(batch_size, -1, -1, -1))
     labels = torch.zeros(batch_size, dtype=torch.int64, device=x.device)
-    return model + vectors + x.nbytes + step_memory(workspace.model, x, labels)
+    step = step_memory(workspace.model, x, labels, precision=train.precision)
+    return model + vectors + x.nbytes + step
 
 
 def fitting_batch(

@@ -31,7 +31,7 @@ def check_data(device: Device) -> tuple[list[Finding], Session | None]:
         run_config=device.experiment.flat(),
     )
     try:
-        session, partition = open_session(context)
+        session, partition = open_session(context, None)
     except UserError as error:
         return [Finding("data", "fail", str(error), "see [data] and [experiment]")], None
     labels = session.client_data(partition)[1].bincount().tolist()
@@ -40,6 +40,8 @@ def check_data(device: Device) -> tuple[list[Finding], Session | None]:
     message = f"{sum(labels)} images to train on, by label {counts} ({where})"
     if held := len(session.held[partition]):
         message += f"; {held} kept to evaluate on"
+    if not session.compared:
+        message += "; held against the experiment's classes and image size on joining"
     return [Finding("data", "ok", message)], session
 
 
@@ -53,13 +55,14 @@ def check_training(session: Session, partition: int) -> Iterator[Finding]:
         seed=config.seed,
         round_=1,
         client=partition,
+        largest_batch=session.largest_batch,
     )
-    if not plan.batches:
+    if not plan.steps:
         fix = "give it more images, or choose another normalizer"
         yield Finding("step", "fail", "every batch is smaller than the normalizer needs", fix)
         return
-    size, asked = len(plan.batches[0]), session.asked.train.batch_size
-    lowered = f" (the experiment asks for {asked})" if train.batch_size < asked else ""
+    size, asked = len(plan.batches[0]), train.batch_size
+    lowered = f" (the experiment asks for {asked})" if session.largest_batch < asked else ""
     images = session.client_data(partition)[0][:1]
     held = step_bytes(session.workspace, session.inputs, images, size, train)
     free = psutil.virtual_memory().available
@@ -75,20 +78,21 @@ def check_training(session: Session, partition: int) -> Iterator[Finding]:
             seed=config.seed,
             round_=1,
             client=partition,
-            train=train.model_copy(update={"local_steps": min(steps, len(plan.batches))}),
+            train=train.model_copy(update={"local_steps": min(steps, len(plan.steps))}),
             learning_rate=train.learning_rate,
+            largest_batch=session.largest_batch,
         )
         update, _ = SequentialTrainer().train(session, task, {})
     each = update.seconds / update.steps
-    name = f"{config.model.name}, normalizer {config.normalizer.name}"
+    name = f"{config.model.name}, normalizer {config.normalizer.name}, {train.precision}"
     yield Finding(
         "step's time",
         "ok",
-        f"{1000 * each:.0f} ms ({name}); a round is {len(plan.batches)} steps, "
-        f"{each * len(plan.batches):.1f} s of training",
+        f"{1000 * each:.0f} ms ({name}); a round is {len(plan.steps)} steps, "
+        f"{each * len(plan.steps):.1f} s of training",
     )
     limit = config.server.round_timeout
-    if each * len(plan.batches) > limit:
+    if each * len(plan.steps) > limit:
         yield Finding(
             "round",
             "fail",

@@ -11,8 +11,14 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from clients.app import app
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
-from fedkn.experiment import build_model, federated_data, inputs_of, normalizer_of
-from fedkn.federation import arrays_to_tensors, join_request, on_the_wire, tensors_to_arrays
+from fedkn.experiment import build_model, data_summary, federated_data, inputs_of, normalizer_of
+from fedkn.federation import (
+    arrays_to_tensors,
+    data_record,
+    join_request,
+    on_the_wire,
+    tensors_to_arrays,
+)
 from fedkn.training import LocalTask, Workspace, train_locally
 from simulations.engines import run_experiment
 from tests.server.fake_grid import ScriptedGrid, run, small
@@ -43,13 +49,16 @@ def sent(config: ExperimentConfig, seed: int = 0, **instructions: Any) -> Messag
     given = {"server-round": 3, "learning-rate": 0.1, "run-token": RUN, "state-round": 0}
     given |= instructions
     told = ConfigRecord({key: value for key, value in given.items() if value is not None})
-    content = RecordDict({"arrays": tensors_to_arrays(tensors), "config": told})
+    images = data_record(data_summary(config))
+    content = RecordDict({"arrays": tensors_to_arrays(tensors), "config": told, "data": images})
     return Message(content, dst_node_id=9, message_type=MessageType.TRAIN)
 
 
 def test_joining_tells_partition_and_size():
     config = small()
-    query = Message(join_request(), dst_node_id=9, message_type=MessageType.QUERY)
+    query = Message(
+        join_request(data_summary(config)), dst_node_id=9, message_type=MessageType.QUERY
+    )
     answer = app(query, context(config, 4))
     assert dict(answer.content.metric_records["metrics"]) == {
         "partition-id": 4,

@@ -5,27 +5,31 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.federation import (
     TRAIN_METRICS,
     arrays_record,
     arrays_to_tensors,
+    data_record,
     join_answer,
     join_request,
     npy_header,
     on_the_wire,
     record_bytes,
     tensors_to_arrays,
+    told_data,
     update_metrics,
 )
 from fedkn.normalizers import TensorRole
 from fedkn.training import LocalUpdate
 
+SUMMARY = DataSummary(("an ape", "ein Bär"), (3, 8, 6), (0.1, 0.2, 1 / 3), (0.5, 1.0, 0.25))
 DTYPES = [np.dtype(n) for n in ("float32", "float64", "float16", "int64", "int32", "uint8", "bool")]
 ARRAYS = hnp.arrays(
     st.sampled_from(DTYPES),
@@ -148,8 +152,32 @@ def test_the_metrics_of_an_update():
 
 
 def test_joining():
-    assert not join_request().config_records["config"]
+    assert told_data(join_request(SUMMARY)) == SUMMARY
     assert dict(join_answer(3, 40).metric_records["metrics"]) == {
         "partition-id": 3,
         "num-examples": 40,
     }
+
+
+@pytest.mark.parametrize("summary", [SUMMARY, DataSummary(("a", "b", "c"), (1, 2, 2))])
+def test_what_images_are_like_survives_the_wire(summary):
+    """Serialized as Flower sends it."""
+    sent = ConfigRecord.inflate(data_record(summary).deflate())
+    assert told_data(RecordDict({"data": sent})) == summary
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ({}, "what the experiment's images are like"),
+        ({"classes": ["a", "b"]}, "what the experiment's images are like"),
+        ({"classes": ["a"], "shape": [1, 2, 2]}, "what the experiment's images are like"),
+        ({"classes": ["a", "b"], "shape": [1, 0, 2]}, "what the experiment's images are like"),
+        ({"classes": ["a", "b"], "shape": [1, 2, 2], "mean": [0.5]}, "images are like"),
+        ({"classes": "ab", "shape": [1, 2, 2]}, "no list 'classes'"),
+        ({"classes": ["a", "b"], "shape": [1.0, 2.0, 2.0]}, "no list of int 'shape'"),
+    ],
+)
+def test_what_says_nothing_of_the_images_is_refused(record, named):
+    with pytest.raises(UserError, match=named):
+        told_data(RecordDict({"data": ConfigRecord(record)}))

@@ -5,10 +5,13 @@ import time
 import pytest
 from flwr.app import Error, Message, MetricRecord, RecordDict
 
+from fedkn.data.summary import DataSummary
 from fedkn.federation import join_answer
 from server import membership as module
 from server.membership import ClientsMissing, Member, Membership
 from tests.server.fake_grid import ScriptedGrid
+
+IMAGES = DataSummary(("no", "yes"), (1, 8, 8))
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +46,7 @@ def nodes_of(members: dict[int, Member]) -> dict[int, int]:
 
 def test_nodes_are_asked_once_and_known_by_partition():
     grid = Nodes(n9=0, n4=2, n7=1)
-    membership = Membership(grid, 3, timeout=1.0)
+    membership = Membership(grid, 3, timeout=1.0, data=IMAGES)
     membership.join()
     members = membership.online([2, 0])
     assert members == {2: Member(4, 2, 12), 0: Member(9, 0, 10)}
@@ -61,7 +64,7 @@ def test_late_joiners_are_waited_for(monkeypatch):
         sleep(seconds)
 
     monkeypatch.setattr(module.time, "sleep", join_meanwhile)
-    membership = Membership(grid, 2, timeout=5.0)
+    membership = Membership(grid, 2, timeout=5.0, data=IMAGES)
     membership.join()
     assert nodes_of(membership.online([0, 1])) == {0: 1, 1: 2}
 
@@ -69,7 +72,7 @@ def test_late_joiners_are_waited_for(monkeypatch):
 def test_the_missing_partitions_are_named_with_what_a_node_said():
     grid = Nodes(n1=0, n2="Traceback …\nUserError: no data under /data", n3=2)
     with pytest.raises(ClientsMissing) as caught:
-        Membership(grid, 4, timeout=0.05).join()
+        Membership(grid, 4, timeout=0.05, data=IMAGES).join()
     text = str(caught.value)
     assert "2 of 4 clients did not join within 0.05 s: partitions 1, 3." in text
     assert "UserError: no data under /data" in text
@@ -78,7 +81,7 @@ def test_the_missing_partitions_are_named_with_what_a_node_said():
 
 def test_many_missing_partitions_are_abbreviated():
     with pytest.raises(ClientsMissing, match=r"partitions 0, 1, .*, 9, …\."):
-        Membership(Nodes(), 40, timeout=0.02).join()
+        Membership(Nodes(), 40, timeout=0.02, data=IMAGES).join()
 
 
 def test_a_node_that_fails_at_first_is_asked_again():
@@ -92,7 +95,7 @@ def test_a_node_that_fails_at_first_is_asked_again():
         return replies
 
     grid.respond = mend
-    membership = Membership(grid, 2, timeout=5.0)
+    membership = Membership(grid, 2, timeout=5.0, data=IMAGES)
     membership.join()
     assert grid.asked.count(1) == 1
     assert grid.asked.count(2) == 3
@@ -110,12 +113,12 @@ def test_a_node_that_fails_at_first_is_asked_again():
 )
 def test_an_odd_answer_is_no_membership(content):
     with pytest.raises(ClientsMissing, match="A node said: a node answered partition"):
-        Membership(Nodes(n1=content), 1, timeout=0.03).join()
+        Membership(Nodes(n1=content), 1, timeout=0.03, data=IMAGES).join()
 
 
 def test_of_two_nodes_with_one_partition_the_first_is_believed():
     grid = Nodes(n5=0, n3=0, n8=1)
-    membership = Membership(grid, 2, timeout=1.0)
+    membership = Membership(grid, 2, timeout=1.0, data=IMAGES)
     membership.join()
     assert nodes_of(membership.online([0, 1])) == {0: 3, 1: 8}
     grid.answers[1] = 0
@@ -125,7 +128,7 @@ def test_of_two_nodes_with_one_partition_the_first_is_believed():
 
 def test_a_client_may_come_back_as_another_node():
     grid = Nodes(n1=0, n2=1)
-    membership = Membership(grid, 2, timeout=0.05)
+    membership = Membership(grid, 2, timeout=0.05, data=IMAGES)
     membership.join()
     grid.answers = {1: 0, 7: 1}
     grid.nodes = [1, 7]
@@ -134,7 +137,7 @@ def test_a_client_may_come_back_as_another_node():
 
 def test_an_absent_client_is_waited_for_once_and_comes_back():
     grid = Nodes(n1=0, n2=1)
-    membership = Membership(grid, 2, timeout=0.3)
+    membership = Membership(grid, 2, timeout=0.3, data=IMAGES)
     membership.join()
     grid.nodes = [1]
     started = time.monotonic()
@@ -155,7 +158,7 @@ def test_an_absent_client_is_waited_for_once_and_comes_back():
 
 def test_a_silent_extra_node_is_not_asked_again_in_every_round():
     grid = Nodes(n1=0, n2=1, n3=None)
-    membership = Membership(grid, 2, timeout=1.0)
+    membership = Membership(grid, 2, timeout=1.0, data=IMAGES)
     membership.join()
     for _ in range(3):
         membership.online([0, 1])

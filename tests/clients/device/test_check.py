@@ -176,7 +176,7 @@ def test_everything_at_once_trains_for_a_moment(fleet, device, digits_file):
     assert {one.status for one in findings.values()} <= {"ok", "warn"}
     assert "200 images to train on, by label 0: " in findings["data"].message
     assert "batch size 2 (the experiment asks for 4)" in findings["step's memory"].message
-    assert "a round is 100 steps" in findings["step's time"].message
+    assert "a round is 50 steps" in findings["step's time"].message
 
 
 @pytest.fixture

@@ -28,22 +28,25 @@ from flwr.supercore.task_identity import TaskIdentity
 from clients.app import app
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import build_model, normalizer_of
-from fedkn.federation import on_the_wire, tensors_to_arrays
+from fedkn.data.summary import DataSummary
+from fedkn.federation import data_record, on_the_wire, tensors_to_arrays
 
 TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 config = ExperimentConfig.resolve({
     "partition.clients": 2, "cohort": 2, "model.width": 4, "train.local_steps": 3, "device": "cpu",
-    "data.source": "arrays", "data.root": "/only/on/the/server.npz", "data.scaling": "unit",
+    "data.source": "arrays", "data.root": "/only/on/the/server.npz",
 })
 node = {"partition-id": 1, "num-partitions": 2, "device-name": "a", "data-path": sys.argv[1]}
 context = Context(run_id=1, node_id=9, node_config=node, state=RecordDict(),
                   run_config=config.flat())
-model = build_model(config.overlay(data__root=sys.argv[1]))
+images = DataSummary(tuple("0123456789"), (1, 8, 8), (0.3,), (0.4,))
+model = build_model(config, images)
 names = on_the_wire(normalizer_of(config).federation_rule(model))
 state = {name: model.state_dict()[name] for name in names}
 told = ConfigRecord({"server-round": 1, "learning-rate": 0.1, "run-token": "0123456789abcdef",
                      "state-round": 0})
-content = RecordDict({"arrays": tensors_to_arrays(state), "config": told})
+content = RecordDict({"arrays": tensors_to_arrays(state), "config": told,
+                      "data": data_record(images)})
 reply = app(Message(content, dst_node_id=9, message_type=MessageType.TRAIN), context)
 metrics = reply.content.metric_records["metrics"]
 assert (metrics["num-examples"], metrics["steps"]) == (200, 3), metrics

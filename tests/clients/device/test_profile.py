@@ -19,6 +19,7 @@ from clients.session import open_session
 from clients.trainer import SequentialTrainer
 from fedkn.config import TrainConfig
 from fedkn.errors import UserError
+from fedkn.federation import arrays_to_tensors
 from fedkn.training import LocalTask, Workspace
 from fedkn.training.inputs import Inputs
 from tests.clients.device.conftest import device_context
@@ -37,10 +38,12 @@ def metrics_of(config, **node_config):
 
 
 def test_a_profile_only_lowers():
-    config = small(train__batch_size=4, train__local_steps=10)
-    limited = Profile(batch_size=2, local_steps=3).limited(config).train
-    assert (limited.batch_size, limited.local_steps) == (2, 3)
+    config = small(train__batch_size=4, train__local_steps=10, train__precision="bfloat16")
+    limited = Profile(local_steps=3, float32=True).limited(config).train
+    assert (limited.local_steps, limited.precision) == (3, "float32")
     assert Profile(batch_size=8, local_steps=30).limited(config) == config
+    assert Profile(float32=True).limited(small()) == small()
+    assert [Profile(batch_size=n).largest_batch(4) for n in (0, 2, 8)] == [4, 2, 4]
     assert Profile().limited(config) == config
     uncapped = small(train__local_steps=0)
     assert Profile(local_steps=3).limited(uncapped).train.local_steps == 3
@@ -55,28 +58,53 @@ def test_simulated_nodes_have_none():
 
 
 def test_the_update_tells_which_batches_it_used():
-    config = small(train__batch_size=4, train__local_steps=0)
-    asked, small_batches = metrics_of(config), metrics_of(config, batch_size=2)
-    assert (asked["batch-size"], small_batches["batch-size"]) == (0, 2)
+    config = small(train__batch_size=4, train__accumulate=2, train__local_steps=0)
+    asked, small_batches = metrics_of(config), metrics_of(config, batch_size=3)
+    assert (asked["batch-size"], small_batches["batch-size"]) == (0, 3)
     examples = asked["num-examples"]
-    assert asked["steps"] == -(-examples // 4)
-    assert small_batches["steps"] == -(-examples // 2)
+    # The steps are those asked for: FedNova divides by them.
+    assert asked["steps"] == small_batches["steps"] == -(-examples // 8)
+    assert asked["trained-examples"] == small_batches["trained-examples"] == examples
     assert metrics_of(config, local_steps=3, device_name="a")["steps"] == 3
+
+
+def test_smaller_batches_make_the_update_that_was_asked_for():
+    config = small(train__batch_size=5)
+    message = sent(config, **{"learning-rate": 0.02})
+    whole, *divided = (
+        arrays_to_tensors(
+            app(message, device_context(config, **profile)).content.array_records["arrays"]
+        )
+        for profile in ({}, {"batch_size": 2}, {"batch_size": 1})
+    )
+    for other in divided:
+        for name, value in whole.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_device_may_keep_to_float32():
+    config = small(train__precision="bfloat16")
+    low, full = (
+        open_session(device_context(config, **profile), None)[0].config.train.precision
+        for profile in ({"device_name": "a"}, {"float32": True})
+    )
+    assert (low, full) == ("bfloat16", "float32")
 
 
 def test_out_of_memory_halves_the_batch_and_starts_again_from_what_was_received():
     config = small(train__batch_size=8, train__local_steps=0)
     device = device_context(config, device_name="a")
-    session, partition = open_session(device)
+    session, partition = open_session(device, None)
     state = {n: t + 0.1 for n, t in session.workspace.state().items() if t.is_floating_point()}
 
-    def train(batch_size, fails_above=None):
+    def train(largest, fails_above=None):
         task = LocalTask(
             seed=0,
             round_=1,
             client=partition,
-            train=config.train.model_copy(update={"batch_size": batch_size}),
+            train=config.train,
             learning_rate=0.1,
+            largest_batch=largest,
         )
         steps = []
 
@@ -98,13 +126,17 @@ def test_out_of_memory_halves_the_batch_and_starts_again_from_what_was_received(
     assert update.batch_size == 2
     assert (update.steps, update.loss) == (direct.steps, direct.loss)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    plain, whole = train(8)
+    assert (plain.batch_size, plain.steps) == (0, update.steps)
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
     with pytest.raises(UserError, match="does not suffice for a step on 1 image"):
         train(8, fails_above=0.5)
 
 
 def test_a_simulation_keeps_its_batch_size():
     config = small(train__batch_size=8)
-    session, partition = open_session(device_context(config))
+    session, partition = open_session(device_context(config), None)
 
     def fail(module, inputs):
         raise MemoryError
@@ -163,15 +195,15 @@ def test_the_smallest_batch_of_the_normalizer_must_fit():
 
 def test_the_memory_limit_chooses_the_batch_before_training():
     config = small(train__batch_size=64, model__width=16)
-    roomy, _ = open_session(device_context(config, memory_limit=1000))
-    assert roomy.config.train.batch_size == 64
+    roomy, _ = open_session(device_context(config, memory_limit=1000), None)
+    assert roomy.largest_batch == 64
 
     def held(batch_size):
         images = roomy.images[:1]
         return step_bytes(roomy.workspace, roomy.inputs, images, batch_size, config.train)
 
     limit = -(-held(8) // MIB)
-    tight, _ = open_session(device_context(config, memory_limit=limit))
-    size = tight.config.train.batch_size
+    tight, _ = open_session(device_context(config, memory_limit=limit), None)
+    size = tight.largest_batch
     assert 8 <= size < 64
     assert held(size) <= limit * MIB < held(2 * size)
