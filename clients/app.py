@@ -29,8 +29,10 @@ from fedkn.federation import (
     STATE_ROUND,
     arrays_to_tensors,
     evaluation_metrics,
+    is_packed,
     join_answer,
     on_the_wire,
+    packed,
     tensors_to_arrays,
     update_metrics,
 )
@@ -90,9 +92,11 @@ def train(message: Message, context: Context) -> Message:
     keep |= {_CONTROL + name: value for name, value in following.items()}
     if keep:
         own.keep(round_, keep, horizon=_horizon(session.config))
+    arrays = tensors_to_arrays(_sent(session, state, received, told))
+    # As it was asked, so it is answered.
     answer = RecordDict(
         {
-            ARRAYS: tensors_to_arrays(_sent(session, state, received, told)),
+            ARRAYS: packed(arrays) if is_packed(message.content.array_records[ARRAYS]) else arrays,
             METRICS: update_metrics(
                 partition, len(session.parts[partition]), update, state_lost=lost
             ),

@@ -23,12 +23,12 @@ from fedkn.federation import (
     EXAMPLES,
     METRICS,
     PARTITION,
-    arrays_record,
     data_record,
     failure_reason,
 )
 from server.membership import Membership
 from server.participation import Participation
+from server.wire import sent_through
 
 __all__ = ["ClientEvaluation", "evaluate_clients"]
 
@@ -75,7 +75,7 @@ def evaluate_clients(
     everyone = range(config.partition.clients)
     members = membership.online(everyone)
     content: dict[str, ArrayRecord | ConfigRecord] = {
-        ARRAYS: arrays_record(tensors),
+        ARRAYS: sent_through(grid, tensors),
         DATA: data_record(data_summary(config)),
     }
     messages = {

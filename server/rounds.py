@@ -22,7 +22,6 @@ from fedkn.federation import (
     DATA,
     LEARNING_RATE,
     ROUND,
-    arrays_record,
     data_record,
     record_bytes,
 )
@@ -33,6 +32,7 @@ from server.membership import Membership
 from server.participation import Participation
 from server.replies import Replies, collect
 from server.screening import Screen, Update
+from server.wire import sent_through
 
 __all__ = ["NoValidUpdates", "RoundReport", "run_round"]
 
@@ -131,8 +131,8 @@ def run_round(
     instructions = aggregator.training_config(
         round_, tensors, ConfigRecord({ROUND: round_, LEARNING_RATE: rate})
     )
-    record = arrays_record(tensors)
-    control = arrays_record(aggregator.control(tensors))
+    record = sent_through(grid, tensors)
+    control = sent_through(grid, aggregator.control(tensors))
     content: dict[str, ArrayRecord | ConfigRecord] = {
         ARRAYS: record,
         DATA: data_record(data_summary(config)),

@@ -18,7 +18,15 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.lib import format as npy
 
 from fedkn.config import TrainConfig
-from fedkn.federation import ARRAYS, EXAMPLES, METRICS, PARTITION, TRAIN_METRICS, npy_header
+from fedkn.federation import (
+    ARRAYS,
+    EXAMPLES,
+    METRICS,
+    PARTITION,
+    TRAIN_METRICS,
+    npy_header,
+    unpacked,
+)
 
 __all__ = ["RefusedUpdate", "Screen", "Update"]
 
@@ -81,7 +89,7 @@ class Screen:
 
     def _update(self, content: RecordDict) -> Update:
         metrics = self._metrics(_only(content.metric_records, METRICS))
-        arrays = self._arrays(_only(content.array_records, ARRAYS))
+        arrays = self._arrays(unpacked(_only(content.array_records, ARRAYS)))
         if self._max_norm:
             self._check_norm(arrays)
         return Update(int(metrics[PARTITION]), arrays, metrics)

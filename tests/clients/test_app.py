@@ -15,9 +15,12 @@ from fedkn.experiment import build_model, data_summary, federated_data, inputs_o
 from fedkn.federation import (
     arrays_to_tensors,
     data_record,
+    is_packed,
     join_request,
     on_the_wire,
+    packed,
     tensors_to_arrays,
+    unpacked,
 )
 from fedkn.training import LocalTask, Workspace, train_locally
 from simulations.engines import run_experiment
@@ -99,6 +102,17 @@ def test_training_is_local_training_of_what_was_received(name, proximal_mu):
     assert (metrics["trained-examples"], metrics["steps"]) == (update.examples, update.steps)
     assert metrics["train-loss"] == update.loss
     assert reply.metadata.src_node_id == 9
+
+
+def test_what_was_asked_packed_is_answered_packed():
+    config = small()
+    plain, message = sent(config), sent(config)
+    message.content["arrays"] = packed(message.content.array_records["arrays"])
+    answer = app(message, context(config)).content.array_records["arrays"]
+    expected = app(plain, context(config)).content.array_records["arrays"]
+    assert is_packed(answer)
+    assert not is_packed(expected)
+    assert [a.data for a in unpacked(answer).values()] == [a.data for a in expected.values()]
 
 
 def test_batchnorms_counters_do_not_travel():

@@ -17,13 +17,16 @@ from fedkn.federation import (
     arrays_record,
     arrays_to_tensors,
     data_record,
+    is_packed,
     join_answer,
     join_request,
     npy_header,
     on_the_wire,
+    packed,
     record_bytes,
     tensors_to_arrays,
     told_data,
+    unpacked,
     update_metrics,
 )
 from fedkn.normalizers import TensorRole
@@ -181,3 +184,61 @@ def test_what_images_are_like_survives_the_wire(summary):
 def test_what_says_nothing_of_the_images_is_refused(record, named):
     with pytest.raises(UserError, match=named):
         told_data(RecordDict({"data": ConfigRecord(record)}))
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text(min_size=1, max_size=8), ARRAYS, max_size=5))
+def test_what_is_packed_is_one_array_and_comes_back_as_it_was(arrays):
+    record = arrays_record(arrays)
+    # As the other end has it.
+    there = packed(record)
+    sent = Array.inflate(next(iter(there.values())).deflate(), next(iter(there.values())).children)
+    there[next(iter(there))] = sent
+    assert len(there) == 1
+    assert is_packed(there)
+    assert not is_packed(record)
+    back = unpacked(there)
+    assert list(back) == list(record)
+    for name, array in record.items():
+        assert (back[name].dtype, tuple(back[name].shape)) == (array.dtype, tuple(array.shape))
+        assert (back[name].stype, back[name].data) == (array.stype, array.data)
+    assert record_bytes(there) == record_bytes(record)
+
+
+def test_packed_tensors_are_read_like_others():
+    record = tensors_to_arrays({"b": torch.arange(3.0), "a": torch.ones(2, 2)})
+    read = arrays_to_tensors(packed(record))
+    assert list(read) == ["b", "a"]
+    assert all(torch.equal(value, read[name]) for name, value in arrays_to_tensors(record).items())
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        b'[["x", "float32", [2], "numpy.ndarray", 5]]',
+        b'[["x", "float32", [2], "numpy.ndarray", -4], ["y", "float32", [2], "numpy.ndarray", 8]]',
+        b'[["x", "float32", [2.5], "numpy.ndarray", 4]]',
+        b'[["x", "float32", [true], "numpy.ndarray", 4]]',
+        b'[[3, "float32", [2], "numpy.ndarray", 4]]',
+        b'[["x", "float32", [2]]]',
+        b'[["x"',
+        b"",
+    ],
+)
+def test_a_packed_record_that_does_not_fit_is_no_record(index):
+    record = packed(arrays_record({"x": np.zeros(2, np.float32)}))
+    (name,) = record
+    data = len(index).to_bytes(8, "little") + index + b"1234"
+    record[name] = Array("uint8", (len(data),), name, data)
+    with pytest.raises(ValueError):  # noqa: PT011 - of json's, or ours
+        unpacked(record)
+    assert record_bytes(record) == 4
+
+
+def test_a_packed_record_may_be_shorter_than_it_says():
+    record = packed(arrays_record({"x": np.zeros(2, np.float32)}))
+    (name,) = record
+    record[name] = Array("uint8", (9,), name, b"\xff" * 9)
+    assert record_bytes(record) == 0
+    with pytest.raises(ValueError):  # noqa: PT011 - of json's
+        unpacked(record)

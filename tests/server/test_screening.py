@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkn.config import TrainConfig
-from fedkn.federation import TRAIN_METRICS, arrays_record
+from fedkn.federation import TRAIN_METRICS, arrays_record, packed
 from server.screening import RefusedUpdate, Screen
 from tests.server.fake_grid import ScriptedGrid
 from tests.server.faults import FAULTS, spoiled
@@ -65,6 +65,28 @@ def test_an_honest_update_passes_unchanged():
 def test_every_fault_is_refused_with_its_reason(fault):
     with pytest.raises(RefusedUpdate, match=FAULTS[fault][1]):
         screen(max_norm=50.0).check(spoiled(fault, honest(), request()))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_refused_packed_as_well(fault):
+    bad = spoiled(fault, honest(), request())
+    if not bad.has_content() or list(bad.content.array_records) != ["arrays"]:
+        pytest.skip("nothing to pack")
+    bad.content["arrays"] = packed(bad.content.array_records["arrays"])
+    with pytest.raises(RefusedUpdate, match=FAULTS[fault][1]):
+        screen(max_norm=50.0).check(bad)
+
+
+def test_a_packed_update_passes_unchanged_and_a_broken_one_does_not():
+    reply = honest()
+    whole = packed(reply.content.array_records["arrays"])
+    reply.content["arrays"] = whole
+    assert fits(screen().check(reply))
+    (name,) = whole
+    data = whole[name].data[:-1]
+    whole[name] = Array("uint8", (len(data),), name, data)
+    with pytest.raises(RefusedUpdate, match="does not fit its data"):
+        screen().check(reply)
 
 
 @pytest.mark.parametrize("fault", ["header claims 1e11", "all claim 1e11"])
