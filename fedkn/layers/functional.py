@@ -56,7 +56,8 @@ def kn_conv(
             One mask is drawn on the padded input and shared by the windows.
         eps: added to the variance.
         mode: "stochastic" draws a mask (training); "expected" uses the variance that dropout
-            gives in expectation; "plain" ignores dropout.
+            gives in expectation, and for small units the expected output
+            (`fedkn.layers.small_units`); "plain" ignores dropout.
         activation: None or "relu", fused into the layer.
         keeps_output: keep the output itself for the backward pass, as with a fused activation,
             not another map of its size. It costs no memory where the next layer keeps it too, as

@@ -106,10 +106,11 @@ def _layers(channels: int) -> dict[str, nn.Module]:
 
 def _step(layer: nn.Module, x: Tensor, towards: Tensor) -> Callable[[], None]:
     def step() -> None:
+        with dropout_stream(0):  # as the training loop seeds every step
+            layer(x).backward(towards)
+        # Last, so that a step whose memory is taken does not begin by giving some back.
         x.grad = None
         for parameter in layer.parameters():
             parameter.grad = None
-        with dropout_stream(0):  # as the training loop seeds every step
-            layer(x).backward(towards)
 
     return step
