@@ -24,7 +24,7 @@ def supernode_command(device: Device, port: int) -> tuple[str, ...]:
     """
     settings = " ".join(f"{k}={json.dumps(v)}" for k, v in device.node_config().items())
     return (
-        *("flower-supernode", "--superlink", device.server),
+        *(sys.executable, "-P", "-m", "clients.device.supernode", "--superlink", device.server),
         *("--root-certificates", str(device.ca)),
         *("--auth-supernode-private-key", str(device.key)),
         *("--port", str(port), "--node-config", settings),
@@ -63,8 +63,7 @@ def become_supernode(device: Device) -> None:
         UserError: Flower is not installed beside this Python, or the folder cannot be written.
     """
     settings = environment(device, os.environ)
-    program = shutil.which("flower-supernode", path=settings["PATH"])
-    if program is None:
+    if shutil.which("flower-supernode", path=settings["PATH"]) is None:
         raise UserError("no flower-supernode beside this Python: pip install 'fedkn[device]'")
     try:
         for folder in (device.state, device.folder / "flwr"):
@@ -75,4 +74,4 @@ def become_supernode(device: Device) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     sys.stdout.flush()
-    os.execve(program, supernode_command(device, port), settings)
+    os.execve(sys.executable, supernode_command(device, port), settings)

@@ -69,7 +69,7 @@ def supernode(
     }
     settings = " ".join(f"{key}={json.dumps(value)}" for key, value in node.items())
     command = (
-        *("flower-supernode", "--superlink", server),
+        *(sys.executable, "-P", "-m", "clients.device.supernode", "--superlink", server),
         *("--root-certificates", str(device.folder / "ca.crt")),
         *("--auth-supernode-private-key", str(device.key)),
         *("--port", str(port), "--node-config", settings),

@@ -97,6 +97,10 @@ class Run:
             self._process.kill()
             self._process.communicate()
 
+    def going(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
     def interrupt(self) -> None:
         """Press Ctrl-C."""
         self._process.send_signal(signal.SIGINT)
@@ -156,8 +160,8 @@ def losses(line: dict[str, Any], kind: str = "failed") -> dict[int, str]:
 def training(fleet: Fleet, name: str) -> bool:
     """Whether a ClientApp of the device runs, beside its SuperNode and SuperExec."""
     found = (one.pid for one in running(fleet) if one.name == name)
-    commands = (Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found)
-    return any(b"flwr-clientapp" in command for command in commands)
+    # Forked ones have no command line of their own.
+    return any(Path(f"/proc/{pid}/comm").read_text() == "flwr-clientapp\n" for pid in found)
 
 
 def refused(

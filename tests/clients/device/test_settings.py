@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 from flwr.common.config import parse_config_args
@@ -80,7 +81,8 @@ def test_flower_reads_the_node_config_as_it_was_meant(tmp_path):
     more = '[data]\nroot = "my images"\n[profile]\nbatch_size = 2\nmemory_limit = 64'
     device = device_of(folder, more)
     command = supernode_command(device, 5000)
-    given = dict(zip(command[1::2], command[2::2], strict=True))
+    assert command[1:4] == ("-P", "-m", "clients.device.supernode")
+    given = dict(zip(command[4::2], command[5::2], strict=True))
     assert given["--superlink"] == "h:1"
     assert given["--auth-supernode-private-key"] == str(folder / "device.key")
     node = parse_config_args([given["--node-config"]])
@@ -116,7 +118,6 @@ def test_it_becomes_the_supernode(tmp_path, monkeypatch):
     start.become_supernode(device)
     ((program, command, settings),) = became
     assert os.access(program, os.X_OK)
-    assert program.endswith("flower-supernode")
-    assert command[0] == "flower-supernode"
+    assert (program, command[3]) == (sys.executable, "clients.device.supernode")
     assert settings["FLWR_HOME"] == os.getcwd()  # noqa: PTH109 - as the SuperNode will see it
     assert device.state.stat().st_mode & 0o777 == 0o700

@@ -1,0 +1,75 @@
+"""A device's SuperExec: Flower's own, but for ClientApps, which it forks instead of starting.
+
+Flower starts Python anew for every message, and importing torch is most of what that process does.
+A forked one has everything at hand but the app, which comes with the server's bundle as ever.
+`main` takes the arguments of ``flower-superexec``. The only file here that reaches into Flower's
+SuperExec.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+from flwr.supercore.cli import flower_superexec
+from flwr.supercore.constant import TaskType
+from flwr.supercore.superexec import run_superexec as flower
+from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult, SubprocessExecutor
+from flwr.supernode.runtime.run_clientapp import run_clientapp
+
+__all__ = ["ForkingExecutor", "forget_own_packages", "main"]
+
+# What a ClientApp imports, fedkn itself left out: that is the bundle's.
+_PRELOADED = ("torch", "pydantic", "clients.device.superexec")
+_OWN = ("fedkn", "clients", "server", "simulations")
+# A kernel's name for a process has 15 letters at most.
+_PROCESS_NAME = "flwr-clientapp"
+
+
+class ForkingExecutor(SubprocessExecutor):
+    """Starts ClientApps as children of a process that has torch loaded; other tasks as Flower does.
+
+    That process is a fork server of Python's, single-threaded, and ends with this one.
+    """
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(_PRELOADED))
+        forkserver.ensure_running()
+
+    def launch(self, spec: ExecutionSpec) -> LaunchResult:
+        """Start the process that `spec` describes."""
+        if spec.task_type is not TaskType.CLIENT_APP or spec.runtime_dependency_install:
+            return super().launch(spec)
+        self._context.Process(target=_run, args=(spec,), daemon=True).start()
+        return LaunchResult.accepted()
+
+
+def forget_own_packages() -> None:
+    """Let the next import of fedkn and its apps take what is first on the path: the bundle's."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in _OWN:
+            del sys.modules[name]
+
+
+def main() -> None:
+    """Be ``flower-superexec``, with the executor above."""
+    executor = ForkingExecutor()
+    # Flower knows its own two executors alone.
+    vars(flower)["get_executor"] = lambda *_, **__: executor
+    flower_superexec()
+
+
+def _run(spec: ExecutionSpec) -> None:
+    Path("/proc/self/comm").write_text(_PROCESS_NAME, encoding="ascii")
+    forget_own_packages()
+    certificates = spec.root_certificates_path
+    run_clientapp(
+        runtime_api_address=spec.runtime_api_address,
+        token=spec.token,
+        insecure=spec.insecure,
+        certificates=Path(certificates).read_bytes() if certificates else None,
+        parent_pid=spec.parent_pid,
+    )
