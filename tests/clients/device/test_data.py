@@ -15,8 +15,10 @@ from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, data_summary, federated_data, inputs_of
 from fedkn.federation import join_request
+from server.membership import ClientsMissing
+from server.run import run_server
 from tests.clients.device.conftest import device_context
-from tests.server.fake_grid import small
+from tests.server.fake_grid import FakeGrid, small
 
 DIGITS = sources.load("digits").train
 
@@ -158,6 +160,43 @@ def test_before_any_message_the_own_images_stand_in(tmp_path):
     scaled = session.inputs(session.client_data(1)[0])
     assert scaled.mean().item() == pytest.approx(0, abs=1e-4)
     assert open_session(device_context(small(), data_path=path), None)[0].compared
+
+
+class Devices(FakeGrid):
+    """Devices with images of their own: for each partition the .npz."""
+
+    def __init__(self, config, paths):
+        super().__init__(config)
+        for context, path in zip(self._contexts.values(), paths, strict=True):
+            context.node_config["data-path"] = path
+
+
+def test_a_run_of_devices_with_their_own_images(tmp_path):
+    """The server's images are nobody's; the devices name and order their classes differently."""
+    names = [f"digit {n}" for n in range(10)]
+    test = {"test_images": DIGITS.images[:60].numpy(), "test_labels": DIGITS.labels[:60].numpy()}
+    source = save(tmp_path / "server.npz", classes=np.array(names), **test)
+    paths = []
+    for number, order in enumerate((names, names[::-1], names[3:])):
+        part = slice(200 * number + 200, 200 * number + 400)
+        has = torch.tensor([f"digit {int(n)}" in order for n in DIGITS.labels[part]])
+        images, labels = DIGITS.images[part][has], DIGITS.labels[part][has]
+        own = [order.index(f"digit {int(n)}") for n in labels]
+        paths.append(save(tmp_path / f"{number}.npz", images, own, classes=np.array(order)))
+    config = small(
+        data__source="arrays",
+        data__root=source,
+        data__test_limit=0,
+        partition__clients=3,
+        train__batch_size=4,
+        train__local_steps=0,
+    )
+    assert run_server(Devices(config, paths), config).evaluation.accuracy > 0.5
+    strange = save(tmp_path / "strange.npz")
+    with pytest.raises(ClientsMissing, match=r"partitions 2\.") as caught:
+        run_server(Devices(config, [*paths[:2], strange]), config)
+    assert "The experiment's are digit 0, " in str(caught.value)
+    assert "those here are 0, 1, 2" in str(caught.value)
 
 
 def test_counts_of_every_label(digits_file):
