@@ -1,4 +1,4 @@
-"""Devices whose ClientApp sends other than it trained."""
+"""Devices whose ClientApp sends other than it trained, or later."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from server.deployment.fleet import Fleet
 from server.deployment.ports import free_port
 from server.deployment.processes import start, stop
 
-__all__ = ["become_hostile"]
+__all__ = ["become_hostile", "write_hook"]
 
-HOSTILE = '''
+HOOK = '''
+import os
 import sys
+import time
 from importlib.machinery import PathFinder
 
 
-class Hostile:
+def held(value):
+    """Return `value`, but not while the file hold-DEVICE is beside this one."""
+    hold = os.path.join(os.path.dirname(__file__), f"hold-{os.environ.get('FEDKN_PROCESS')}")
+    while os.path.exists(hold):
+        time.sleep(0.1)
+    return value
+
+
+class Hook:
     """Lets fedkn's ClientApp send other tensors than it trained."""
 
     def find_spec(self, name, path, target=None):
@@ -37,8 +47,14 @@ class Hostile:
         return spec
 
 
-sys.meta_path.insert(0, Hostile())
+sys.meta_path.insert(0, Hook())
 '''
+
+
+def write_hook(folder: Path, sent: str) -> None:
+    """Make a folder that, on PYTHONPATH, lets a ClientApp send `sent` for every `value`."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(HOOK.replace("GARBAGE", sent))
 
 
 def become_hostile(
@@ -50,8 +66,7 @@ def become_hostile(
     """
     device = fleet.devices[number]
     stop(fleet, [device.name])
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(HOSTILE.replace("GARBAGE", garbage))
+    write_hook(folder, garbage)
     log = fleet.log(device.name)
     if log.exists():
         log.replace(log.with_suffix(".log.1"))
