@@ -14,7 +14,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from fedkn.errors import UserError, unknown_name
 
@@ -50,12 +58,24 @@ Finite = Annotated[float, AfterValidator(_finite)]
 Positive = Annotated[float, Field(gt=0), AfterValidator(_finite)]
 NonNegative = Annotated[float, Field(ge=0), AfterValidator(_finite)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+_NUMBERS = (int, float)
 
 
 class Section(BaseModel):
     """A table of the configuration: immutable, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, value: object, info: ValidationInfo) -> object:
+        # Pydantic takes true for 1.
+        if (
+            isinstance(value, bool)
+            and cls.model_fields[info.field_name or ""].annotation in _NUMBERS
+        ):
+            raise ValueError(f"must be a number, not {str(value).lower()}")
+        return value
 
 
 class DataConfig(Section):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import fedkn
+from fedkn.files import write_atomically
 from simulations.report import figures, formats
 from simulations.report.losses import losses
 from simulations.report.settings import display_name, held_equal, normalizer_notes, unequal
@@ -57,12 +57,7 @@ def build_report(runs: RunFolder | Sequence[RunFolder], to: Path | None = None) 
     elif to is None:
         to = runs[0].path.parent / f"report-{'-'.join(run.path.name for run in runs)}.html"
     page = _environment().get_template("report.html.jinja").render(_context(summaries))
-    temporary = to.with_name(f".{to.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(to)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(to, page.encode())
     return to
 
 

@@ -163,6 +163,8 @@ BAD = [
     ("train.decay", 1.5),
     ("train.schedule", "cosin"),
     ("rounds", 0),
+    ("rounds", True),
+    ("train.learning_rate", False),
     ("cohort", 0),
     ("seed", -1),
     ("partition.clients", -1),
