@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_ssh_private_key,
     load_ssh_public_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -22,7 +23,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedkn.errors import UserError
 from server.deployment.fleet import Fleet, write_secret
 
-__all__ = ["create_authority", "create_device_key", "expiry", "issue_certificate", "public_pem"]
+__all__ = [
+    "check_device_key",
+    "create_authority",
+    "create_device_key",
+    "expiry",
+    "issue_certificate",
+    "public_pem",
+]
 
 AUTHORITY_LIFE = timedelta(days=3650)
 CERTIFICATE_LIFE = timedelta(days=825)
@@ -96,6 +104,23 @@ def public_pem(public: Path) -> bytes:
     except (OSError, ValueError) as error:
         raise UserError(f"'{public}' is not an OpenSSH public key: {error}") from None
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def check_device_key(private: Path, public: Path) -> None:
+    """Raise UserError if a device's private key is not there, or not the one of the public key."""
+    try:
+        key = load_ssh_private_key(private.read_bytes(), password=None).public_key()
+    except OSError as error:
+        raise UserError(
+            f"'{private}': {error.strerror}: bring it back, or start the device where it is"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"'{private}' is not an OpenSSH private key: {error}") from None
+    if key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) != public_pem(public):
+        raise UserError(
+            f"'{private}' is not the key that the server knows ('{public}'): bring back the pair "
+            "that fedkn deploy init made"
+        )
 
 
 def _builder(

@@ -43,8 +43,9 @@ class SuperLinkAway(FedknError):
 
 @dataclass(frozen=True)
 class DeviceState:
-    """How the SuperLink sees a device: ``registered``, ``online``, ``offline`` or ``unknown``.
+    """How the SuperLink sees a device.
 
+    ``registered``, ``online``, ``offline``, ``unregistered`` or, never registered, ``unknown``.
     `since` is when it became so, ISO 8601 in UTC; empty where that is not known.
     """
 
@@ -105,7 +106,7 @@ class Control:
     def devices(self) -> list[DeviceState]:
         """Return the state of every device of the fleet, in the order of partitions."""
         nodes = self._ask(lambda: self._client.ListNodes(ListNodesRequest())).nodes_info
-        known = {node.public_key: node for node in nodes if node.status != "unregistered"}
+        known = {node.public_key: node for node in nodes}
         states = []
         for device in self._fleet.devices:
             node = known.get(public_pem(self._fleet.public_key(device)))

@@ -54,14 +54,15 @@ secrets: keep it to yourself (mode 0700).
    `fedkn device start /etc/fedkn/device`.
 4. On the server: `fedkn deploy status $path`, then `fedkn deploy run $path --config mine.toml`.
 
-Keep `$ca_key` off the server: it is needed only to renew the server's certificate, which
-`fedkn deploy up` does in its last 30 days if the key is here.
+Keep `$ca_key` off the server: it is needed only to renew the server's certificate:
+`fedkn deploy renew $path`. With the key here `fedkn deploy up` does so in its last 30 days.
 
 ## As services
 
     cp $path/systemd/*.service /etc/systemd/system/
     systemctl enable --now fedkn-superlink fedkn-superexec fedkn-proxy
 
+After `fedkn deploy renew`: `systemctl restart fedkn-superlink fedkn-proxy`.
 On a device: `fedkn-device.service` in its folder. `systemctl` and `fedkn deploy up` do not know of
 each other: use one of them. Containers: `containers/` (not run where fedkn is developed).
 """

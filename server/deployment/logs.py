@@ -36,7 +36,7 @@ def last_lines(fleet: Fleet, name: str, count: int) -> list[str]:
         data = fleet.log(name).read_bytes()
     except OSError:
         return []
-    return _lines(data)[-count:]
+    return _lines(data)[-count:] if count else []
 
 
 def follow_logs(fleet: Fleet, names: list[str]) -> Iterator[tuple[str, str]]:

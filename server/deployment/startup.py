@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 from fedkn.errors import FedknError, UserError
 from server.deployment import programs
-from server.deployment.certificates import expiry, issue_certificate
+from server.deployment.certificates import check_device_key, expiry, issue_certificate
 from server.deployment.control import Control, SuperLinkAway
 from server.deployment.fleet import Device, Fleet, make_folder
 from server.deployment.logs import last_lines
@@ -17,7 +17,10 @@ from server.deployment.ports import check_free, free_port
 from server.deployment.processes import main_processes, start, stop
 from server.deployment.programs import PROXY, SUPEREXEC, SUPERLINK
 
-__all__ = ["DevicesMissing", "bring_up", "missing_devices", "wait_for_devices"]
+__all__ = ["RENEWAL", "DevicesMissing", "bring_up", "missing_devices", "renew", "wait_for_devices"]
+
+RENEWAL = timedelta(days=30)
+"""So long before its end `bring_up` renews the server's certificate."""
 
 Say = Callable[[str], None]
 NodeConfigs = Mapping[str, Mapping[str, str | int]]
@@ -27,7 +30,6 @@ _START_SECONDS = 60.0
 _ONLINE_SECONDS = 120.0
 _RESTART_SECONDS = 10.0
 _POLL_SECONDS = 0.3
-_RENEWAL = timedelta(days=30)
 
 
 class DevicesMissing(FedknError):
@@ -46,24 +48,24 @@ def bring_up(
         node_configs: by device, what its ClientApp is told about it (as `programs.supernode`).
 
     Raises:
-        UserError: a port is taken, nginx is missing. FedknError: a program ended at once.
-        DevicesMissing: a local device did not come online.
+        UserError: a port is taken, nginx or a local device's key is missing, a key is another.
+        FedknError: a program ended at once. DevicesMissing: a local device did not come online.
     """
-    _renew(fleet, say)
+    _renew_in_time(fleet, say)
+    if local:
+        for device in fleet.devices:
+            check_device_key(device.key, fleet.public_key(device))
     there = main_processes(fleet)
     if SUPERLINK not in there:
-        check_free(
-            fleet.superlink_port,
-            "127.0.0.1",
-            f"end it, or change superlink_port in {fleet.path / 'fleet.toml'}",
-        )
-        start(fleet, programs.superlink(fleet))
+        _start_superlink(fleet)
     with Control(fleet) as control:
         _wait_for_superlink(fleet, control)
         say(f"SuperLink: {fleet.superlink_address}, TLS, node authentication on")
         if SUPEREXEC not in there:
             start(fleet, programs.superexec(fleet))
         for state in control.devices():
+            if state.status == "unregistered":
+                raise UserError(_unregistered(fleet, state.device))
             if state.status == "unknown":
                 control.register(state.device)
                 say(f"{state.device.name}: key registered")
@@ -71,6 +73,27 @@ def bring_up(
             _start_devices(fleet, control, say, node_configs or {})
         else:
             _start_proxy(fleet, say)
+
+
+def renew(fleet: Fleet, say: Say) -> None:
+    """Make the server a new certificate, and start again what runs with the old one.
+
+    Devices trust the authority, not the certificate: they notice nothing, and a run goes on.
+
+    Raises:
+        UserError: the authority's key is not here.
+    """
+    issue_certificate(fleet)
+    say(f"server certificate renewed: it ends on {expiry(fleet):%Y-%m-%d}")
+    there = main_processes(fleet)
+    stop(fleet, [name for name in (PROXY, SUPERLINK) if name in there])
+    if SUPERLINK in there:
+        _start_superlink(fleet)
+        with Control(fleet) as control:
+            _wait_for_superlink(fleet, control)
+        say("SuperLink: started again")
+    if PROXY in there:
+        _start_proxy(fleet, say)
 
 
 def missing_devices(control: Control) -> list[str]:
@@ -102,16 +125,24 @@ def wait_for_devices(control: Control, seconds: float, say: Say) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _renew(fleet: Fleet, say: Say) -> None:
+def _renew_in_time(fleet: Fleet, say: Say) -> None:
     left = expiry(fleet) - datetime.now(UTC)
-    if left < _RENEWAL and fleet.authority_key.is_file():
-        issue_certificate(fleet)
-        say(f"server certificate renewed: it would have ended in {left.days} days")
+    if left < RENEWAL and fleet.authority_key.is_file():
+        renew(fleet, say)
     elif left < timedelta(0):
         raise UserError(
             f"the server's certificate ended on {expiry(fleet):%Y-%m-%d}: bring back "
             f"'{fleet.authority_key}' and try again, which renews it"
         )
+
+
+def _start_superlink(fleet: Fleet) -> None:
+    check_free(
+        fleet.superlink_port,
+        "127.0.0.1",
+        f"end it, or change superlink_port in {fleet.path / 'fleet.toml'}",
+    )
+    start(fleet, programs.superlink(fleet))
 
 
 def _wait_for_superlink(fleet: Fleet, control: Control) -> None:
@@ -201,6 +232,15 @@ def _start_proxy(fleet: Fleet, say: Say) -> None:
     if PROXY not in main_processes(fleet):
         raise FedknError(_ended(fleet, PROXY))
     say(f"proxy: {fleet.address}, Fleet API alone")
+
+
+def _unregistered(fleet: Fleet, device: Device) -> str:
+    public = fleet.public_key(device)
+    return (
+        f"{device.name}'s key was unregistered, and the SuperLink takes no key twice. Give it a "
+        f"new one: rm {device.key}; ssh-keygen -q -t ecdsa -b 384 -N '' -f {device.key}; "
+        f"mv {device.key}.pub {public}"
+    )
 
 
 def _ended(fleet: Fleet, name: str) -> str:

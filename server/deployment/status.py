@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from server.deployment.certificates import expiry
@@ -12,6 +13,7 @@ from server.deployment.control import Control, DeviceState, RunState, SuperLinkA
 from server.deployment.fleet import Fleet
 from server.deployment.processes import Running, main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
+from server.deployment.startup import RENEWAL
 
 __all__ = ["Status", "fleet_status"]
 
@@ -59,10 +61,12 @@ class Status:
     def note(self) -> str:
         """One line: whether the server answers, and until when its certificate lasts."""
         if not self.answers:
-            return f"The SuperLink does not answer: fedkn deploy up {self.fleet.path}"
+            return (
+                f"The SuperLink does not answer: fedkn deploy up {self.fleet.path}; "
+                f"{_certificate(self.fleet)}"
+            )
         online = sum(state.status == "online" for state in self.devices)
-        ends = f"{expiry(self.fleet):%Y-%m-%d}"
-        return f"{online} of {self.fleet.clients} devices online; certificate until {ends}"
+        return f"{online} of {self.fleet.clients} devices online; {_certificate(self.fleet)}"
 
 
 def fleet_status(path: Path) -> Status:
@@ -74,6 +78,16 @@ def fleet_status(path: Path) -> Status:
             return Status(fleet, processes, control.devices(), control.runs(), True)
     except SuperLinkAway:
         return Status(fleet, processes, [], [], False)
+
+
+def _certificate(fleet: Fleet) -> str:
+    ends = expiry(fleet)
+    left = ends - datetime.now(UTC)
+    if left < timedelta(0):
+        return f"certificate ENDED on {ends:%Y-%m-%d}: fedkn deploy renew {fleet.path}"
+    if left < RENEWAL:
+        return f"certificate ends in {left.days} days: fedkn deploy renew {fleet.path}"
+    return f"certificate until {ends:%Y-%m-%d}"
 
 
 def _duration(seconds: float) -> str:

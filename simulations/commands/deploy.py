@@ -69,13 +69,31 @@ def up(
     from server.deployment.startup import bring_up
 
     console, opened = Console(), Fleet.open(fleet)
-    bring_up(
-        opened,
-        local=local,
-        say=lambda text: _say(console, text),
-        node_configs=_node_configs(opened) if local else None,
-    )
+    try:
+        bring_up(
+            opened,
+            local=local,
+            say=lambda text: _say(console, text),
+            node_configs=_node_configs(opened) if local else None,
+        )
+    except KeyboardInterrupt:
+        _say(console, f"stopped; what was started runs: up again, or fedkn deploy down {fleet}")
+        raise typer.Exit(130) from None
     _say(console, f"Next:  fedkn deploy run {fleet}")
+
+
+@deploy.command()
+def renew(fleet: FleetFolder, *, debug: Debug = False) -> None:
+    """Make the server a new certificate and let it use it; devices and runs go on.
+
+    Needs ca/ca.key. Services of systemd are to be started again by hand:
+    systemctl restart fedkn-superlink fedkn-proxy.
+    """
+    from server.deployment.fleet import Fleet
+    from server.deployment.startup import renew
+
+    console = Console()
+    renew(Fleet.open(fleet), say=lambda text: _say(console, text))
 
 
 @deploy.command()

@@ -68,7 +68,7 @@ def runtime_api() -> Iterator[tuple[type[RuntimeApi], int]]:
         server.server_close()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -76,14 +76,14 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
 
 
 def test_a_task_is_forked_with_torch_loaded_and_all_ends_with_the_supernode(tmp_path):
-    parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+    parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     environment = {**os.environ, "FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0"}
     environment |= {"FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
     with runtime_api() as (api, port):
         command = supernode.superexec_command(port, parent.pid)
         superexec = psutil.Popen(command, env=environment, cwd=tmp_path)
         try:
-            assert api.asked.wait(90)
+            assert api.asked.wait(150)
             all_ = superexec.children(recursive=True)
             (app,) = [child for child in all_ if child.name() == "flwr-clientapp"]
             # The bundle has not even come: what is loaded was there before.
