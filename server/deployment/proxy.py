@@ -54,7 +54,8 @@ _CONFIG = Template(
 # Written by fedkn deploy init: devices reach the Fleet API here, and nothing else.
 worker_processes 1;
 pid "$proxy/nginx.pid";
-error_log stderr warn;
+# Of handshakes that failed, such as a device's with another authority, it tells from info on.
+error_log stderr info;
 events { worker_connections 1024; }
 http {
     map "$$status $$upstream_status" $$refusal {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import ssl
 import subprocess
 import threading
@@ -27,6 +28,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from server.deployment import programs
+from server.deployment.certificates import create_authority, issue_certificate
 from server.deployment.control import Control
 from server.deployment.fleet import Device, Fleet
 from server.deployment.logs import last_lines
@@ -37,25 +39,26 @@ from server.deployment.startup import bring_up, wait_for_devices
 from tests.deployment.fleets import FEDKN, Run, a_fleet, losses, refused, wait_for
 from tests.deployment.hostile import become_hostile
 
+NGINX = "/usr/sbin/nginx"
+
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory) -> Iterator[Fleet]:
     """A server behind its proxy, and two devices that are not started."""
-    if not Path("/usr/sbin/nginx").exists():
+    if not Path(NGINX).exists():
         pytest.skip("nginx is not installed: apt-get install nginx")
     with a_fleet(tmp_path_factory.mktemp("fleets") / "fleet", clients=2) as made:
         bring_up(made, local=False, say=lambda text: None)
         yield made
 
 
-@pytest.fixture
-def online(fleet) -> Iterator[Device]:
+@pytest.fixture(scope="module")
+def online(fleet) -> Device:
     """The first device, started and online."""
     device = fleet.devices[0]
     start(fleet, programs.supernode(fleet, device, fleet.address, free_port()))
     wait_for(lambda: "SuperNode ID:" in said(fleet, device.name), 60)
-    yield device
-    stop(fleet, [device.name])
+    return device
 
 
 def said(fleet: Fleet, name: str) -> str:
@@ -63,9 +66,17 @@ def said(fleet: Fleet, name: str) -> str:
     return "\n".join(last_lines(fleet, name, 10_000))
 
 
-def refusal(fleet: Fleet) -> str:
-    """Return the last line in the log of refusals."""
-    return last_lines(fleet, REFUSALS, 1)[0]
+@contextmanager
+def logged(fleet: Fleet, *reasons: str) -> Iterator[list[str]]:
+    """Check that what is done meanwhile adds a line with `reasons` to the refusals; yield it."""
+    before = said(fleet, REFUSALS).splitlines()
+    line: list[str] = []
+    yield line
+    # nginx answers first, and then writes.
+    wait_for(lambda: len(said(fleet, REFUSALS).splitlines()) > len(before), 5)
+    line.append(said(fleet, REFUSALS).splitlines()[-1])
+    for reason in reasons:
+        assert reason in line[0]
 
 
 def arguments(fleet: Fleet, device: Device) -> list[str]:
@@ -126,17 +137,43 @@ def test_a_device_whose_clock_is_off_is_told_so_and_refused(fleet, tmp_path, sec
     assert f"{told} the server's: set the clock" in " ".join(started.stderr.split())
 
     # Flower's own program, started nevertheless, ends without a reason; the server has one.
-    assert "SuperNode terminated" in refused(arguments(fleet, device), tmp_path, off)
-    assert "/v1/fleet/activate-node: 401, signed at 20" in refusal(fleet)
-    assert "over 5 s ahead or 305 s behind" in refusal(fleet)
-    signed = datetime.fromisoformat(re.search(r"signed at ([^ ,]+)", refusal(fleet))[1])
+    reasons = ("/v1/fleet/activate-node: 401, signed at 20", "over 5 s ahead or 305 s behind")
+    with logged(fleet, *reasons) as line:
+        assert "SuperNode terminated" in refused(arguments(fleet, device), tmp_path, off)
+    signed = datetime.fromisoformat(re.search(r"signed at ([^ ,]+)", line[0])[1])
     assert abs((signed - datetime.now(UTC)).total_seconds() - seconds) < 20
 
 
+def test_a_certificate_that_a_device_does_not_believe_is_told_on_both_sides(fleet, tmp_path):
+    other = Fleet(tmp_path, 1, "localhost", 1, 2)
+    (tmp_path / "ca").mkdir()
+    create_authority(other)
+    words = arguments(fleet, fleet.devices[0])
+    words[words.index(str(fleet.authority))] = str(other.authority)
+    assert "certificate verify failed: unable to get local issuer" in refused(words, tmp_path)
+    assert "alert unknown ca" in said(fleet, programs.PROXY)
+    try:
+        issue_certificate(fleet, timedelta(days=-2))
+        restart_proxy(fleet)
+        told = refused(arguments(fleet, fleet.devices[0]), tmp_path)
+        assert "certificate verify failed: certificate has expired" in told
+        assert "alert certificate expired" in said(fleet, programs.PROXY)
+    finally:
+        issue_certificate(fleet)
+        restart_proxy(fleet)
+
+
+def restart_proxy(fleet: Fleet) -> None:
+    stop(fleet, [programs.PROXY])
+    start(fleet, programs.proxy(fleet, NGINX))
+    host, port = fleet.address.split(":")
+    wait_for(lambda: not socket.socket().connect_ex((host, int(port))), 20)
+
+
 def test_a_copied_key_is_refused_while_its_device_is_online(fleet, online, tmp_path):
-    told = refused(arguments(fleet, online), tmp_path)
+    with logged(fleet, "/v1/fleet/activate-node: 412, key not registered, or online already"):
+        told = refused(arguments(fleet, online), tmp_path)
     assert "Failed to activate SuperNode" in told, told
-    assert "/v1/fleet/activate-node: 412, key not registered, or online already" in refusal(fleet)
     assert "could not be activated" in said(fleet, "superlink")
 
 
@@ -214,7 +251,7 @@ def signing(fleet: Fleet, device: Device) -> tuple[FleetHttpClient, bytes]:
 
 
 def test_captured_headers_are_good_for_their_own_device_alone(fleet):
-    device = fleet.devices[0]
+    device = fleet.devices[1]
     with eavesdropper(fleet) as (address, calls):
         start(fleet, programs.supernode(fleet, device, address, free_port()))
         wait_for(lambda: [call for call in calls if call.path.endswith("pull-messages")], 60)
@@ -225,7 +262,7 @@ def test_captured_headers_are_good_for_their_own_device_alone(fleet):
         more = PullMessagesRequest(node=node).SerializeToString() + b"\xba\x3e\x03abc"
         assert post(fleet, captured._replace(body=more)).status_code == 200
         # But not in the name of another device, nor at another time, nor to Control.
-        _, other = signing(fleet, fleet.devices[1])
+        _, other = signing(fleet, fleet.devices[0])
         as_other = ActivateNodeRequest(public_key=other, heartbeat_interval=30).SerializeToString()
         stranger = PullMessagesRequest(node=Node(node_id=node.node_id ^ 1)).SerializeToString()
         for call in (
@@ -233,13 +270,12 @@ def test_captured_headers_are_good_for_their_own_device_alone(fleet):
             captured._replace(body=stranger),
             captured._replace(headers={**captured.headers, **later(captured)}),
         ):
-            answer = post(fleet, call)
+            with logged(fleet, f"{call.path}: 401, signed at", "or by another"):
+                answer = post(fleet, call)
             assert answer.status_code == 401
             assert answer.json() == {"detail": "Invalid SuperNode authentication"}
-            assert f"{call.path}: 401, signed at" in refusal(fleet)
-            assert refusal(fleet).endswith("or by another")
-        assert post(fleet, captured._replace(path="/v1/control/list-nodes")).status_code == 403
-        assert refusal(fleet).endswith("/v1/control/list-nodes: 403, no call of a device")
+        with logged(fleet, "/v1/control/list-nodes: 403, no call of a device"):
+            assert post(fleet, captured._replace(path="/v1/control/list-nodes")).status_code == 403
         stop(fleet, [device.name])
 
 
@@ -259,16 +295,16 @@ def test_headers_are_worth_nothing_after_five_minutes(fleet, online, monkeypatch
     if taken:
         client.PullMessages(request)
         return
-    with pytest.raises(httpx.HTTPStatusError) as caught:
-        client.PullMessages(request)
-    assert caught.value.response.status_code == 401
-    assert f"pull-messages: 401, signed at {signed.isoformat()}" in refusal(fleet)
+    with logged(fleet, f"pull-messages: 401, signed at {signed.isoformat()}"):
+        with pytest.raises(httpx.HTTPStatusError) as caught:
+            client.PullMessages(request)
+        assert caught.value.response.status_code == 401
 
 
 def test_a_plain_text_client_is_refused_with_the_reason(fleet, tmp_path):
-    told = refused(["--superlink", fleet.address, "--insecure"], tmp_path)
+    with logged(fleet, "400, plain text or no HTTP: this port speaks TLS alone"):
+        told = refused(["--superlink", fleet.address, "--insecure"], tmp_path)
     assert "plain text: the server speaks TLS alone" in told, told
-    assert refusal(fleet).endswith("400, plain text or no HTTP: this port speaks TLS alone")
     with grpc.insecure_channel(fleet.address) as channel:
         call = channel.unary_unary("/flwr.proto.Fleet/PullMessages")
         with pytest.raises(grpc.RpcError) as caught:
@@ -282,9 +318,11 @@ def test_a_plain_text_client_is_refused_with_the_reason(fleet, tmp_path):
 def test_a_message_larger_than_the_limit_is_refused(fleet, online):
     client, _ = signing(fleet, online)
     request = PushObjectRequest(object_content=bytes(17 * 2**20))
-    with pytest.raises(httpx.HTTPStatusError, match="413 Request Entity Too Large"):
+    with (
+        logged(fleet, f"push-object: 413, a message of {request.ByteSize()} bytes"),
+        pytest.raises(httpx.HTTPStatusError, match="413 Request Entity Too Large"),
+    ):
         client.PushObject(request)
-    assert f"push-object: 413, a message of {request.ByteSize()} bytes" in refusal(fleet)
 
 
 def test_a_run_goes_on_without_an_update_larger_than_the_limit(fleet, online, tmp_path):
