@@ -17,7 +17,7 @@ import psutil
 
 from fedkn.errors import FedknError
 from server.deployment.fleet import Fleet, make_folder
-from server.deployment.programs import PROXY, Program
+from server.deployment.programs import PROXY, SUPEREXEC, Program
 
 __all__ = ["Running", "main_processes", "running", "start", "stop"]
 
@@ -112,7 +112,14 @@ def stop(fleet: Fleet, names: Iterable[str] | None = None) -> list[str]:
 
 def _program_of(fleet: Fleet, process: psutil.Process) -> str | None:
     """Return to which program of `fleet` the process belongs, None if to none."""
-    environment: dict[str, str] = process.environ()
+    try:
+        environment: dict[str, str] = process.environ()
+    except psutil.AccessDenied:
+        # A SuperExec lets nobody see it, its owner included, unless that is root.
+        if str(fleet.superexec_secret) in process.cmdline():
+            return SUPEREXEC
+        parent = process.parent()
+        return _program_of(fleet, parent) if parent and parent.pid > 1 else None
     if environment.get(_FLEET_MARK) == str(fleet.path):
         return environment.get(_NAME_MARK)
     # nginx writes its title over its environment, but stays in the folder it was started in.
