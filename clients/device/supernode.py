@@ -15,6 +15,8 @@ __all__ = ["main", "superexec_command"]
 def main() -> None:
     """Start the SuperExec, then put ``flower-supernode`` in place of this process."""
     arguments = ["flower-supernode", *sys.argv[1:]]
+    for variable, value in _PARTS.items():
+        os.environ.setdefault(variable, value)
     # Elsewhere a fork of a process with torch loaded is not safe.
     if sys.platform == "linux":
         port = int(arguments[arguments.index("--port") + 1])
@@ -38,6 +40,14 @@ def superexec_command(port: int, supernode: int) -> list[str]:
 
 # Not -m: every process that is forked would run the module again, as Python's fork server has it.
 _SUPEREXEC = "from clients.device.superexec import main; main()"
+
+# An update goes up in parts: one at a time here, of 256 KiB instead of 5 MiB. Flower waits 30 s for
+# the answer to a part once the kernel has taken it, and a slow line must have sent it by then.
+_PARTS = {
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(2**18),
+    "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1",
+}
+
 
 if __name__ == "__main__":
     main()
