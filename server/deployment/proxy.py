@@ -47,8 +47,8 @@ def nginx_config(fleet: Fleet) -> str:
     )
 
 
-# Arrays travel in parts of 5 MiB, so a body is never much larger than that. The SuperLink answers a
-# refused SuperNode without saying why, and logs no more: the reasons stand in the map.
+# Arrays travel in parts of at most 5 MiB, so a body is never much larger than that. The SuperLink
+# answers a refused SuperNode without saying why, and logs no more: the reasons stand in the map.
 _CONFIG = Template(
     """\
 # Written by fedkn deploy init: devices reach the Fleet API here, and nothing else.
