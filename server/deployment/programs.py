@@ -35,7 +35,10 @@ def superlink(fleet: Fleet) -> Program:
         *("--superexec-auth-secret-file", str(fleet.superexec_secret)),
         "--disable-runtime-dependency-installation",
     )
-    return Program(SUPERLINK, command, flower_environment(fleet.home(SUPERLINK)))
+    # It trains nothing and serves from many threads: what these free is to be given back.
+    settings = flower_environment(fleet.home(SUPERLINK))
+    kept = {key: value for key, value in settings.items() if not key.startswith("MALLOC_")}
+    return Program(SUPERLINK, command, {**kept, "MALLOC_ARENA_MAX": "2"})
 
 
 def superexec(fleet: Fleet) -> Program:
