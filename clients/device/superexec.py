@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def main() -> None:
 
 
 def _run(spec: ExecutionSpec) -> None:
-    Path("/proc/self/comm").write_text(_PROCESS_NAME, encoding="ascii")
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(_PROCESS_NAME, encoding="ascii")
     forget_own_packages()
     certificates = spec.root_certificates_path
     run_clientapp(
