@@ -26,6 +26,7 @@ from fedkn.federation import (
     data_record,
     failure_reason,
 )
+from server.exchange import exchange
 from server.membership import Membership
 from server.participation import Participation
 from server.wire import sent_through
@@ -86,18 +87,20 @@ def evaluate_clients(
         )
         for partition, member in members.items()
     }
-    replies = grid.send_and_receive(list(messages.values()), timeout=config.server.round_timeout)
+    arriving = exchange(grid, list(messages.values()), config.server.round_timeout)
     asked = {message.metadata.message_id: partition for partition, message in messages.items()}
     clients: dict[int, dict[str, Any]] = {}
     reasons = {partition: "not online" for partition in everyone if partition not in members}
     reasons |= dict.fromkeys(messages, "no reply")
-    for reply in replies:
-        partition = asked.get(reply.metadata.reply_to_message_id, -1)
-        try:
-            clients[partition] = _answer(reply, partition)
-            reasons.pop(partition, None)
-        except ValueError as error:
-            reasons[partition] = str(error)
+    for arrived in arriving:
+        reasons |= {asked[message_id]: reason for message_id, reason in arrived.lost.items()}
+        for reply in arrived.replies:
+            partition = asked.get(reply.metadata.reply_to_message_id, -1)
+            try:
+                clients[partition] = _answer(reply, partition)
+                reasons.pop(partition, None)
+            except ValueError as error:
+                reasons[partition] = str(error)
     return ClientEvaluation(
         [clients[partition] for partition in sorted(clients)],
         [{"client": partition, "reason": reasons[partition]} for partition in sorted(reasons)],

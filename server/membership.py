@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError
 from fedkn.federation import EXAMPLES, METRICS, PARTITION, failure_reason, join_request
+from server.exchange import exchange
 
 __all__ = ["ClientsMissing", "Member", "Membership", "count_nodes"]
 
@@ -129,11 +130,13 @@ class Membership:
         self._asked |= nodes
         answers: list[Member] = []
         complaints: list[str] = []
-        for reply in self._grid.send_and_receive(questions, timeout=timeout) if questions else ():
-            try:
-                answers.append(_member(reply))
-            except ValueError as error:
-                complaints.append(str(error))
+        for arrived in exchange(self._grid, questions, timeout):
+            complaints.extend(arrived.lost.values())
+            for reply in arrived.replies:
+                try:
+                    answers.append(_member(reply))
+                except ValueError as error:
+                    complaints.append(str(error))
         taken = self._present()
         for member in sorted(answers, key=lambda member: member.node_id):
             if self._max_examples and member.examples > self._max_examples:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.superlink.grid import HttpGrid
 
 from fedkn.config import ServerConfig
 from fedkn.federation import failure_reason, record_bytes
-from server.arrivals import INCOMPLETE, Arrivals
+from server.exchange import exchange
 from server.screening import RefusedUpdate, Screen, Update
 
 __all__ = ["Replies", "collect"]
-
-_POLL_SECONDS = 0.25
 
 
 @dataclass
@@ -52,39 +48,20 @@ def collect(
     updates count then depends on who is quick; a grid that answers everything at once loses none.
     """
     sorting = _Sorting(messages, gate)
-    # Flower's grid of deployed nodes would look for replies every three seconds.
-    if not limits.enough_updates and not isinstance(grid, HttpGrid):
-        replies = grid.send_and_receive(list(messages.values()), timeout=limits.round_timeout)
-        for reply in replies:
+    arriving = exchange(
+        grid,
+        list(messages.values()),
+        limits.round_timeout,
+        one_by_one=limits.enough_updates > 0,
+    )
+    for arrived in arriving:
+        for reply in arrived.replies:
             sorting.take(reply)
-        return sorting.finish(enough=False)
-    deadline = time.monotonic() + limits.round_timeout
-    waiting = set(grid.push_messages(list(messages.values()))) if messages else set()
-    arrivals = Arrivals(grid) if isinstance(grid, HttpGrid) else None
-    while waiting:
-        whole, lost = _pulled(grid, arrivals, sorted(waiting))
-        for reply in whole:
-            waiting.discard(reply.metadata.reply_to_message_id)
-            sorting.take(reply)
-        for message_id, reason in lost.items():
-            waiting.discard(message_id)
+        for message_id, reason in arrived.lost.items():
             sorting.lose(message_id, reason)
         if 0 < limits.enough_updates <= sorting.valid:
             return sorting.finish(enough=True)
-        left = deadline - time.monotonic()
-        if not waiting or left <= 0:
-            break
-        time.sleep(min(_POLL_SECONDS, left))
-    for message_id in arrivals.begun if arrivals else ():
-        sorting.lose(message_id, INCOMPLETE)
     return sorting.finish(enough=False)
-
-
-def _pulled(
-    grid: Grid, arrivals: Arrivals | None, waiting: list[str]
-) -> tuple[Iterable[Message], dict[str, str]]:
-    """Return the replies there are, and by message id why one will never be."""
-    return arrivals.pull(waiting) if arrivals else (grid.pull_messages(waiting), {})
 
 
 class _Sorting:

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Message, MessageType
 
 from fedkn.experiment import federated_data
-from server import replies as module
+from server import exchange as module
 from server.membership import ClientsMissing
 from server.run import run_server
 from tests.server.fake_grid import FIRST_NODE, FakeGrid, run, small
