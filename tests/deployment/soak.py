@@ -19,10 +19,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from server.deployment.fleet import Fleet
 from server.deployment.processes import stop
+from server.deployment.programs import SUPEREXEC, SUPERLINK
 from tests.deployment.fleets import Run, a_fleet, fedkn, kill
 from tests.deployment.soak_memory import CLIENT_APP, Growth, Memory, draw
 
@@ -43,14 +45,17 @@ KEPT = ("round", "seconds", "updates", "train_seconds", "failed", "refused", "st
 
 @dataclass
 class Event:
-    """Something done to a device: what, to which, and from when until it was online again (s)."""
+    """Something done to a device: what, to which, and from when until it was online again (s).
+
+    `problem` is empty when it came back.
+    """
 
     kind: str
     device: int
     after_round: int
     began: float
     ended: float = float("inf")
-    problem: str = ""
+    problem: str = "it was not started again"
 
 
 class Unrest:
@@ -60,25 +65,21 @@ class Unrest:
         self._fleet = fleet
         self._draw = random.Random(seed)
         self._began = began
-        self._blocks = range(0, rounds, ROUNDS_PER_EVENT)
-        self._due = [start + self._draw.randrange(ROUNDS_PER_EVENT) for start in self._blocks]
+        blocks = range(0, rounds, ROUNDS_PER_EVENT)
+        self._due = [block + self._draw.randrange(ROUNDS_PER_EVENT) for block in blocks]
         self._thread: threading.Thread | None = None
         self.events: list[Event] = []
 
     def tick(self, rounds: int, round_seconds: float) -> None:
         """Begin the next event if it is due, now that so many rounds have ended."""
-        if self._due and rounds >= self._due[0] and not self.busy:
+        busy = self._thread is not None and self._thread.is_alive()
+        if self._due and rounds >= self._due[0] and not busy:
             del self._due[0]
             delay = self._draw.uniform(0, round_seconds)
             kind = self._draw.choice(["kill", "restart"])
             device = self._draw.randrange(self._fleet.clients)
             self._thread = threading.Thread(target=self._strike, args=(kind, device, rounds, delay))
             self._thread.start()
-
-    @property
-    def busy(self) -> bool:
-        """Whether a device is still on its way back."""
-        return self._thread is not None and self._thread.is_alive()
 
     def finish(self) -> None:
         """Wait for the last device to be back."""
@@ -187,24 +188,22 @@ def summary(seen: dict[str, Any]) -> str:
     rounds, events = seen["rounds"], seen["events"]
     kinds = Counter(event["kind"] for event in events)
     missed = sum(len(line["failed"]) for line in rounds)
-    undisturbed = sorted(line["seconds"] for line in rounds if not line["failed"])
+    undisturbed = [line["seconds"] for line in rounds if not line["failed"]]
     rows = [
         f"{len(rounds)} rounds in {rounds[-1]['ended'] / 60:.1f} min, {dict(kinds)}, "
         f"{missed} of {seen['devices'] * len(rounds)} updates missed",
-        f"median round without a missed update: {undisturbed[len(undisturbed) // 2]:.1f} s",
+        f"median round without a missed update: {median(undisturbed):.1f} s",
         f"database {seen['database_bytes'] / 1e6:.1f} MB, logs {seen['log_bytes'] / 1e6:.1f} MB",
     ]
     by_part: dict[str, list[Growth]] = {}
     for growth in (Growth(**fields) for fields in seen["growths"]):
-        by_part.setdefault(f"{growth.part} ({growth.program.rstrip('0123456789')})", []).append(
-            growth
-        )
+        kind = growth.program if growth.program in (SUPERLINK, SUPEREXEC) else "devices"
+        by_part.setdefault(f"{kind}: {growth.part}", []).append(growth)
     for name, fits in sorted(by_part.items()):
         worst = max(fits, key=lambda fit: fit.per_100_rounds)
-        medians = sorted(fit.median for fit in fits)
         rows.append(
-            f"{name}: {len(fits)} fitted, median {medians[len(medians) // 2]:.0f} MiB, growth in "
-            f"100 rounds at most {worst.per_100_rounds:+.1%}"
+            f"{name}: {len(fits)} fitted, median {median(fit.median for fit in fits):.0f} MiB, "
+            f"growth in 100 rounds at most {worst.per_100_rounds:+.1%}"
         )
     apps = [one for one in seen["memory"] if one["part"] == CLIENT_APP]
     peaks = [max(sample[2] for sample in one["samples"]) for one in apps]
@@ -230,7 +229,7 @@ def main() -> int:
         a_fleet(Path(scratch) / "fleet", given.devices) as fleet,
     ):
         seen = soak(fleet, given.rounds, given.seed)
-    (given.folder / "soak.json").write_text(json.dumps(seen, indent=1, default=str) + "\n")
+    (given.folder / "soak.json").write_text(json.dumps(seen) + "\n")
     draw(given.folder / "soak.png", seen["memory"], seen["events"], seen["rounds"])
     say(summary(seen))
     found = problems(seen)
