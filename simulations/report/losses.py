@@ -11,7 +11,10 @@ from simulations.report.formats import count
 from simulations.report.verdict import enumerated
 from simulations.run_folder import CellRecord
 
-__all__ = ["LossLine", "losses"]
+__all__ = ["DIVIDED", "LossLine", "losses"]
+
+# The only kind by which nothing is lost.
+DIVIDED = "divided batches"
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,18 @@ def _skipped(cells: Sequence[CellRecord]) -> tuple[str, str] | None:
     return amount, "the last batch of a local epoch was too small for the normalizer"
 
 
+def _divided(cells: Sequence[CellRecord]) -> tuple[str, str] | None:
+    rounds = [r for r in _rounds(cells) if r.batch_sizes]
+    clients = {client for r in rounds for client in r.batch_sizes}
+    sizes = sorted({size for r in rounds for size in r.batch_sizes.values()})
+    why = (
+        f"their devices bear batches of {enumerated(sizes)} at most; the steps took the "
+        "same examples in more parts"
+    )
+    updates = sum(len(r.batch_sizes) for r in rounds)
+    return _of_clients("update", Counter({why: updates} if updates else {}), clients)
+
+
 _KINDS: dict[str, Callable[[Sequence[CellRecord]], tuple[str, str] | None]] = {
     "failed cells": _failed_cells,
     "untrainable cells": _untrainable,
@@ -135,6 +150,7 @@ _KINDS: dict[str, Callable[[Sequence[CellRecord]], tuple[str, str] | None]] = {
     "unanswered requests": _unanswered,
     "late updates": _late,
     "skipped batches": _skipped,
+    DIVIDED: _divided,
 }
 _CLIENTS_SHOWN = 6
 _REASONS_SHOWN = 3

@@ -15,7 +15,7 @@ from markupsafe import Markup
 import fedkn
 from fedkn.files import write_atomically
 from simulations.report import figures, formats
-from simulations.report.losses import losses
+from simulations.report.losses import DIVIDED, losses
 from simulations.report.settings import display_name, held_equal, normalizer_notes, unequal
 from simulations.report.summary import RunSummary, Section, summarize
 from simulations.report.tables import group_counts
@@ -125,7 +125,8 @@ def _run(summary: RunSummary, unknown: Sequence[str]) -> dict[str, Any]:
 def _alarms(summary: RunSummary) -> list[str]:
     """What the head of the page warns of: all losses but those that the verdict names itself."""
     lines = losses(summary.results, summary.damaged_lines)
-    return list(dict.fromkeys(line.what for line in lines if line.what != "untrainable cells"))
+    known = ("untrainable cells", DIVIDED)
+    return list(dict.fromkeys(line.what for line in lines if line.what not in known))
 
 
 def _section(summary: RunSummary, section: Section, unknown: Sequence[str]) -> dict[str, Any]:

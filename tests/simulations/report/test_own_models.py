@@ -178,6 +178,16 @@ def test_late_lost_and_unevaluated_clients_are_among_the_losses(tmp_path: Path) 
     assert "unanswered requests" not in rows
 
 
+def test_devices_with_smaller_batches_are_named_and_are_no_alarm(tmp_path: Path) -> None:
+    run = Synthetic(tmp_path / "r", normalizers=("layer",), batch_sizes=(4,), seeds=1, rounds=2)
+    run.cell("layer", 4, 0, batch_sizes={"0": 1, "5": 2})
+    page = read(build_report(run.folder))
+    rows = {row[0]: row[1:] for row in page.rows if len(row) == 5}
+    assert rows["divided batches"][2] == "2 updates (clients 0 and 5)"
+    assert "batches of 1 and 2 at most" in rows["divided batches"][3]
+    assert "Not everything counted" not in page.text
+
+
 def test_privacy_spent_is_the_last_of_every_client(tmp_path: Path) -> None:
     run = Synthetic(
         tmp_path / "r",
