@@ -54,6 +54,7 @@ __all__ = [
     "npy_header",
     "on_the_wire",
     "packed",
+    "packed_sizes",
     "record_bytes",
     "tensors_to_arrays",
     "told_data",
@@ -209,6 +210,12 @@ def unpacked(record: ArrayRecord) -> ArrayRecord:
     return arrays
 
 
+def packed_sizes(record: ArrayRecord) -> tuple[int, int]:
+    """Return the bytes of a packed record's index, as it claims, and of the whole."""
+    data = record[_PACKED].data
+    return _index_end(data), len(data)
+
+
 def record_bytes(record: ArrayRecord) -> int:
     """Return the bytes of the arrays in `record`, data and .npy headers, packed or not."""
     if is_packed(record):
@@ -299,14 +306,19 @@ def _listed(record: ConfigRecord, key: str, kind: type[ValueT]) -> tuple[ValueT,
 def _index(record: ArrayRecord) -> list[tuple[str, str, list[int], str, int]]:
     """Return name, dtype, shape, kind and bytes of every array in a packed record."""
     data = record[_PACKED].data
-    start = _index_end(data)
-    index = json.loads(data[8:start])
+    try:
+        return _checked_index(json.loads(data[8 : _index_end(data)]), len(data), _index_end(data))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"a packed record whose index cannot be read: {error}") from None
+
+
+def _checked_index(index: Any, size: int, start: int) -> list[tuple[str, str, list[int], str, int]]:
     for name, dtype, shape, stype, length in index:
         if not all(isinstance(value, str) for value in (name, dtype, stype)):
             raise ValueError("a packed record whose index names no arrays")
         if not all(type(value) is int and value >= 0 for value in (length, *shape)):
             raise ValueError("a packed record whose index has sizes that cannot be")
-    if start + sum(length for *_, length in index) != len(data):
+    if start + sum(length for *_, length in index) != size:
         raise ValueError("a packed record whose index does not fit its data")
     return [tuple(entry) for entry in index]
 

@@ -8,11 +8,17 @@ from pathlib import Path
 __all__ = ["write_atomically"]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader or a kill sees the old content or the new, nothing between."""
+def write_atomically(path: Path, content: bytes, *, mode: int | None = None) -> None:
+    """Write a file so that a reader or a kill sees the old content or the new, nothing between.
+
+    `mode`: its permissions from its first byte on, as in 0o600; None for the process's usual ones.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode or 0o666)
+        with os.fdopen(descriptor, "wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ deadline, while nobody else's are fetched. The only file here that reaches into 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -17,19 +18,22 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     inflate_object_from_contents,
-    pull_objects,
 )
 from flwr.superlink.grid import HttpGrid
 
 __all__ = ["INCOMPLETE", "Arrivals"]
 
+# A look at a reply with many parts must not outlast the deadline of a round.
+_PARTS_AT_ONCE = 64
 INCOMPLETE = "only part of its reply came: a slow line, a part over the size limit, or node gone"
 
 
 class Arrivals:
     """The replies to the messages of a round, on their way through `grid`."""
 
-    def __init__(self, grid: HttpGrid) -> None:
+    def __init__(self, grid: HttpGrid, largest: int) -> None:
+        """`largest`: bytes that a reply may have; beyond, it is given up."""
+        self._largest = largest
         self._client = grid._runtime_client
         self._node = grid.node
         self._run_id = grid.run.run_id
@@ -49,7 +53,7 @@ class Arrivals:
         answer = self._client.PullMessages(PullAppMessagesRequest(message_ids=new))
         for said, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             parts = dict.fromkeys(one.object_id for one in iterate_object_tree(tree))
-            reply = _Reply(said.metadata.message_id, list(parts))
+            reply = _Reply(said.metadata.message_id, deque(parts))
             self._begun[said.metadata.reply_to_message_id] = reply
         whole: list[Message] = []
         lost: dict[str, str] = {}
@@ -67,12 +71,15 @@ class Arrivals:
         return whole, lost
 
     def _fetch(self, reply: _Reply) -> None:
-        """Fetch what has come of `reply`. Parts come in order, but for a few at a time."""
-        if not self._part(reply.missing[0]):
-            return
-        parts = pull_objects(reply.missing, self._part)
-        reply.contents |= {key: part for key, part in parts.items() if part}
-        reply.missing = [key for key in reply.missing if not parts[key]]
+        """Fetch what has come of `reply`, some parts at a time: others' are waiting too."""
+        for _ in range(_PARTS_AT_ONCE):
+            # Nodes send parts in this order, so that none lies ready behind one that is not there.
+            if not reply.missing or not (part := self._part(reply.missing[0])):
+                return
+            reply.contents[reply.missing.popleft()] = part
+            reply.size += len(part)
+            if reply.size > self._largest:
+                raise ValueError(f"more than {self._largest} bytes")
 
     def _part(self, object_id: str) -> bytes:
         """Return a part, empty where it has not come."""
@@ -107,5 +114,6 @@ class _Reply:
     """A reply that was announced: its parts by id, and the ids of those that have not come."""
 
     message_id: str
-    missing: list[str]
+    missing: deque[str]
     contents: dict[str, bytes] = field(default_factory=dict)
+    size: int = 0

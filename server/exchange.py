@@ -10,6 +10,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid
 
+from fedkn.federation import record_bytes
 from server.arrivals import INCOMPLETE, Arrivals
 
 __all__ = ["Arrived", "exchange"]
@@ -40,11 +41,13 @@ def exchange(
     if not one_by_one and not isinstance(grid, HttpGrid):
         return iter([Arrived(list(grid.send_and_receive(messages, timeout=timeout)), {})])
     deadline = time.monotonic() + timeout
-    return _arriving(grid, set(grid.push_messages(messages)), deadline)
+    # A message that the SuperLink did not take has an empty id: nobody will answer it.
+    waiting = {one for one in grid.push_messages(messages) if one}
+    return _arriving(grid, waiting, deadline, _largest_reply(messages))
 
 
-def _arriving(grid: Grid, waiting: set[str], deadline: float) -> Iterator[Arrived]:
-    arrivals = Arrivals(grid) if isinstance(grid, HttpGrid) else None
+def _arriving(grid: Grid, waiting: set[str], deadline: float, largest: int) -> Iterator[Arrived]:
+    arrivals = Arrivals(grid, largest) if isinstance(grid, HttpGrid) else None
     while waiting:
         ids = sorted(waiting)
         arrived = Arrived(*arrivals.pull(ids) if arrivals else (list(grid.pull_messages(ids)), {}))
@@ -57,3 +60,16 @@ def _arriving(grid: Grid, waiting: set[str], deadline: float) -> Iterator[Arrive
         time.sleep(min(_POLL_SECONDS, left))
     if arrivals and arrivals.begun:
         yield Arrived([], dict.fromkeys(arrivals.begun, INCOMPLETE))
+
+
+def _largest_reply(messages: Sequence[Message]) -> int:
+    """Return the bytes that a reply may have: clients send no more arrays than they are sent."""
+    sent = (
+        sum(record_bytes(record) for record in message.content.array_records.values())
+        for message in messages
+    )
+    return 2 * max(sent) + _ROOM
+
+
+# For metrics, the names of arrays, and what Flower wraps around them.
+_ROOM = 1 << 24

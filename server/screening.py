@@ -24,11 +24,18 @@ from fedkn.federation import (
     METRICS,
     PARTITION,
     TRAIN_METRICS,
+    arrays_record,
+    is_packed,
     npy_header,
+    packed,
+    packed_sizes,
     unpacked,
 )
 
 __all__ = ["RefusedUpdate", "Screen", "Update"]
+
+# A client's index of packed tensors may be written a little differently.
+_SLACK = 1 << 16
 
 RecordT = TypeVar("RecordT")
 
@@ -89,10 +96,24 @@ class Screen:
 
     def _update(self, content: RecordDict) -> Update:
         metrics = self._metrics(_only(content.metric_records, METRICS))
-        arrays = self._arrays(unpacked(_only(content.array_records, ARRAYS)))
+        record = _only(content.array_records, ARRAYS)
+        if is_packed(record):
+            self._check_packed(record)
+        arrays = self._arrays(unpacked(record))
         if self._max_norm:
             self._check_norm(arrays)
         return Update(int(metrics[PARTITION]), arrays, metrics)
+
+    def _check_packed(self, record: ArrayRecord) -> None:
+        # Before the index is read: of any length, it would be many times as large in memory.
+        for what, size, expected in zip(
+            ("an index", "tensors"),
+            packed_sizes(record),
+            packed_sizes(packed(arrays_record(self._sent))),
+            strict=True,
+        ):
+            if size > expected + _SLACK:
+                raise RefusedUpdate(f"{what} of {size} bytes, where {expected} are expected")
 
     def _metrics(self, record: MetricRecord) -> dict[str, float]:
         if record.keys() != set(TRAIN_METRICS):
@@ -117,6 +138,9 @@ class Screen:
             )
         if negative := [key for key in TRAIN_METRICS if metrics[key] < 0]:
             raise RefusedUpdate(f"metric '{negative[0]}' is negative: {metrics[negative[0]]}")
+        most = self._train.local_epochs * declared
+        if (trained := metrics["trained-examples"]) > most:
+            raise RefusedUpdate(f"claims to have trained on {trained:g} examples: {most} at most")
         self._check_steps(metrics["steps"], declared)
         return metrics
 

@@ -44,7 +44,11 @@ class ForkingExecutor(SubprocessExecutor):
         """Start the process that `spec` describes."""
         if spec.task_type is not TaskType.CLIENT_APP or spec.runtime_dependency_install:
             return super().launch(spec)
-        self._context.Process(target=_run, args=(spec,), daemon=True).start()
+        try:
+            self._context.Process(target=_run, args=(spec,), daemon=True).start()
+        except (OSError, EOFError) as error:
+            # Without memory the fork server ends; the next launch starts another.
+            return LaunchResult.failed(f"cannot fork a ClientApp: {error or 'out of memory?'}")
         return LaunchResult.accepted()
 
 

@@ -50,7 +50,7 @@ class Settings(NamedTuple):
 def composite(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
     """Return (conv(x, w) - mean * sum(w)) / sqrt(var + eps) + bias, (N, O, OH, OW).
 
-    In a deterministic pass over small units, its expectation (`fedkn.layers.small_units`).
+    A deterministic pass averages small units over their drops (`fedkn.layers.small_units`).
 
     `x` is (N, C, H, W), `weight` (O, C/groups, KH, KW), `bias` (O,) or None. Statistics and the
     normalization are in float32 at least; the convolution is in x's dtype, or autocast's.

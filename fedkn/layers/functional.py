@@ -56,7 +56,7 @@ def kn_conv(
             One mask is drawn on the padded input and shared by the windows.
         eps: added to the variance.
         mode: "stochastic" draws a mask (training); "expected" uses the variance that dropout
-            gives in expectation, and for small units the expected output
+            gives in expectation, small units averaged over how many elements drop
             (`fedkn.layers.small_units`); "plain" ignores dropout.
         activation: None or "relu", fused into the layer.
         keeps_output: keep the output itself for the backward pass, as with a fused activation,

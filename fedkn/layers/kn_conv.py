@@ -143,8 +143,8 @@ class KNConv2d(KNConv):
     `padding` is an int, (height, width) as PyTorch reads it, or (left, right, top, bottom).
     In training the statistics of every kernel position are taken under dropout; in evaluation
     the layer is deterministic and `eval_mode` says how: "expected" (the variance that dropout
-    gives in expectation; of units of at most 64 elements the output that it gives in
-    expectation), "plain" (dropout switched off), or "stochastic" for a replay of the
+    gives in expectation; units of at most 64 elements are averaged over how many of them
+    drop), "plain" (dropout switched off), or "stochastic" for a replay of the
     authors' code, which leaves dropout on. `activation="relu"` fuses a ReLU, which saves one
     map of memory per layer in training. `keeps_output=True` saves the output itself for the
     backward pass instead of a map of its own: less memory where the next layer saves it too, but

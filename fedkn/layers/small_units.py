@@ -1,17 +1,19 @@
-"""What dropout makes of units of few elements, in expectation: for evaluation without a mask.
+"""How units of few elements are normalized in evaluation, without a mask: averaged over drops.
 
 In a large unit the variance under dropout hardly varies, and normalizing by its expected value is
 what training did on average. A unit of nine pixels, often all equal, is another matter: now nothing
-is dropped and its variance is zero, now one element is and it is not. So for small units the
-normalized output itself is averaged, by the law of total expectation over K, the number of dropped
-elements: Binomial(n, p). With f = K/n, m and v the unit's mean and biased variance, and kept
+is dropped and its variance is zero, now one element is and it is not. So small units are
+normalized by the expected moments given K, the number of dropped elements, and averaged over K:
+Binomial(n, p). With f = K/n, m and v the unit's mean and biased variance, and kept
 elements scaled by 1/(1-p), sampling without replacement gives
 
     E[mean' | K] = m (1 - f)/(1-p)
     E[var' | K] = (1 - f) ((1 - K/(n(n-1))) v + f m^2) / (1-p)^2
 
 and s_K = 1/sqrt(E[var' | K] + eps). Over K, these average to the mean m and to the variance that
-large units are normalized by, v + p/(1-p) E[x^2] (1 - 1/n).
+large units are normalized by, v + p/(1-p) E[x^2] (1 - 1/n). For units whose elements are equal the
+average is exact. Which elements drop is not averaged over, so of a unit with one bright pixel the
+true expectation, in which that pixel's loss leaves no variance, is much larger.
 """
 
 from __future__ import annotations

@@ -96,7 +96,9 @@ def train_privately(
             draw, noise = (_generator(task, what, step, privacy) for what in ("poisson", "noise"))
             batch = poisson_batch(size, expected / size, draw)
             # Without examples the sum is zero and the step is noise alone.
-            chosen = [part for part in torch.tensor_split(batch, parts) if len(part)]
+            # A drawn batch may be larger than expected, the parts that are borne may not.
+            count = max(parts, -(-len(batch) // bearable)) if task.largest_batch else parts
+            chosen = [part for part in torch.tensor_split(batch, count) if len(part)]
             draws = (seed, round_, client, step)
             parts_of_step = step_batches(images, labels, chosen, inputs, draws) if chosen else ()
             summed.zero_()

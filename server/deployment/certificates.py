@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedkn.errors import UserError
+from fedkn.files import write_atomically
 from server.deployment.fleet import Fleet, write_secret
 
 __all__ = [
@@ -80,7 +81,7 @@ def issue_certificate(fleet: Fleet, life: timedelta = CERTIFICATE_LIFE) -> None:
         .sign(signer, hashes.SHA384())
     )
     write_secret(fleet.certificate_key, _pem(key))
-    fleet.certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
+    write_atomically(fleet.certificate, certificate.public_bytes(Encoding.PEM))
 
 
 def expiry(fleet: Fleet) -> datetime:
@@ -114,7 +115,8 @@ def check_device_key(private: Path, public: Path) -> None:
         raise UserError(
             f"'{private}': {error.strerror}: bring it back, or start the device where it is"
         ) from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
+        # TypeError: it has a passphrase, which a device without a keyboard cannot give.
         raise UserError(f"'{private}' is not an OpenSSH private key: {error}") from None
     if key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) != public_pem(public):
         raise UserError(

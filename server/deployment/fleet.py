@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedkn.errors import UserError
+from fedkn.files import write_atomically
 
 __all__ = ["Device", "Fleet", "make_folder", "write_secret"]
 
@@ -167,11 +167,8 @@ def make_folder(path: Path) -> Path:
 
 
 def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read (mode 0600), from its first byte on."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(content)
+    """Write a file that only its owner may read (mode 0600), whole or not at all."""
+    write_atomically(path, content, mode=0o600)
 
 
 _FIELDS = {"clients": int, "host": str, "port": int, "superlink_port": int}

@@ -66,7 +66,9 @@ http {
         "~^401" "signed at $$http_flwr_timestamp, over 5 s ahead or 305 s behind; or by another";
         "~^412" "key not registered, or online already: see the SuperLink's log";
     }
-    log_format refusals "$$time_iso8601 $$remote_addr $$uri: $$status, $$refusal";
+    # Of a path no more than this: whoever calls chooses its length.
+    map $$uri $$where { default ""; "~^(?<beginning>.{1,80})" $$beginning; }
+    log_format refusals "$$time_iso8601 $$remote_addr $$where: $$status, $$refusal";
     access_log "$refusals" refusals if=$$refusal;
     server_tokens off;
     client_body_temp_path "$proxy/body";

@@ -65,7 +65,10 @@ def bring_up(
             start(fleet, programs.superexec(fleet))
         for state in control.devices():
             if state.status == "unregistered":
-                raise UserError(_unregistered(fleet, state.device))
+                # On purpose, maybe: devices elsewhere must not wait for this one.
+                if local:
+                    raise UserError(_unregistered(fleet, state.device))
+                say(_unregistered(fleet, state.device))
             if state.status == "unknown":
                 control.register(state.device)
                 say(f"{state.device.name}: key registered")

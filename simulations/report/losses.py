@@ -13,7 +13,7 @@ from simulations.run_folder import CellRecord
 
 __all__ = ["DIVIDED", "LossLine", "losses"]
 
-# The only kind by which nothing is lost.
+# Nothing is lost by it: parts too small for the normalizer are among the skipped batches.
 DIVIDED = "divided batches"
 
 

@@ -223,6 +223,11 @@ def test_packed_tensors_are_read_like_others():
         b'[["x", "float32", [2]]]',
         b'[["x"',
         b"",
+        b"5",
+        b"null",
+        b"[1]",
+        b'[["x", "float32", 2, "numpy.ndarray", 4]]',
+        b"[" * 100_000,
     ],
 )
 def test_a_packed_record_that_does_not_fit_is_no_record(index):

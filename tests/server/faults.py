@@ -180,6 +180,7 @@ FAULTS: dict[str, tuple[Callable[[Arrays, Metrics], RecordDict | None], str]] = 
     "weight in a list": (_metric("num-examples", [1, 2]), "not a finite number"),
     "nothing trained": (_metric("trained-examples", 0), "trained on no example"),
     "negative count": (_metric("steps", -1), "'steps' is negative"),
+    "huge training": (_metric("trained-examples", 1e300), "claims to have trained on 1e"),
     "no step": (_metric("steps", 0), "claims 0 local steps"),
     "half a step": (_metric("steps", 2.5), "claims 2.5 local steps"),
     "huge steps": (_metric("steps", 10**9), r"claims 1e\+09 local steps"),

@@ -20,6 +20,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedkn.federation import ARRAYS, arrays_record
+from server import arrivals as module
 from server.arrivals import INCOMPLETE, Arrivals
 
 
@@ -72,7 +73,7 @@ def superlink() -> SuperLink:
 
 @pytest.fixture
 def arrivals(superlink) -> Arrivals:
-    return Arrivals(Deployed(superlink))
+    return Arrivals(Deployed(superlink), largest=10_000)
 
 
 def announce(superlink: SuperLink, number: int, says: str = "") -> tuple[Message, dict[str, bytes]]:
@@ -144,3 +145,31 @@ def test_a_reply_that_says_it_answers_another_message_is_lost(superlink, arrival
     (whole, lost) = arrivals.pull(["asked-1"])
     assert whole == []
     assert lost == {"asked-1": "unreadable reply: announced as the reply to another message"}
+
+
+def test_a_reply_of_more_bytes_than_a_reply_may_have_is_given_up(superlink):
+    _, parts = announce(superlink, 1)
+    superlink.parts |= parts
+    small = Arrivals(Deployed(superlink), largest=sum(map(len, parts.values())) - 1)
+    assert small.pull(["asked-1"])[1]["asked-1"].startswith("unreadable reply: more than")
+    _, parts = announce(superlink, 2)
+    superlink.parts |= parts
+    fitting = Arrivals(Deployed(superlink), largest=sum(map(len, parts.values())))
+    assert len(fitting.pull(["asked-2"])[0]) == 1
+
+
+def test_many_parts_are_fetched_some_at_a_time_and_each_once(superlink, arrivals, monkeypatch):
+    monkeypatch.setattr(module, "_PARTS_AT_ONCE", 2)
+    _, parts = announce(superlink, 1)
+    superlink.parts |= parts
+    asked = []
+    pull = superlink.PullObject
+    monkeypatch.setattr(
+        superlink, "PullObject", lambda request: asked.append(request.object_id) or pull(request)
+    )
+    looks = 0
+    while not (found := arrivals.pull(["asked-1"]))[0]:
+        looks += 1
+        assert found == ([], {})
+        assert len(asked) == 2 * looks
+    assert sorted(asked) == sorted(parts)

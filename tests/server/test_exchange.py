@@ -41,7 +41,7 @@ class Deployed:
 class Scripted:
     """In the place of `Arrivals`: one reply at a time; the last is only ever announced."""
 
-    def __init__(self, grid: Deployed) -> None:
+    def __init__(self, grid: Deployed, largest: int) -> None:
         self.looks = 0
         self.begun = {"asked-2"}
 

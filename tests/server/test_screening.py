@@ -77,6 +77,22 @@ def test_every_fault_is_refused_packed_as_well(fault):
         screen(max_norm=50.0).check(bad)
 
 
+def test_a_packed_index_of_any_length_is_not_read():
+    reply = honest()
+    whole = packed(reply.content.array_records["arrays"])
+    (name,) = whole
+    index = b"[" + b'["","",[],"",0],' * 20_000
+    data = len(index).to_bytes(8, "little") + index
+    whole[name] = Array("uint8", (len(data),), name, data)
+    reply.content["arrays"] = whole
+    tracemalloc.start()
+    with pytest.raises(RefusedUpdate, match=r"an index of \d+ bytes, where \d+ are expected"):
+        screen().check(reply)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < len(data)
+
+
 def test_a_packed_update_passes_unchanged_and_a_broken_one_does_not():
     reply = honest()
     whole = packed(reply.content.array_records["arrays"])
