@@ -87,6 +87,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            preexec_fn=interruptible,
         )
 
     def __enter__(self) -> Run:
@@ -126,6 +127,11 @@ class Run:
             self._process.kill()
             raise
         return self._process.returncode, output
+
+
+def interruptible() -> None:
+    """In a child: heed Ctrl-C, also where a shell in the background made this process ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition: Callable[[], object], timeout: float) -> None:

@@ -160,7 +160,7 @@ def small_runs(fleet) -> Iterator[Path]:
 
 def test_a_full_disk_on_the_server_ends_the_run_and_resume_goes_on(fleet, small_runs):
     with Run(fleet, "disk-full") as run:
-        run.after_round(1)
+        run.after_round(2)  # so that the first one's checkpoint is there
         filler = fill(small_runs)
         code, output = run.end()
     assert code == 1, output
