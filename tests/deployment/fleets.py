@@ -24,6 +24,8 @@ from server.deployment.processes import main_processes, running, stop
 from server.deployment.programs import flower_environment
 from simulations.engines import run_experiment
 
+# What a shell starts in the background ignores Ctrl-C, and hands that on.
+INTERRUPTIBLE = ("env", "--default-signal=INT")
 FEDKN = Path(sys.executable).parent / "fedkn"
 SMALL = {
     "rounds": 3,
@@ -82,12 +84,20 @@ class Run:
         arguments = [f"--set={key}={value}" for key, value in settings.items()]
         self.folder = fleet.runs / name
         self._process = subprocess.Popen(
-            [str(FEDKN), "deploy", "run", str(fleet.path), "--name", name, *arguments],
+            [
+                *INTERRUPTIBLE,
+                str(FEDKN),
+                "deploy",
+                "run",
+                str(fleet.path),
+                "--name",
+                name,
+                *arguments,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            preexec_fn=interruptible,
         )
 
     def __enter__(self) -> Run:
@@ -127,11 +137,6 @@ class Run:
             self._process.kill()
             raise
         return self._process.returncode, output
-
-
-def interruptible() -> None:
-    """In a child: heed Ctrl-C, also where a shell in the background made this process ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition: Callable[[], object], timeout: float) -> None:

@@ -18,7 +18,7 @@ from server.deployment.certificates import create_device_key, issue_certificate
 from server.deployment.fleet import Fleet
 from server.deployment.logs import last_lines
 from server.deployment.processes import main_processes, stop
-from tests.deployment.fleets import FEDKN, Run, a_fleet, fedkn, interruptible, wait_for
+from tests.deployment.fleets import FEDKN, INTERRUPTIBLE, Run, a_fleet, fedkn, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,11 @@ def served(fleet: Fleet) -> bytes:
 
 def background(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [str(FEDKN), "deploy", *arguments],
+        [*INTERRUPTIBLE, str(FEDKN), "deploy", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=interruptible,
     )
 
 
