@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from typing import TypeVar
 
@@ -104,12 +105,16 @@ class Screen:
             self._check_norm(arrays)
         return Update(int(metrics[PARTITION]), arrays, metrics)
 
+    @cached_property
+    def _packed_as_sent(self) -> tuple[int, int]:
+        return packed_sizes(packed(arrays_record(self._sent)))
+
     def _check_packed(self, record: ArrayRecord) -> None:
         # Before the index is read: of any length, it would be many times as large in memory.
         for what, size, expected in zip(
             ("an index", "tensors"),
             packed_sizes(record),
-            packed_sizes(packed(arrays_record(self._sent))),
+            self._packed_as_sent,
             strict=True,
         ):
             if size > expected + _SLACK:

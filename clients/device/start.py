@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -12,23 +11,9 @@ from pathlib import Path
 
 from clients.device.settings import Device
 from fedkn.errors import UserError
+from fedkn.supernode import supernode_command
 
-__all__ = ["become_supernode", "environment", "supernode_command"]
-
-
-def supernode_command(device: Device, port: int) -> tuple[str, ...]:
-    """Return the command line of the SuperNode.
-
-    Args:
-        port: of its own API, on 127.0.0.1, through which its training processes reach it.
-    """
-    settings = " ".join(f"{k}={json.dumps(v)}" for k, v in device.node_config().items())
-    return (
-        *(sys.executable, "-P", "-m", "clients.device.supernode", "--superlink", device.server),
-        *("--root-certificates", str(device.ca)),
-        *("--auth-supernode-private-key", str(device.key)),
-        *("--port", str(port), "--node-config", settings),
-    )
+__all__ = ["become_supernode", "environment"]
 
 
 def environment(device: Device, present: Mapping[str, str]) -> dict[str, str]:
@@ -74,4 +59,7 @@ def become_supernode(device: Device) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     sys.stdout.flush()
-    os.execve(sys.executable, supernode_command(device, port), settings)
+    command = supernode_command(
+        device.server, ca=device.ca, key=device.key, port=port, node_config=device.node_config()
+    )
+    os.execve(sys.executable, command, settings)

@@ -60,17 +60,15 @@ def composite(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings
     with torch.autocast(x.device.type, enabled=False):
         mean, scale, shift = unit_maps(x.to(dtype), settings)
         centred = is_centred(settings)
-        sums = filter_sums(weight.to(dtype))
-        if centred:
-            weight = weight - weight.mean((1, 2, 3), keepdim=True)
-    z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+        used = weight - weight.mean((1, 2, 3), keepdim=True) if centred else weight
+    z = F.conv2d(x, used, None, stride, padding, dilation, groups)
     with torch.autocast(x.device.type, enabled=False):
         y = z.to(dtype)
         if not centred:
-            y = y - mean * sums
+            y = y - mean * filter_sums(weight.to(dtype))
         y = y * scale
         if shift is not None:
-            y = y + shift * sums
+            y = y + shift * filter_sums(weight.to(dtype))
         if bias is not None:
             y = y + bias.to(dtype).view(1, -1, 1, 1)
         if settings.relu:

@@ -74,8 +74,6 @@ def _counts(n: int, level: int) -> tuple[tuple[float, ...], ...]:
             left * one_less / kept**2,
             left * (1.0 - left) / kept**2,
         ))  # fmt: skip
-    total = sum(column[0] for column in columns)
-    return tuple(
-        tuple(column[row] / total if row == 0 else column[row] for column in columns)
-        for row in range(4)
-    )
+    probabilities, *others = zip(*columns, strict=True)
+    total = sum(probabilities)
+    return (tuple(probability / total for probability in probabilities), *others)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedkn.supernode import supernode_command
 from server.deployment.fleet import Device, Fleet
 
 __all__ = ["PROXY", "SUPEREXEC", "SUPERLINK", "Program", "flower_environment"]
@@ -70,12 +70,8 @@ def supernode(
         "device-name": device.name,
         "state-folder": str(device.state),
     }
-    settings = " ".join(f"{key}={json.dumps(value)}" for key, value in node.items())
-    command = (
-        *(sys.executable, "-P", "-m", "clients.device.supernode", "--superlink", server),
-        *("--root-certificates", str(device.folder / "ca.crt")),
-        *("--auth-supernode-private-key", str(device.key)),
-        *("--port", str(port), "--node-config", settings),
+    command = supernode_command(
+        server, ca=device.folder / "ca.crt", key=device.key, port=port, node_config=node
     )
     threads = str(node.get("threads", 1))
     environment = flower_environment(fleet.home(device.name))

@@ -139,6 +139,12 @@ class Run:
         return self._process.returncode, output
 
 
+def bring_up(fleet: Fleet) -> None:
+    """Start on this machine what does not run, and wait until all devices are online."""
+    done = fedkn("up", str(fleet.path), "--local", timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def wait_for(condition: Callable[[], object], timeout: float) -> None:
     """Wait until `condition` holds."""
     deadline = time.monotonic() + timeout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from server.deployment.processes import stop
 from tests.deployment.fleets import (
     Run,
     a_fleet,
+    bring_up,
     expected_weights,
     fedkn,
     kill,
@@ -24,7 +24,7 @@ from tests.deployment.fleets import (
     wait_for,
 )
 from tests.deployment.hostile import become_hostile
-from tests.full_disk import fill
+from tests.full_disk import fill, small_file_system
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,7 @@ def made(tmp_path_factory) -> Iterator[Fleet]:
 @pytest.fixture
 def fleet(made) -> Fleet:
     """Three devices on this machine, all online, whatever the test before did to them."""
-    done = fedkn("up", str(made.path), "--local", timeout=300)
-    assert done.returncode == 0, done.stderr
+    bring_up(made)
     return made
 
 
@@ -100,8 +99,7 @@ def test_a_killed_device_that_comes_back_is_the_same_client(fleet):
         wait_for(lambda: training(fleet, "device-2"), 60)
         kill(fleet, "device-2")
         wait_for(lambda: any(line["failed"] for line in run.lines("round")), 150)
-        done = fedkn("up", str(fleet.path), "--local", timeout=300)
-        assert done.returncode == 0, done.stderr
+        bring_up(fleet)
         code, output = run.end()
     assert code == 0, output
     rounds = run.lines("round")
@@ -144,18 +142,9 @@ def test_a_killed_superexec_ends_the_run_and_resume_goes_on(fleet):
 @pytest.fixture
 def small_runs(fleet) -> Iterator[Path]:
     """The fleet's runs on a file system of 2 MB."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "fedkn-test", str(fleet.runs)]
     fleet.runs.mkdir(exist_ok=True)
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if mounted.returncode:
-        pytest.skip(f"may not mount a small file system: {mounted.stderr.strip()}")
-    try:
+    with small_file_system(fleet.runs, "2m", lazily=True):
         yield fleet.runs
-    finally:
-        subprocess.run(["umount", "--lazy", str(fleet.runs)], check=True)
 
 
 def test_a_full_disk_on_the_server_ends_the_run_and_resume_goes_on(fleet, small_runs):

@@ -13,8 +13,8 @@ from server.deployment.processes import stop
 from tests.deployment.fleets import (
     Run,
     a_fleet,
+    bring_up,
     expected_weights,
-    fedkn,
     kill,
     losses,
     wait_for,
@@ -26,14 +26,8 @@ from tests.deployment.hostile import write_hook
 def fleet(tmp_path_factory) -> Iterator[Fleet]:
     """Three devices on this machine, up."""
     with a_fleet(tmp_path_factory.mktemp("fleets") / "fleet") as made:
-        bring_back(made)
+        bring_up(made)
         yield made
-
-
-def bring_back(fleet: Fleet) -> None:
-    """Start what does not run, and wait until it is online."""
-    done = fedkn("up", str(fleet.path), "--local", timeout=300)
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_rolling_restart_loses_no_more_than_what_was_in_flight(fleet):
@@ -45,7 +39,7 @@ def test_a_rolling_restart_loses_no_more_than_what_was_in_flight(fleet):
                 kill(fleet, device.name)
             else:
                 stop(fleet, [device.name])
-            bring_back(fleet)
+            bring_up(fleet)
         code, output = run.end()
     assert code == 0, output
     rounds = run.lines("round")
@@ -65,7 +59,7 @@ def test_a_restart_between_its_replies_loses_nothing(fleet, tmp_path, monkeypatc
     write_hook(tmp_path / "hook", "held(value)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
     stop(fleet, [device.name for device in fleet.devices])
-    bring_back(fleet)
+    bring_up(fleet)
     names = [device.name for device in fleet.devices]
     holds = [tmp_path / "hook" / f"hold-{name}" for name in names]
     # All of them have answered on joining.
@@ -80,7 +74,7 @@ def test_a_restart_between_its_replies_loses_nothing(fleet, tmp_path, monkeypatc
             # Until the server has fetched the replies, which it looks for four times a second.
             time.sleep(3)
             stop(fleet, [names[restarted]])
-            bring_back(fleet)
+            bring_up(fleet)
             sent[names[restarted]] = 0  # in a new log
             if next_slow is not None:
                 holds[next_slow].touch()

@@ -18,7 +18,7 @@ from server.deployment.certificates import create_device_key, issue_certificate
 from server.deployment.fleet import Fleet
 from server.deployment.logs import last_lines
 from server.deployment.processes import main_processes, stop
-from tests.deployment.fleets import FEDKN, INTERRUPTIBLE, Run, a_fleet, fedkn, wait_for
+from tests.deployment.fleets import FEDKN, INTERRUPTIBLE, Run, a_fleet, bring_up, fedkn, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,7 @@ def made(tmp_path_factory) -> Iterator[Fleet]:
 @pytest.fixture
 def fleet(made) -> Fleet:
     """One device on this machine, online."""
-    done = fedkn("up", str(made.path), "--local", timeout=300)
-    assert done.returncode == 0, done.stderr
+    bring_up(made)
     return made
 
 

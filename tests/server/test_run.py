@@ -20,7 +20,7 @@ from server.checkpoints import CheckpointNotWritten, CheckpointStore, weights_sh
 from server.membership import ClientsMissing
 from server.metrics_log import LogNotWritten
 from server.run import run_server
-from tests.full_disk import fill
+from tests.full_disk import fill, small_file_system
 from tests.server.fake_grid import FakeGrid, run, small
 
 REPOSITORY = Path(__file__).parents[2]
@@ -307,17 +307,8 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of 400 kB."""
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "fedkn-test", str(place)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if mounted.returncode:
-        pytest.skip(f"may not mount a small file system: {mounted.stderr.strip()}")
-    try:
+    with small_file_system(place, "400k"):
         yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_full_disk_ends_the_run_and_a_resume_goes_on(small_disk):

@@ -11,8 +11,9 @@ from flwr.common.config import parse_config_args
 from clients.device import start
 from clients.device.profile import node_profile
 from clients.device.settings import read_device
-from clients.device.start import environment, supernode_command
+from clients.device.start import environment
 from fedkn.errors import UserError
+from fedkn.supernode import supernode_command
 from server.deployment.creation import create_fleet
 
 MINIMAL = 'name = "a"\nserver = "h:1"\npartition_id = 1\npartitions = 3\n'
@@ -80,7 +81,9 @@ def test_flower_reads_the_node_config_as_it_was_meant(tmp_path):
     folder.mkdir()
     more = '[data]\nroot = "my images"\n[profile]\nbatch_size = 2\nmemory_limit = 64'
     device = device_of(folder, more)
-    command = supernode_command(device, 5000)
+    command = supernode_command(
+        device.server, ca=device.ca, key=device.key, port=5000, node_config=device.node_config()
+    )
     assert command[1:4] == ("-P", "-m", "clients.device.supernode")
     given = dict(zip(command[4::2], command[5::2], strict=True))
     assert given["--superlink"] == "h:1"
