@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkn.layers import KNConv2d
+from fedkn.layers.max_pool import max_pool
 from fedkn.models.spec import ModelSpec
 from fedkn.normalizers.base import activation_layer, chain
+from fedkn.normalizers.fused import FusedSequential, hooked
 
-__all__ = ["Halve", "Head", "PreActivationResidual", "Residual", "network", "stem"]
+__all__ = ["Halve", "Head", "Network", "PreActivationResidual", "Residual", "network", "stem"]
 
 
 class Residual(nn.Module):
@@ -71,7 +73,7 @@ class Halve(nn.Module):
         """Map (N, C, H, W) to (N, C, H // 2, W // 2), or to itself."""
         if min(x.shape[-2:]) < 4:
             return x
-        return F.max_pool2d(x, 2) if self.kind == "max" else F.avg_pool2d(x, 2)
+        return max_pool(x) if self.kind == "max" else F.avg_pool2d(x, 2)
 
 
 class Head(nn.Module):
@@ -121,11 +123,35 @@ def stem(spec: ModelSpec, channels: int, *, activation: str | None, norm: bool) 
     return chain(first=first, pool=None if spec.low_resolution else nn.MaxPool2d(3, 2, 1))
 
 
-def network(parts: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
+class Network(nn.Sequential):
+    """Named parts in sequence, in which a max-pooling is left to the norm before it, if it can."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to logits (N, classes)."""
+        x = input
+        parts = list(self)
+        place = 0
+        while place < len(parts):
+            part, following = parts[place], parts[place + 1 : place + 2]
+            place += 1
+            if following and isinstance(part, FusedSequential) and _left_to(part, following[0]):
+                x = part.pooled(x, following[0])
+                place += 1
+            else:
+                x = part(x)
+        return x
+
+
+def network(parts: Iterable[tuple[str, nn.Module]]) -> Network:
     """Return named parts in sequence: every network of fedkn is one, and ends in its ``head``."""
-    whole = nn.Sequential(OrderedDict(parts))
+    whole = Network(OrderedDict(parts))
     for layer in whole.modules():
         if isinstance(layer, KNConv2d):
             # None of these networks writes in place, so a pooling and its convolution share a map.
             layer.keeps_output = True
     return whole
+
+
+def _left_to(norm: nn.Module, pool: nn.Module) -> bool:
+    """Whether `pool` may be done by the norm before it: whoever hooks them should see them."""
+    return isinstance(pool, Halve) and pool.kind == "max" and not (hooked(norm) or hooked(pool))

@@ -8,10 +8,10 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from fedkn.errors import UserError
-from fedkn.layers.group_norm import group_norm, serves
+from fedkn.layers.group_norm import group_norm, group_norm_pool, pools, serves
 from fedkn.normalizers.base import ConvOptions, Normalizer
 
-__all__ = ["FusedNormalizer", "FusedSequential", "refuse_single_value"]
+__all__ = ["FusedNormalizer", "FusedSequential", "hooked", "refuse_single_value"]
 
 
 class FusedNormalizer(Normalizer):
@@ -47,7 +47,16 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layers in turn."""
-        x = input
+        return self._in_turn(input, None)
+
+    def pooled(self, x: Tensor, pool: nn.Module) -> Tensor:
+        """Return ``pool(self(x))``, pooled by the last norm itself where that is possible.
+
+        `pool` is a 2x2 max-pooling with stride 2 of maps with sides of 4 and more.
+        """
+        return self._in_turn(x, pool)
+
+    def _in_turn(self, x: Tensor, pool: nn.Module | None) -> Tensor:
         layers = list(self)
         place = 0
         while place < len(layers):
@@ -57,12 +66,16 @@ class FusedSequential(nn.Sequential):
                 x = layer(x)
                 continue
             following = layers[place] if place < len(layers) else None
-            relu = type(following) is nn.ReLU and not (following.inplace or _hooked(following))
+            relu = type(following) is nn.ReLU and not (following.inplace or hooked(following))
             refuse_single_value(layer, (x,))
             groups = layer.num_groups if isinstance(layer, nn.GroupNorm) else layer.num_features
-            x = group_norm(x, groups, layer.weight, layer.bias, layer.eps, relu)
             place += relu
-        return x
+            ends = pool is not None and place == len(layers) and min(x.shape[2:]) >= 4
+            run = group_norm_pool if ends and pools(x) else group_norm
+            x = run(x, groups, layer.weight, layer.bias, layer.eps, relu)
+            if run is group_norm_pool:
+                return x
+        return x if pool is None else pool(x)
 
 
 def refuse_single_value(layer: nn.Module, inputs: tuple[object, ...]) -> None:
@@ -87,14 +100,15 @@ def _fusible(layer: nn.GroupNorm | nn.InstanceNorm2d, x: object) -> bool:
         return False
     channels = layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features
     return (
-        not _hooked(layer)
+        not hooked(layer)
         and serves(x, layer.weight, layer.bias)
         and isinstance(x, Tensor)
         and x.shape[1] == channels
     )
 
 
-def _hooked(layer: nn.Module) -> bool:
+def hooked(layer: nn.Module) -> bool:
+    """Whether somebody wants to see this layer's own inputs, outputs or gradients."""
     before = [hook for hook in layer._forward_pre_hooks.values() if hook is not refuse_single_value]
     return bool(
         before or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks

@@ -41,9 +41,9 @@ _REGISTERED = {**_SMALL, "train.local_steps": 1}
 
 TASKS: dict[str, Task] = {
     "fixed": Task(
-        "100 clients x 50 images, cohort 10, batch 8, three conv blocks of width 32", 100, 50, 20
+        "100 clients x 50 images, cohort 10, batch 8, three conv blocks of width 32", 100, 50, 60
     ),
-    "small": Task("the same at width 8", 100, 50, 40, _SMALL),
+    "small": Task("the same at width 8", 100, 50, 120, _SMALL),
     "kernel": Task("the same, KernelNorm ResNet-8 of width 16, batch 2", 100, 50, 8, _KERNEL),
     "many": Task("1,000 clients x 20 images, width 8", 1000, 20, 60, _SMALL),
     **{

@@ -68,6 +68,9 @@ def run_pfl(config: ExperimentConfig, each_round: Callable[[], None]) -> None:
         model_eval_params=NNEvalHyperParams(local_batch_size=None),
         callbacks=[_EachRound(each_round)],
     )
+    if torch.distributed.is_initialized():
+        # Left to the interpreter's end, its threads now and then abort the process.
+        torch.distributed.destroy_process_group()
 
 
 class _Network(nn.Module):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,7 +39,7 @@ def run_experiment(config: ExperimentConfig, *, together: bool = False) -> Outco
         UserError: the normalizer's clients cannot train together.
     """
     context = server_context(config)
-    with _one_thread():
+    with _one_thread(), _collector_at_rest():
         group = group_size(config) if together else 1
         host = host_of(config, together=together)
         crew = Crew(host, (config, together), processes_of(config), gpus=gpus_of(config))
@@ -76,3 +77,17 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Keep the garbage collector, inside the block, from looking through what there is already.
+
+    Training makes many short-lived objects, and each time the collector would visit the hundreds of
+    thousands that PyTorch and Flower consist of: a tenth of the time of small steps.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

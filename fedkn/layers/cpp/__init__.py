@@ -7,10 +7,26 @@ are taken in double. The code is in Python modules because Flower bundles .py fi
 must have what a checkout has.
 """
 
-from fedkn.layers.cpp import channels_last, contiguous, group_norm, operators, plan
+from fedkn.layers.cpp import (
+    channels_last,
+    contiguous,
+    group_norm,
+    group_norm_pool,
+    max_pool,
+    operators,
+    plan,
+)
 
 __all__ = ["SOURCE"]
 
 SOURCE = "\n".join(
-    (plan.CODE, contiguous.CODE, channels_last.CODE, operators.CODE, group_norm.CODE)
+    (
+        plan.CODE,
+        contiguous.CODE,
+        channels_last.CODE,
+        operators.CODE,
+        max_pool.CODE,
+        group_norm.CODE,
+        group_norm_pool.CODE,
+    )
 )

@@ -8,7 +8,6 @@ __all__ = ["CODE"]
 
 CODE = r"""
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <cstring>
 #include <numeric>
@@ -210,17 +209,28 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t groups, cons
   return {y, mean, inverse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g, const Tensor& x, const Tensor& mean,
-                                            const Tensor& inverse, int64_t groups,
-                                            const Tensor& weight, const Tensor& bias, bool relu,
-                                            bool want_x) {
+// What a backward pass starts from, beside the gradient of the output.
+struct Given {
+  const Tensor &x, &mean, &inverse, &weight, &bias;
+  int64_t groups;
+  bool want_x;
+};
+
+// The gradients of x, weight and bias. sums_of(shape, columns, n, x, plain, centred) adds up, for
+// sample n and by column, u and u * (x - mean), u the gradient before the activation;
+// gradient_of(shape, columns, n, x, dx) writes u * scale + (x - mean) * slope + offset.
+template <class Sums, class Gradient>
+std::tuple<Tensor, Tensor, Tensor> gradients_by(const Given& given, Sums sums_of,
+                                                Gradient gradient_of) {
+  const Tensor &x = given.x, &weight = given.weight, &bias = given.bias;
+  const int64_t groups = given.groups;
   const Shape s(x, groups);
-  Tensor dx = want_x ? at::empty_like(x) : Tensor();
+  Tensor dx = given.want_x ? at::empty_like(x) : Tensor();
   std::vector<double> sums(2 * s.samples * s.channels);
-  const float *xs = x.const_data_ptr<float>(), *gs = g.const_data_ptr<float>(),
-              *w = weight.const_data_ptr<float>(), *b = bias.const_data_ptr<float>(),
-              *means = mean.const_data_ptr<float>(), *inverses = inverse.const_data_ptr<float>();
-  float* dxs = want_x ? dx.data_ptr<float>() : nullptr;
+  const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
+              *b = bias.const_data_ptr<float>(), *means = given.mean.const_data_ptr<float>(),
+              *inverses = given.inverse.const_data_ptr<float>();
+  float* dxs = given.want_x ? dx.data_ptr<float>() : nullptr;
   at::parallel_for(0, s.samples, 1, [&](int64_t from, int64_t until) {
     std::vector<double> plain(s.width), centred(s.width), total(groups), energy(groups);
     Columns columns(s.width);
@@ -230,13 +240,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g, const Tensor& x, co
       columns.set(s, m, r, w, b);
       std::fill(plain.begin(), plain.end(), 0.0);
       std::fill(centred.begin(), centred.end(), 0.0);
-      gradient_sums_all(s, columns, xs + at, gs + at, plain.data(), centred.data(), relu);
+      sums_of(s, columns, n, xs + at, plain.data(), centred.data());
       double *db = sums.data() + 2 * n * s.channels, *dw = db + s.channels;
       for (int64_t i = 0; i < s.width; ++i) {
         db[s.channel[i]] += plain[i];
         dw[s.channel[i]] += centred[i] * r[s.group[i]];
       }
-      if (!want_x) continue;
+      if (!given.want_x) continue;
       std::fill(total.begin(), total.end(), 0.0);
       std::fill(energy.begin(), energy.end(), 0.0);
       for (int64_t c = 0; c < s.channels; ++c) {
@@ -249,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g, const Tensor& x, co
         columns.offset[i] = static_cast<float>(-total[group] * r[group] / count);
         columns.slope[i] = static_cast<float>(-energy[group] * r[group] * r[group] / count);
       }
-      input_gradient_all(s, columns, xs + at, gs + at, dxs + at, relu);
+      gradient_of(s, columns, n, xs + at, dxs + at);
     }
   });
   Tensor dweight = at::empty_like(weight), dbias = at::empty_like(bias);
@@ -265,9 +275,31 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g, const Tensor& x, co
   return {dx, dweight, dbias};
 }
 
+// Gradients of gradients are rare, so autograd's own; after(y) is what follows norm and ReLU.
+template <class After>
+variable_list by_autograd(AutogradContext* context, const variable_list& saved,
+                          const variable_list& gradients, After after) {
+  Tensor y = at::group_norm(saved[0], context->saved_data["groups"].toInt(), saved[1], saved[2],
+                            context->saved_data["eps"].toDouble());
+  if (context->saved_data["relu"].toBool()) y = y.relu();
+  constexpr int places[] = {0, 2, 3};  // of x, weight and bias among the arguments
+  variable_list sources, found(6);
+  for (int i = 0; i < 3; ++i) {
+    if (context->needs_input_grad(i)) sources.push_back(saved[i]);
+  }
+  const variable_list first =
+      torch::autograd::grad({after(y)}, sources, gradients, true, true);
+  size_t next = 0;
+  for (int i = 0; i < 3; ++i) {
+    if (context->needs_input_grad(i)) found[places[i]] = first[next++];
+  }
+  return found;
+}
+
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* context, const Tensor& x, int64_t groups,
                         const Tensor& weight, const Tensor& bias, double eps, bool relu) {
+    at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, mean, inverse] = group_norm::forward(x, groups, weight, bias, eps, relu);
     context->save_for_backward({x, weight, bias, mean, inverse});
     context->saved_data["groups"] = groups;
@@ -276,29 +308,26 @@ struct Function : torch::autograd::Function<Function> {
     return y;
   }
 
-  static variable_list backward(AutogradContext* context, variable_list gradients) {
-    const variable_list saved = context->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2];
-    const int64_t groups = context->saved_data["groups"].toInt();
-    const bool relu = context->saved_data["relu"].toBool();
-    if (at::GradMode::is_enabled()) {  // gradients of gradients: rare, so autograd's own
-      Tensor y = at::group_norm(x, groups, weight, bias, context->saved_data["eps"].toDouble());
-      if (relu) y = y.relu();
-      constexpr int places[] = {0, 2, 3};  // of x, weight and bias among the arguments
-      variable_list sources, found(6);
-      for (int i = 0; i < 3; ++i) {
-        if (context->needs_input_grad(i)) sources.push_back(saved[i]);
-      }
-      const variable_list first = torch::autograd::grad({y}, sources, gradients, true, true);
-      size_t next = 0;
-      for (int i = 0; i < 3; ++i) {
-        if (context->needs_input_grad(i)) found[places[i]] = first[next++];
-      }
-      return found;
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    if (at::GradMode::is_enabled()) {
+      return by_autograd(context, context->get_saved_variables(), gradients,
+                         [](const Tensor& y) { return y; });
     }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const variable_list saved = context->get_saved_variables();
+    const bool relu = context->saved_data["relu"].toBool();
     const Tensor g = gradients[0].contiguous(at::MemoryFormat::ChannelsLast);
-    auto [dx, dweight, dbias] = group_norm::backward(g, x, saved[3], saved[4], groups, weight,
-                                                     bias, relu, context->needs_input_grad(0));
+    const float* gs = g.const_data_ptr<float>();
+    auto [dx, dweight, dbias] = gradients_by(
+        {saved[0], saved[3], saved[4], saved[1], saved[2],
+         context->saved_data["groups"].toInt(), context->needs_input_grad(0)},
+        [&](const Shape& s, const Columns& columns, int64_t n, const float* x, double* plain,
+            double* centred) {
+          gradient_sums_all(s, columns, x, gs + n * s.size(), plain, centred, relu);
+        },
+        [&](const Shape& s, const Columns& columns, int64_t n, const float* x, float* dx) {
+          input_gradient_all(s, columns, x, gs + n * s.size(), dx, relu);
+        });
     return {dx, Tensor(), dweight, dbias, Tensor(), Tensor()};
   }
 };

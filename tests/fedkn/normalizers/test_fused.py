@@ -8,6 +8,7 @@ import torch
 from fedkn import normalizers
 from fedkn.errors import UserError
 from fedkn.layers import native
+from fedkn.models.blocks import Halve, network
 from fedkn.normalizers import fused
 from fedkn.normalizers.fused import FusedSequential
 
@@ -61,6 +62,35 @@ def test_a_hook_sees_the_output_of_its_own_layer(child):
     (output,) = seen
     assert (output.min() < 0).item() is (child == "norm")
     torch.testing.assert_close(output.relu(), y)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("side", [8, 9, 3])
+def test_a_pooled_block_gives_what_the_pooling_of_its_output_gives(name, side):
+    torch.manual_seed(0)
+    block, pool = _block(name), Halve()
+    x = torch.randn(2, 3, side, side).contiguous(memory_format=torch.channels_last)
+    found = []
+    for y in (block.pooled(x, pool), pool(block(x))):
+        found.append((y, *torch.autograd.grad(y.square().sum(), list(block.parameters()))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    if native.load():
+        with mock.patch.object(fused, "group_norm_pool", wraps=fused.group_norm_pool) as kernel:
+            block.pooled(x, pool)
+        assert kernel.call_count == (side == 8)
+
+
+@pytest.mark.parametrize("child", ["unit", "pool", "unit.norm", "unit.activation"])
+def test_a_hook_in_a_network_sees_the_output_of_its_own_layer(child):
+    torch.manual_seed(0)
+    whole = network([("unit", _block("group")), ("pool", Halve())])
+    x = torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    expected = whole(x)
+    seen = []
+    whole.get_submodule(child).register_forward_hook(lambda *call: seen.append(call[2]))
+    torch.testing.assert_close(whole(x), expected, rtol=1e-5, atol=1e-5)
+    assert [tuple(output.shape[2:]) for output in seen] == [(3, 3) if child == "pool" else (6, 6)]
 
 
 def test_maps_that_a_norm_would_erase_are_refused_in_a_block_too():
