@@ -89,14 +89,31 @@ class Head(nn.Module):
         self.before = chain(
             norm=spec.final_layer(channels), activation=activation_layer(activation)
         )
-        self.pool = nn.AdaptiveAvgPool2d(size)
+        self.pool = _Average(size)
         self.features = spec.normalizer.before_head() or nn.Identity()
         self.fc = nn.Linear(channels * size * size, spec.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to logits (N, classes)."""
-        out: Tensor = self.fc(self.features(torch.flatten(self.pool(self.before(x)), 1)))
+        out: Tensor = self.fc(self.features(self.pool(self.before(x))))
         return out
+
+
+class _Average(nn.Module):
+    """The means of `size` x `size` parts of the maps: (N, C, H, W) to (N, C * size²)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.size == 1:
+            # The same numbers: PyTorch's adaptive pooling to 1x1 takes this mean too, and a detour.
+            return x.mean((2, 3))
+        return torch.flatten(F.adaptive_avg_pool2d(x, self.size), 1)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}"
 
 
 def stem(spec: ModelSpec, channels: int, *, activation: str | None, norm: bool) -> nn.Module:

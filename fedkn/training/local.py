@@ -169,16 +169,16 @@ def train_locally(
     total = torch.zeros((), dtype=torch.float64, device=workspace.device)
     model.train()
     normalizer.begin_training(model, task.round_)
-    for step, chosen in enumerate(plan.steps):
+    draws = (task.seed, task.round_, task.client)
+    for batches in step_batches(images, labels, plan.steps, inputs, draws):
         optimizer.zero_grad()
-        draws = (task.seed, task.round_, task.client, step)
-        size = sum(map(len, chosen))
-        for x, answers, dropout in step_batches(images, labels, chosen, inputs, draws):
+        size = sum(len(batch.labels) for batch in batches)
+        for x, answers, dropout in batches:
             with dropout_stream(dropout):
                 loss = F.cross_entropy(training_scores(model, x, train.precision), answers)
-            share = None if len(chosen) == 1 else loss.new_tensor(len(answers) / size)
+            share = None if len(batches) == 1 else loss.new_tensor(len(answers) / size)
             loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
-            total += loss.detach().double() * len(answers)
+            total.add_(loss.detach(), alpha=len(answers))
         if anchor is not None:
             optimizer.add_proximal(anchor, task.proximal_mu)
         optimizer.step(

@@ -99,17 +99,17 @@ def train_privately(
             # A drawn batch may be larger than expected, the parts that are borne may not.
             count = max(parts, -(-len(batch) // bearable)) if task.largest_batch else parts
             chosen = [part for part in torch.tensor_split(batch, count) if len(part)]
-            draws = (seed, round_, client, step)
-            parts_of_step = step_batches(images, labels, chosen, inputs, draws) if chosen else ()
+            steps, draws = ([chosen] if chosen else []), (seed, round_, client)
             summed.zero_()
-            for x, answers, dropout in parts_of_step:
-                with dropout_stream(dropout):
-                    loss = F.cross_entropy(model(x), answers, reduction="sum")
-                loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
-                _sum_clipped(optimizer, privacy.clip_norm)
-                summed.add_(optimizer.gradients)
-                total += loss.detach().double()
-                seen += len(answers)
+            for batches in step_batches(images, labels, steps, inputs, draws, first=step):
+                for x, answers, dropout in batches:
+                    with dropout_stream(dropout):
+                        loss = F.cross_entropy(model(x), answers, reduction="sum")
+                    loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
+                    _sum_clipped(optimizer, privacy.clip_norm)
+                    summed.add_(optimizer.gradients)
+                    total += loss.detach().double()
+                    seen += len(answers)
             optimizer.gradients.copy_(summed)
             _add_noise(optimizer, privacy.noise_multiplier * privacy.clip_norm, noise)
             optimizer.gradients.div_(expected)

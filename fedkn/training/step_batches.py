@@ -1,4 +1,4 @@
-"""The local batches of one step as the model is given them."""
+"""The local batches of a client's steps as the model is given them."""
 
 from __future__ import annotations
 
@@ -25,27 +25,68 @@ class LocalBatch(NamedTuple):
 def step_batches(
     images: Tensor,
     labels: Tensor,
-    chosen: Sequence[Tensor],
+    steps: Sequence[Sequence[Tensor]],
     inputs: Inputs,
-    draws: tuple[int, int, int, int],
-) -> Iterator[LocalBatch]:
-    """Yield the local batches of a step.
+    draws: tuple[int, int, int],
+    *,
+    first: int = 0,
+) -> Iterator[list[LocalBatch]]:
+    """Yield the local batches of one step after another.
 
-    Augmentation is drawn for all examples of the step at once, so that it is the same however they
-    are divided; dropout for each batch.
+    Augmentation is drawn for all examples of a step at once, so that it is the same however they
+    are divided; dropout for each batch. Examples of several steps are scaled together, because for
+    tiny batches the calls cost more than the work.
 
     Args:
         images, labels: the client's, uint8 (N, C, H, W) and int64 (N,).
-        chosen: for every batch the indices of its examples, int64.
-        draws: seed, round, client and step.
+        steps: for every step its batches, each the indices of its examples, int64; none is empty.
+        draws: seed, round and client.
+        first: the number of the first of `steps` in the client's round.
     """
     seed, *place = draws
-    where = torch.cat(list(chosen)).to(images.device)
-    pixels, answers = images[where], labels[where]
-    if inputs.augments:
-        pixels = inputs.augmented(pixels, torch_generator(seed, "augment", *place))
-    sizes = [len(batch) for batch in chosen]
-    parts = zip(torch.split(pixels, sizes), torch.split(answers, sizes), strict=True)
-    for number, (some, own) in enumerate(parts):
-        more = (number,) if number else ()
-        yield LocalBatch(inputs(some), own, derive(seed, "dropout", *place, *more))
+    each = images.shape[1:].numel()
+    for begin, end in _together(steps, max(1, _NUMBERS_AT_ONCE // each)):
+        batches = [batch for step in steps[begin:end] for batch in step]
+        where = torch.cat(batches).to(images.device)
+        pixels = images.index_select(0, where)
+        if inputs.augments:
+            parts = torch.split(pixels, [sum(map(len, step)) for step in steps[begin:end]])
+            generators = (
+                torch_generator(seed, "augment", *place, first + number)
+                for number in range(begin, end)
+            )
+            pixels = torch.cat(
+                [
+                    inputs.augmented(part, generator)
+                    for part, generator in zip(parts, generators, strict=True)
+                ]
+            )
+        sizes = [len(batch) for batch in batches]
+        scaled = iter(torch.split(inputs(pixels), sizes))
+        answers = iter(torch.split(labels.index_select(0, where), sizes))
+        for number in range(begin, end):
+            yield [
+                LocalBatch(
+                    next(scaled),
+                    next(answers),
+                    derive(seed, "dropout", *place, first + number, *((part,) if part else ())),
+                )
+                for part in range(len(steps[number]))
+            ]
+
+
+_NUMBERS_AT_ONCE = 1 << 18
+"""Numbers scaled at once: a mebibyte of float32, which a core's cache still holds."""
+
+
+def _together(steps: Sequence[Sequence[Tensor]], most: int) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of runs of steps that hold at most `most` examples, or are one step."""
+    begin = held = 0
+    for number, step in enumerate(steps):
+        size = sum(map(len, step))
+        if number > begin and held + size > most:
+            yield begin, number
+            begin, held = number, 0
+        held += size
+    if begin < len(steps):
+        yield begin, len(steps)
