@@ -53,7 +53,7 @@ class FlowerStrategy(Strategy):
         """Return `config` with what the strategy adds to it; it notes the parameters."""
         with quiet_flower():
             (message,) = self._strategy.configure_train(
-                round_, _record(parameters, self._parameters), config, _OneNode()
+                round_, self._record(parameters), config, _OneNode()
             )
         return message.content.config_records[CONFIG]
 
@@ -61,12 +61,10 @@ class FlowerStrategy(Strategy):
         self, round_: int, sent: Arrays, updates: Sequence[Update]
     ) -> dict[str, np.ndarray]:
         """Return what the strategy makes of the updates."""
-        del sent
         replies = []
         for update in updates:
             metrics = MetricRecord({key: update.metrics[key] for key in self._metrics})
-            arrays = _record(update.arrays, self._parameters)
-            content = RecordDict({ARRAYS: arrays, METRICS: metrics})
+            content = RecordDict({ARRAYS: self._record(update.arrays), METRICS: metrics})
             replies.append(Message(content, dst_node_id=1, message_type=MessageType.TRAIN))
         with quiet_flower(), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             try:
@@ -75,33 +73,47 @@ class FlowerStrategy(Strategy):
                 raise NoAggregate(str(error)) from error
         if record is None:
             raise NoAggregate(f"{len(updates)} updates are too few for the strategy")
-        return {name: array.numpy() for name, array in record.items()}
+        return self._named(record[_ALL].numpy(), sent) if self._parameters else {}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return momentum and second moments by attribute and parameter."""
+        """Return momentum and second moments, by attribute, of all parameters in their order."""
         arrays: dict[str, np.ndarray] = {}
-        for attribute in _STATE:
-            value = getattr(self._strategy, attribute, None) or {}
-            named = (
-                value
-                if isinstance(value, dict)
-                else dict(zip(self._parameters, value, strict=True))
-            )
-            arrays.update({f"{attribute}/{name}": array for name, array in named.items()})
+        for attribute, kind in _STATE.items():
+            if value := getattr(self._strategy, attribute, None):
+                arrays[attribute] = value[_ALL] if kind is dict else value[0]
         return arrays
 
     def load_state(self, arrays: Arrays) -> None:
         """Restore what `state` returned."""
         for attribute, kind in _STATE.items():
-            keys = [f"{attribute}/{name}" for name in self._parameters]
-            if keys and keys[0] in arrays:
-                values = [arrays[key] for key in keys]
-                named = dict(zip(self._parameters, values, strict=True))
-                setattr(self._strategy, attribute, named if kind is dict else values)
+            if attribute in arrays:
+                value = arrays[attribute]
+                setattr(self._strategy, attribute, {_ALL: value} if kind is dict else [value])
 
+    def _record(self, arrays: Arrays) -> ArrayRecord:
+        """Return the parameters end to end as one array: most models have dozens of tiny ones."""
+        record = ArrayRecord()
+        if self._parameters:
+            parts = [arrays[name].reshape(-1) for name in self._parameters]
+            record[_ALL] = _Held(np.concatenate(parts))
+        return record
+
+    def _named(self, flat: np.ndarray, like: Arrays) -> dict[str, np.ndarray]:
+        """Return the parameters in `flat`, in the shapes of `like`: views."""
+        named: dict[str, np.ndarray] = {}
+        begin = 0
+        for name in self._parameters:
+            end = begin + like[name].size
+            named[name] = flat[begin:end].reshape(like[name].shape)
+            begin = end
+        return named
+
+
+# The name of the one array that the strategies see.
+_ALL = "parameters"
 
 # Where Flower's strategies keep what must outlive a round, and how: FedAdam and its kin by name,
-# FedAvgM in the order of the parameters.
+# FedAvgM in the order of the arrays.
 _STATE: dict[str, type] = {"m_t": dict, "v_t": dict, "momentum_vector": list}
 
 
@@ -115,13 +127,6 @@ def quiet_flower() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _record(arrays: Arrays, names: Iterable[str]) -> ArrayRecord:
-    record = ArrayRecord()
-    for name in names:
-        record[name] = _Held(arrays[name])
-    return record
 
 
 class _Held(Array):

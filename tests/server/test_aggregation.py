@@ -223,7 +223,9 @@ def test_the_strategys_state_survives_a_checkpoint(name, tmp_path):
 def test_the_strategy_sees_the_parameters_alone(name):
     aggregator = make(configured(name))
     play(aggregator, tensors(0), [1, 2])
-    assert {key.split("/", 1)[1] for key in aggregator.state()} == set(PARAMETERS)
+    numbers = sum(tensors(0)[parameter].size for parameter in PARAMETERS)
+    assert aggregator.state()
+    assert all(value.shape == (numbers,) for value in aggregator.state().values())
 
 
 @pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedadagrad", "qfedavg"])

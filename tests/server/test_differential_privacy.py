@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 
 from fedkn.config import ExperimentConfig
@@ -152,18 +152,15 @@ def test_fixed_clipping_on_the_server_is_flowers_own_wrapper():
     mine = create_strategy(config, names)
     mine.instructions(1, start, ConfigRecord())
     after = mine.aggregate(1, start, some)
-    wrapper = DifferentialPrivacyServerSideFixedClipping(FedAvg(min_available_nodes=1), 0.5, 1.0, 3)
+    mean = FedAvg(min_train_nodes=1, min_evaluate_nodes=0, min_available_nodes=1)
+    wrapper = DifferentialPrivacyServerSideFixedClipping(mean, 0.5, 1.0, 3)
     theirs = FlowerStrategy(wrapper, names)
-    wrapper.current_arrays = _record(start)
+    theirs.instructions(1, start, ConfigRecord())
     equal = [Update(u.partition, u.arrays, {**u.metrics, "num-examples": 1}) for u in some]
     with numpy_seeded(derive(config.seed, "privacy-noise", 1)):
         expected = theirs.aggregate(1, start, equal)
     for name in names:
         np.testing.assert_allclose(after[name], expected[name], rtol=1e-5, atol=1e-6)
-
-
-def _record(arrays):
-    return ArrayRecord({name: Array(value) for name, value in arrays.items()})
 
 
 # -- adaptive clipping ----------------------------------------------------------------------------
