@@ -18,7 +18,7 @@ CODE = r"""
 
 // One binary serves every x86 processor: the loader picks the widest version of each kernel.
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-#define KERNEL __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define KERNEL __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define KERNEL
 #endif
