@@ -109,7 +109,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settin
 
 _TENSORS = (Tensor, torch.nn.Parameter)
 _WISHES = ("auto", "0", "1")
-_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp-simd")
+# Without the latter two a loop with a square root or a choice is not vectorized.
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 
 
 def _fits(tensor: Tensor) -> bool:

@@ -17,10 +17,21 @@ Tensor in_order(const Tensor& weight) {
 
 KERNEL void sum_filters(const Plan& p, const float* __restrict w, int64_t size,
                         float* __restrict sums) {
+  constexpr int64_t kRow = 64, kRows = 4;
   for (int64_t o = 0; o < p.filters; ++o, w += size) {
+    // Sums of `kRows` weights in float, which costs no digits that matter, and the rest in double.
     double sum = 0.0;
+    int64_t i = 0;
+    while (i + kRow <= size) {
+      alignas(64) float row[kRow] = {};
+      for (int64_t k = 0; k < kRows && i + kRow <= size; ++k, i += kRow) {
+        for (int64_t j = 0; j < kRow; ++j) row[j] += w[i + j];
+      }
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) sum += w[i];
+      for (int64_t j = 0; j < kRow; ++j) sum += row[j];
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = i; j < size; ++j) sum += w[j];
     sums[o] = static_cast<float>(sum);
   }
 }
@@ -63,13 +74,13 @@ Tensor convolve(const Plan& p, const Tensor& x, const Tensor& weight) {
 
 // Returns y, the map to keep (y or z; undefined unless keep), and mean and scale as one tensor,
 // (2, samples, positions).
+// `values` are those of `per_filter`.
 std::tuple<Tensor, Tensor, Tensor> forward(const Plan& p, const Tensor& input, const Tensor& weight,
-                                           const std::optional<Tensor>& bias, bool keep) {
+                                           const std::vector<float>& values, bool keep) {
   const Tensor x = input.contiguous(p.format());
   Tensor z = convolve(p, x, weight).contiguous(p.format());
   Tensor y = keep && !p.keeps_y ? at::empty_like(z) : z;
   Tensor moment_maps = at::empty({2, p.samples, p.positions()}, x.options());
-  const std::vector<float> values = per_filter(p, weight, bias);
   const float *s = values.data(), *b = s + p.filters, *xs = x.const_data_ptr<float>();
   float *zs = z.data_ptr<float>(), *ys = y.data_ptr<float>();
   float* means = moment_maps.data_ptr<float>();
@@ -107,7 +118,7 @@ struct Wanted {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstream,
                                             const Tensor& input, const Tensor& weight,
-                                            const std::optional<Tensor>& bias,
+                                            const std::vector<float>& values,
                                             const Tensor& output, const Tensor& moment_maps,
                                             Wanted wanted) {
   const Tensor x = input.contiguous(p.format()), g = upstream.contiguous(p.format());
@@ -116,7 +127,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstrea
   Tensor db = at::empty({std::max<int64_t>(1, p.samples), p.filters}, g.options());
   const Buffer<float> dsum(db.numel());
   const Buffer<double> spread(wanted.x ? p.samples * 2 * pixels : 0);
-  const std::vector<float> values = per_filter(p, weight, bias);
   const float *s = values.data(), *b = s + p.filters, *gs = g.const_data_ptr<float>();
   const float* outputs = output.const_data_ptr<float>();
   const float* means = moment_maps.const_data_ptr<float>();
@@ -182,8 +192,10 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct Kept : torch::CustomClassHolder {
-  explicit Kept(const Plan& plan) : p(plan) {}
+  Kept(const Plan& plan, std::vector<float> per_filter)
+      : p(plan), values(std::move(per_filter)) {}
   Plan p;
+  std::vector<float> values;
 };
 
 using GradientsSignature = std::tuple<Tensor, Tensor, Tensor>(
@@ -209,15 +221,18 @@ struct Convolution : public torch::autograd::Function<Convolution> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& bias, const Plan& p) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, output, moment_maps] = fedkn::forward(p, x, weight, bias, true);
+    std::vector<float> values = per_filter(p, weight, bias);
+    auto [y, output, moment_maps] = fedkn::forward(p, x, weight, values, true);
     context->save_for_backward({x, weight, bias ? *bias : Tensor(), output, moment_maps});
-    context->saved_data["plan"] = c10::IValue::make_capsule(c10::make_intrusive<Kept>(p));
+    context->saved_data["plan"] =
+        c10::IValue::make_capsule(c10::make_intrusive<Kept>(p, std::move(values)));
     return y;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const auto holder = context->saved_data["plan"].toCapsule();
-    const Plan& p = static_cast<const Kept*>(holder.get())->p;
+    const Kept& kept = *static_cast<const Kept*>(holder.get());
+    const Plan& p = kept.p;
     const variable_list saved = context->get_saved_variables();
     const Tensor &g = gradients[0], &x = saved[0], &weight = saved[1];
     std::optional<Tensor> bias;
@@ -229,7 +244,8 @@ struct Convolution : public torch::autograd::Function<Convolution> {
       std::tie(dx, dw, db) = differentiable(p, g, x, weight, bias, wanted);
     } else {
       at::AutoDispatchBelowADInplaceOrView guard;
-      std::tie(dx, dw, db) = fedkn::backward(p, g, x, weight, bias, saved[3], saved[4], wanted);
+      std::tie(dx, dw, db) = fedkn::backward(p, g, x, weight, kept.values, saved[3], saved[4],
+                                                  wanted);
     }
     return {dx, dw, db, Tensor()};
   }
@@ -246,7 +262,7 @@ Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Te
     return Convolution::apply(x, weight, bias, p);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return std::get<0>(forward(p, x, weight, bias, false));
+  return std::get<0>(forward(p, x, weight, per_filter(p, weight, bias), false));
 }
 
 }  // namespace fedkn

@@ -16,11 +16,16 @@ CODE = r"""
 #include <memory>
 #include <vector>
 
-// One binary serves every x86 processor: the loader picks the widest version of each kernel.
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-#define KERNEL __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
+// One binary serves every x86 processor: the loader picks the widest version of each kernel. It must
+// ask for features: "arch=haswell" is the name of Intel's processor and matches no other maker's.
+#if !(defined(__x86_64__) && defined(__GNUC__) && defined(__linux__))
 #define KERNEL
+#elif __GNUC__ >= 12
+#define KERNEL __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__clang__)  // compiles the above (16), but its loader never picks them
+#define KERNEL __attribute__((target_clones("avx512bw", "avx2", "default")))
+#else  // older gcc knows the levels not at all, and no features that go with avx512f
+#define KERNEL __attribute__((target_clones("avx2", "default")))
 #endif
 #define INLINED __attribute__((always_inline))
 #define INLINE inline INLINED
