@@ -83,13 +83,15 @@ class _NormalizedConvolution(torch.autograd.Function):
         y, saved = implementation.forward(x, weight, bias, settings, keep=True)
         assert saved is not None
         ctx.implementation, ctx.settings, ctx.far = implementation, settings, saved.far
-        ctx.save_for_backward(x, weight, bias, saved.output, saved.mean, saved.scale)
+        ctx.save_for_backward(
+            x, weight, bias, saved.output, saved.mean, saved.scale, saved.sums, saved.bits
+        )
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, output, mean, scale = ctx.saved_tensors
-        saved = plain.Saved(output, mean, scale, ctx.far)
+        x, weight, bias, output, mean, scale, sums, bits = ctx.saved_tensors
+        saved = plain.Saved(output, mean, scale, ctx.far, sums, bits)
         tensors, wanted = (x, weight, bias), ctx.needs_input_grad[:3]
         run = functools.partial(
             ctx.implementation.backward, saved=saved, settings=ctx.settings, wanted=wanted

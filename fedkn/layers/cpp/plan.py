@@ -16,8 +16,8 @@ CODE = r"""
 #include <memory>
 #include <vector>
 
-// One binary serves every x86 processor: the loader picks the widest version of each kernel. It must
-// ask for features: "arch=haswell" is the name of Intel's processor and matches no other maker's.
+// One binary serves every x86 processor: the loader picks the widest version of each kernel. To
+// ask for a level or a feature matters: "arch=haswell" matches Intel's processors alone.
 #if !(defined(__x86_64__) && defined(__GNUC__) && defined(__linux__))
 #define KERNEL
 #elif __GNUC__ >= 12
