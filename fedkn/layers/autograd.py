@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedkn.layers import cuda, native, plain
+from fedkn.layers import cuda, mapped, native, plain
 from fedkn.layers.composite import Settings, averages_over_drops, composite
 
 __all__ = ["normalized_convolution", "plain_tensors"]
@@ -22,10 +22,14 @@ def normalized_convolution(
 
     Where `plain_tensors` said that they are (`eager`), they take the hand-written gradients: of
     `cuda` or `native` where these serve, else of `plain`. Transforms, compilers and exporters are
-    given `composite`, which they can see through; so are small units in evaluation.
+    given `composite`, which they can see through, but for the vmap that `mapped` serves; so are
+    small units in evaluation.
     """
-    if not eager or averages_over_drops(x, settings):
+    if averages_over_drops(x, settings):
         return composite(x, weight, bias, settings)
+    if not eager:
+        run = mapped.convolution if mapped.serves(x, weight, bias) else composite
+        return run(x, weight, bias, settings)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
