@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedkn.layers import cuda, native, plain
+from fedkn.layers import cuda, mapped, native, plain
 from fedkn.layers.composite import Settings, averages_over_drops, composite
 
 __all__ = ["normalized_convolution", "plain_tensors"]
@@ -22,10 +22,14 @@ def normalized_convolution(
 
     Where `plain_tensors` said that they are (`eager`), they take the hand-written gradients: of
     `cuda` or `native` where these serve, else of `plain`. Transforms, compilers and exporters are
-    given `composite`, which they can see through; so are small units in evaluation.
+    given `composite`, which they can see through, but for the vmap that `mapped` serves; so are
+    small units in evaluation.
     """
-    if not eager or averages_over_drops(x, settings):
+    if averages_over_drops(x, settings):
         return composite(x, weight, bias, settings)
+    if not eager:
+        run = mapped.convolution if mapped.serves(x, weight, bias) else composite
+        return run(x, weight, bias, settings)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -83,13 +87,15 @@ class _NormalizedConvolution(torch.autograd.Function):
         y, saved = implementation.forward(x, weight, bias, settings, keep=True)
         assert saved is not None
         ctx.implementation, ctx.settings, ctx.far = implementation, settings, saved.far
-        ctx.save_for_backward(x, weight, bias, saved.output, saved.mean, saved.scale)
+        ctx.save_for_backward(
+            x, weight, bias, saved.output, saved.mean, saved.scale, saved.sums, saved.bits
+        )
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, output, mean, scale = ctx.saved_tensors
-        saved = plain.Saved(output, mean, scale, ctx.far)
+        x, weight, bias, output, mean, scale, sums, bits = ctx.saved_tensors
+        saved = plain.Saved(output, mean, scale, ctx.far, sums, bits)
         tensors, wanted = (x, weight, bias), ctx.needs_input_grad[:3]
         run = functools.partial(
             ctx.implementation.backward, saved=saved, settings=ctx.settings, wanted=wanted

@@ -88,7 +88,7 @@ def backward(
     from fedkn.layers import triton_kernels as kernels  # noqa: PLC0415 - Triton is optional
 
     x, weight, bias = tensors
-    output, mean, scale, _ = saved
+    output, mean, scale = saved[:3]
     geometry, centred = settings.geometry, is_centred(settings)
     g = _laid_out_as(g, output)
     dz = torch.empty_like(output)

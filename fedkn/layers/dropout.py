@@ -13,24 +13,24 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedkn.errors import UserError
+from fedkn.layers import host_masks
+from fedkn.layers.host_masks import LEVELS
 
 __all__ = [
     "LEVELS",
     "drop_level",
     "dropout_stream",
     "keep_mask",
+    "keep_mask_and_bits",
+    "mask_of_bits",
     "next_key",
     "next_number",
     "seeded_on_host",
 ]
-
-LEVELS = 1 << 16
-"""A drop probability is a multiple of 1/LEVELS, exact in the scale 1/(1-p) as well."""
 
 
 @contextmanager
@@ -99,21 +99,41 @@ def keep_mask(
     if torch.compiler.is_compiling() and isinstance(key, Tensor):
         mask: Tensor = _opaque_mask(key, shape, level, dtype)
         return mask
-    samples = shape[0]
-    per_sample = shape[1:].numel()
-    words = -(-per_sample // 4)
+    words = _words(shape)
     if isinstance(key, int) and device.type == "cpu":
-        keep = _host_lanes(key, samples * words, level).to(dtype)
+        keep = host_masks.draw_lanes(key, words, level).to(dtype)
     else:
-        counter = torch.arange(1, samples * words + 1, dtype=torch.int64, device=device)
+        counter = torch.arange(1, words + 1, dtype=torch.int64, device=device)
         # Not in place: under vmap the key has a batch dimension that the counter lacks.
         lanes = _finalise(counter.mul_(_GAMMA) + key).view(torch.int16)
         # lane >= threshold, in int16 and converted once: several times faster than through bool.
         threshold = level - LEVELS // 2
         keep = lanes.clamp(threshold - 1, threshold).sub_(threshold - 1).to(dtype)
-    if words * 4 == per_sample:
-        return keep.view(shape)
-    return keep.view(samples, words * 4)[:, :per_sample].reshape(shape)
+    return _shaped(keep, shape)
+
+
+def keep_mask_and_bits(
+    key: int, shape: torch.Size, level: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return `keep_mask` on the CPU, and the same in bits for `mask_of_bits`."""
+    keep, bits = host_masks.draw_lanes_and_bits(key, _words(shape), level)
+    return _shaped(keep.to(dtype), shape), bits
+
+
+def mask_of_bits(bits: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return the mask that `keep_mask_and_bits` returned with `bits`, for the same `shape`."""
+    return _shaped(host_masks.unpack_lanes(bits, _words(shape)).to(dtype), shape)
+
+
+def _words(shape: torch.Size) -> int:
+    return shape[0] * -(-shape[1:].numel() // 4)
+
+
+def _shaped(lanes: Tensor, shape: torch.Size) -> Tensor:
+    per_sample = shape[1:].numel()
+    if per_sample % 4 == 0:
+        return lanes.view(shape)
+    return lanes.view(shape[0], -(-per_sample // 4) * 4)[:, :per_sample].reshape(shape)
 
 
 def _signed(value: int) -> int:
@@ -121,35 +141,11 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-_GAMMA = _signed(0x9E3779B97F4A7C15)
-_MIX = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
+_GAMMA = _signed(host_masks.GAMMA)
+_MIX = (_signed(host_masks.MIX[0]), _signed(host_masks.MIX[1]))
 # Keys are mixed by another finaliser (MurmurHash3's) than words, so that no key's sequence of
 # words is a piece of another's.
 _KEY_MIX = (_signed(0xFF51AFD7ED558CCD), _signed(0xC4CEB9FE1A85EC53))
-
-
-def _host_lanes(key: int, words: int, level: int) -> Tensor:
-    """The mask of 4 * words lanes by NumPy, which has unsigned shifts: twice as fast here."""
-    keep = np.empty(4 * words, dtype=np.float32)
-    threshold = np.int16(level - LEVELS // 2)
-    gamma, mix = np.uint64(_GAMMA % 2**64), [np.uint64(m % 2**64) for m in _MIX]
-    for start in range(0, words, _CHUNK):
-        size = min(_CHUNK, words - start)
-        z = np.arange(start + 1, start + size + 1, dtype=np.uint64)
-        z *= gamma
-        z += np.uint64(key % 2**64)
-        shifted = z >> _SHIFTS[0]
-        for bits, factor in zip(_SHIFTS[1:], mix, strict=True):
-            z ^= shifted
-            z *= factor
-            np.right_shift(z, bits, out=shifted)
-        z ^= shifted
-        keep[4 * start : 4 * (start + size)] = z.view(np.int16) >= threshold
-    return torch.from_numpy(keep)
-
-
-_CHUNK = 1 << 16  # words at once, so that the scratch memory stays small
-_SHIFTS = tuple(np.uint64(bits) for bits in (30, 27, 31))
 
 
 class _Stream:

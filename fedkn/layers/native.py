@@ -32,7 +32,7 @@ from fedkn.layers import cpp
 from fedkn.layers.composite import Settings, composite
 from fedkn.layers.statistics import Geometry
 
-__all__ = ["convolution", "load", "serves", "switched_off"]
+__all__ = ["convolution", "load", "serves", "side_by_side", "switched_off", "takes"]
 
 _on = True
 
@@ -57,6 +57,14 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         _on
         and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+        and takes(x, weight, bias)
+    )
+
+
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Do what `serves` does, whatever the layout in memory."""
+    return (
+        _on
         and _fits(x)
         and _fits(weight)
         and (bias is None or _fits(bias))
@@ -99,17 +107,37 @@ def load() -> bool:
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
     """Do what `composite` does, gradients by hand."""
-    geometry, key, level, eps, relu, keeps_output = settings
+    keys = None if settings.key is None else [int(settings.key)]
+    return side_by_side(x, weight, bias, settings, keys)
+
+
+def side_by_side(  # noqa: PLR0917 - as `convolution`, then what differs
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    settings: Settings,
+    keys: list[int] | None,
+    clients: int = 1,
+) -> Tensor:
+    """Do what `convolution` does for several clients, each with filters and a key of its own.
+
+    `x` is (N, clients * C, H, W), `weight` (clients * O, C/groups, KH, KW), `bias` (clients * O,)
+    or None, `keys` has one for each client, in place of the settings' key. Returns
+    (N, clients * O, OH, OW).
+    """
+    geometry, _, level, eps, relu, keeps_output = settings
     _, stride, padding, dilation, groups = geometry
     y: Tensor = torch.ops.fedkn_native.convolution.default(
-        x, weight, bias, stride, padding, dilation, groups, key, level, eps, relu, keeps_output
-    )
+        x, weight, bias, stride, padding, dilation, groups, clients, keys, level, eps, relu,
+        keeps_output,
+    )  # fmt: skip
     return y
 
 
 _TENSORS = (Tensor, torch.nn.Parameter)
 _WISHES = ("auto", "0", "1")
-_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp-simd")
+# Without the latter two a loop with a square root or a choice is not vectorized.
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 
 
 def _fits(tensor: Tensor) -> bool:
@@ -131,7 +159,8 @@ def _gradients(  # noqa: PLR0917 - the operator's order
     padding: list[int],
     dilation: list[int],
     groups: int,
-    key: int | None,
+    clients: int,
+    keys: list[int] | None,
     level: int,
     eps: float,
     relu: bool,
@@ -141,13 +170,20 @@ def _gradients(  # noqa: PLR0917 - the operator's order
     kernel, step, zeros, spread = (
         (size[0], size[1]) for size in (weight.shape[2:], stride, padding, dilation)
     )
-    settings = Settings(Geometry(kernel, step, zeros, spread, groups), key, level, eps, relu)
+    settings = Settings(Geometry(kernel, step, zeros, spread, groups), None, level, eps, relu)
     with torch.enable_grad():
         # Aliases: where one of them depends on another, that is no concern of this layer's.
         x, weight = x.view_as(x), weight.view_as(weight)
         bias = None if bias is None else bias.view_as(bias)
         sources = [t for t, w in zip((x, weight, bias), wanted, strict=True) if w and t is not None]
-        y = composite(x, weight, bias, settings)
+        parts = zip(
+            x.chunk(clients, 1),
+            weight.chunk(clients),
+            [None] * clients if bias is None else bias.chunk(clients),
+            [None] * clients if keys is None else keys,
+            strict=True,
+        )
+        y = torch.cat([composite(a, w, b, settings._replace(key=k)) for a, w, b, k in parts], 1)
         found = iter(torch.autograd.grad(y, sources, g, create_graph=True))
     return tuple(next(found) if w else None for w in wanted)
 

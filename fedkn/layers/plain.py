@@ -1,7 +1,8 @@
 """The kernel-normalized convolution and its gradients by hand, in torch operations.
 
 Kept for the backward pass are x, which a convolution keeps anyway, one output map and two maps of
-one value per position; the mask is drawn again from its key. With r = 1/(1-p), B the box filter
+one value per position; of the mask its bits, or on other devices than the CPU nothing but its key,
+from which it is drawn again. With r = 1/(1-p), B the box filter
 and S the filters' sums, the equations are
 
     z = conv(x, w) - mean * S,   s = 1/sqrt(var + eps),   y = z * s + b
@@ -12,6 +13,7 @@ and S the filters' sums, the equations are
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedkn.layers.composite import Settings, draw_mask, filter_sums, is_centred, wide
+from fedkn.layers.dropout import keep_mask_and_bits, mask_of_bits
 from fedkn.layers.statistics import (
     box_quickly,
     moment_weights,
@@ -27,7 +30,14 @@ from fedkn.layers.statistics import (
     unit_size,
 )
 
-__all__ = ["Saved", "add_through_statistics", "backward", "forward", "unit_statistics"]
+__all__ = [
+    "Saved",
+    "UnitStatistics",
+    "add_through_statistics",
+    "backward",
+    "forward",
+    "unit_statistics",
+]
 
 
 class Saved(NamedTuple):
@@ -39,6 +49,20 @@ class Saved(NamedTuple):
     scale: Tensor
     far: bool
     """Whether some mean is so many deviations from zero that float32 needs shifted formulas."""
+    sums: Tensor | None = None
+    """The filters' sums, where `backward` would take them again."""
+    bits: Tensor | None = None
+    """The mask, where `backward` would draw it again (`fedkn.layers.dropout.mask_of_bits`)."""
+
+
+class UnitStatistics(NamedTuple):
+    """Of each unit, (N, 1, OH, OW), and what their derivatives need; see `Saved`."""
+
+    mean: Tensor
+    scale: Tensor
+    """1/sqrt(var + eps)."""
+    far: bool
+    bits: Tensor | None
 
 
 def forward(
@@ -47,13 +71,14 @@ def forward(
     """Return the output and, if `keep`, what `backward` needs. Arguments as in `composite`."""
     _, stride, padding, dilation, groups = settings.geometry
     dtype = wide(x.dtype)
-    mean, variance, far = unit_statistics(x.to(dtype), settings)
-    scale = variance.add_(settings.eps).rsqrt_()
+    mean, scale, far, bits = unit_statistics(x.to(dtype), settings, keep)
+    sums = None
     if is_centred(settings):
         z = F.conv2d(x, _centred(weight), None, stride, padding, dilation, groups).to(dtype)
     else:
         z = F.conv2d(x, weight, None, stride, padding, dilation, groups).to(dtype)
-        z.addcmul_(mean, filter_sums(weight.to(dtype)), value=-1)
+        sums = filter_sums(weight.to(dtype))
+        z.addcmul_(mean, sums, value=-1)
     in_place = settings.one_map or not keep
     shift = None if bias is None else bias.to(dtype).view(1, -1, 1, 1)
     if shift is None:
@@ -65,7 +90,7 @@ def forward(
     y = y.to(x.dtype)
     if not keep:
         return y, None
-    return y, Saved(y if settings.one_map else z.to(x.dtype), mean, scale, far)
+    return y, Saved(y if settings.one_map else z.to(x.dtype), mean, scale, far, sums, bits)
 
 
 def backward(
@@ -77,27 +102,24 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of (x, weight, bias), None where not `wanted`, for the output's `g`."""
     x, weight, bias = tensors
-    output, mean, scale, far = saved
+    output, mean, scale, far, sums, bits = saved
     _, stride, padding, dilation, groups = settings.geometry
     dtype = wide(x.dtype)
-    centred = is_centred(settings)
     if settings.relu:
         g = torch.ops.aten.threshold_backward(g, output, 0)
     g = g.to(dtype)
     dz = g * scale
-    used = _centred(weight) if centred else weight
+    dsum = _sum_of_products(dz, mean) if wanted[1] and sums is not None else None
+    used = _centred(weight) if sums is None else weight
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dz.to(x.dtype), x, used, None, stride, padding, dilation, False, [0, 0], groups,
         (wanted[0], wanted[1], False),
     )  # fmt: skip
     if wanted[1]:
-        if centred:
-            dw = _centred(dw)
-        else:
-            dw.sub_(_sum_of_products(dz, mean).view(-1, 1, 1, 1))
+        dw = _centred(dw) if dsum is None else dw.sub_(dsum.view(-1, 1, 1, 1))
     db = g.sum((0, 2, 3)) if wanted[2] else None
-    dmean = None if centred else _weighted_sum(dz, filter_sums(weight.to(dtype))).neg_()
     if wanted[0]:
+        against = None if sums is None else _weighted_sum(dz, sums)
         if settings.one_map:
             # dz * z is g * (y - b): where ReLU made y zero, g is zero too.
             energy = torch.mul(g, output, out=dz).sum(1, keepdim=True)
@@ -107,68 +129,94 @@ def backward(
             energy = dz.mul_(output).sum(1, keepdim=True)
         # -2 * dvar, a map of one value per position
         curvature = energy.mul_(scale).mul_(scale)
-        add_through_statistics(dx, x, (mean, dmean, curvature), settings, far)
+        add_through_statistics(dx, x, (mean, against, curvature), settings, far, bits)
     return dx, dw, db
 
 
-def unit_statistics(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor, bool]:
+def unit_statistics(x: Tensor, settings: Settings, keep: bool) -> UnitStatistics:
     """Do what `statistics` does, in half the passes where no mean is far from zero.
 
-    The third value tells whether one is; beyond the CPU, where to know would cost a wait, it is
-    taken to be so. `x` is of the statistics' dtype; the mask is drawn here.
+    Whether one is far is not asked beyond the CPU, where to know would cost a wait: it is taken to
+    be so. `x` is of the statistics' dtype; the mask is drawn here. `keep`: `add_through_statistics`
+    will be called.
     """
-    mask = _laid_out_as(x, draw_mask(x, settings))
+    mask, bits = _draw(x, settings, keep)
     if x.device.type == "cpu":
-        dropped = x if mask is None else x * mask
-        squares = (dropped * dropped).sum(1, keepdim=True)
-        sums = torch.cat((dropped.sum(1, keepdim=True), squares), 1)
-        first, second = moment_weights(
-            unit_size(x, settings.geometry), settings.level, mask is not None
-        )
-        boxed = box_quickly(sums, settings.geometry)
-        mean = boxed[:, :1] * first
-        squared = mean * mean
-        variance = (boxed[:, 1:] * second).sub_(squared)
-        if not (squared > 32.0 * variance).any():
-            return mean, variance, False
+        # In the mask's place: the rare case that needs it again has to make it again.
+        dropped = x if mask is None else mask.mul_(x)
+        sums = dropped.sum(1, keepdim=True)
+        squares = dropped * dropped if mask is None else dropped.mul_(dropped)
+        n = unit_size(x, settings.geometry)
+        first, second = moment_weights(n, settings.level, mask is not None)
+        both = torch.cat((sums, squares.sum(1, keepdim=True)))
+        mean, square = box_quickly(both, settings.geometry, first).chunk(2)
+        # By calls that take a factor along: one with a number of its own costs twice as much.
+        ratio = second / first
+        scale = torch.add(_scalar(settings.eps, x.dtype), square, alpha=ratio, out=square)
+        # Not far: mean^2 <= 32 (var + eps). A nan is; an empty batch has no minimum.
+        excess = torch.addcmul(scale, mean, mean, value=-33 / 32)
+        if not excess.numel() or excess.min().item() >= 0.0:
+            scale.addcmul_(mean, mean, value=-1).rsqrt_()
+            return UnitStatistics(mean, scale, False, bits)
+        mask = _draw(x, settings, False)[0]
     mean, variance = statistics(x, mask, settings.level, settings.geometry)
-    return mean, variance, True
+    return UnitStatistics(mean, variance.add_(settings.eps).rsqrt_(), True, bits)
 
 
-def add_through_statistics(
+def add_through_statistics(  # noqa: PLR0917 - what the forward pass kept comes last
     dx: Tensor,
     x: Tensor,
     maps: tuple[Tensor, Tensor | None, Tensor],
     settings: Settings,
     far: bool,
+    bits: Tensor | None = None,
 ) -> None:
-    """Add to `dx` what reaches x through `maps`: the mean, its gradient, and -2 * dvar."""
+    """Add to `dx` what reaches x through `maps`: the mean, -dmean (None for 0), and -2 * dvar."""
     dtype = wide(x.dtype)
     if far:
         maps = tuple(m if m is None else m.double() for m in maps)  # type: ignore[assignment] # same length
-    mean, dmean, curvature = maps
+    mean, against, curvature = maps
+    if against is None:
+        offset = torch.mul(curvature, mean).neg_()
+    else:
+        offset = torch.addcmul(against, curvature, mean, value=-1)
+    size = (x.shape[2], x.shape[3])
+    offset, slope = unbox_quickly(torch.cat((offset, curvature)), size, settings.geometry).chunk(2)
+    # -first * offset - second * slope * x, but for a factor that the last step brings.
     n = unit_size(x, settings.geometry)
     first, second = moment_weights(n, settings.level, settings.key is not None)
-    offset = curvature * mean
-    if dmean is not None:
-        offset += dmean
-    both = torch.cat((offset * first, curvature * -second), 1)
-    spread = unbox_quickly(both, (x.shape[2], x.shape[3]), settings.geometry)
-    offset, slope = spread[:, :1], spread[:, 1:]
-    values = x.to(dtype)
+    values, ratio = x.to(dtype), second / first
     if far:
-        # offset + slope * x, about each pixel's mean: else the two cancel.
+        # About each pixel's mean: else the two cancel.
         shift = values.mean(1, keepdim=True)
-        offset = torch.addcmul(offset, slope, shift.double()).to(dtype)
+        offset = torch.addcmul(offset, slope, shift.double(), value=ratio).to(dtype)
         slope, values = slope.to(dtype), values - shift
-    values = torch.addcmul(offset, values, slope)
-    mask = _laid_out_as(x, draw_mask(x, settings))
-    if mask is None:
-        dx.add_(values)
-    elif dx.dtype == values.dtype:
-        dx.addcmul_(values, mask)
+    values = torch.addcmul(offset, values, slope, value=ratio)
+    if bits is None:
+        mask = _draw(x, settings, False)[0]
     else:
-        dx.add_(values.mul_(mask))
+        mask = _laid_out_as(x, mask_of_bits(bits, x.shape, dtype))
+    if mask is None:
+        dx.add_(values, alpha=-first)
+    elif dx.dtype == values.dtype:
+        dx.addcmul_(values, mask, value=-first)
+    else:
+        dx.add_(values.mul_(mask), alpha=-first)
+
+
+def _draw(x: Tensor, settings: Settings, packed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The mask for `x` in the statistics' dtype, and its bits if `packed` and worth it."""
+    key = settings.key
+    if packed and isinstance(key, int) and x.device.type == "cpu":
+        mask, bits = keep_mask_and_bits(key, x.shape, settings.level, wide(x.dtype))
+        return _laid_out_as(x, mask), bits
+    return _laid_out_as(x, draw_mask(x, settings)), None
+
+
+@functools.lru_cache(maxsize=64)
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype)
 
 
 def _centred(weight: Tensor) -> Tensor:
@@ -200,4 +248,4 @@ def _sum_of_products(maps: Tensor, position: Tensor) -> Tensor:
     if _channels_last(maps):
         rows = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
         return position.reshape(-1) @ rows
-    return torch.bmm(maps.flatten(2), position.flatten(2).transpose(1, 2)).sum((0, 2))
+    return (maps * position).sum((0, 2, 3))

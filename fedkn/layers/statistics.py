@@ -7,6 +7,7 @@ the window with the convolution's stride: a box filter. Equations 1 and 2 of Nas
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,9 @@ __all__ = [
 ]
 
 
-_SMALL = 4096
+# Multiplications up to which two products with banded matrices take less time than the dozen calls
+# that `box` and `unbox` make.
+_FEW = 1 << 20
 
 
 class Geometry(NamedTuple):
@@ -89,22 +92,21 @@ def box(maps: Tensor, geometry: Geometry) -> Tensor:
     return maps
 
 
-def box_quickly(maps: Tensor, geometry: Geometry) -> Tensor:
-    """Do what `box` does, in one operation where the maps are small enough for that to pay."""
-    kernel, stride, padding, dilation, _ = geometry
-    fits = all(2 * p <= k for p, k in zip(padding, kernel, strict=True))
-    if maps.numel() > _SMALL or dilation != (1, 1) or not fits or kernel == (1, 1):
-        return box(maps, geometry)
-    return F.avg_pool2d(maps, kernel, stride, padding, divisor_override=1)
+def box_quickly(maps: Tensor, geometry: Geometry, factor: float = 1.0) -> Tensor:
+    """Return `factor` times `box`, without derivatives; by two products where maps are small."""
+    if not _suits_products(maps, geometry):
+        boxed = box(maps, geometry)
+        return boxed if factor == 1.0 else boxed * factor
+    down = _band(maps.shape[2], 0, geometry, maps.dtype, 1.0)
+    return _products(maps, down, _band(maps.shape[3], 1, geometry, maps.dtype, factor).T)
 
 
 def unbox_quickly(maps: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
-    """Do what `unbox` does; with stride 1 it is a box filter itself."""
-    kernel, stride, padding, dilation, groups = geometry
-    back = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
-    if stride != (1, 1) or dilation != (1, 1) or min(back) < 0:
+    """Do what `unbox` does, without derivatives, by two products where the maps are small."""
+    if not _suits_products(maps, geometry):
         return unbox(maps, size, geometry)
-    return box_quickly(maps, Geometry(kernel, stride, back, dilation, groups))
+    down = _band(size[0], 0, geometry, maps.dtype, 1.0).T
+    return _products(maps, down, _band(size[1], 1, geometry, maps.dtype, 1.0))
 
 
 def unbox(maps: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
@@ -125,6 +127,51 @@ def unbox(maps: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
         taps = [maps.narrow(dim, padding + i * dilation, span) for i in range(kernel)]
         maps = sum(taps[1:], taps[0])
     return maps
+
+
+def _suits_products(maps: Tensor, geometry: Geometry) -> bool:
+    rows, columns = maps.shape[2:]
+    return (
+        maps.device.type == "cpu"
+        and maps.numel() > 0
+        # About that many, whichever side of the window the maps are on.
+        and maps.numel() * (rows * geometry.stride[0] + columns * geometry.stride[1]) < _FEW
+        and geometry.kernel != (1, 1)
+        and _exact_products()
+        # The matrices are kept: they must not be what such a mode makes of a tensor.
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _exact_products() -> bool:
+    """Whether products of float32 matrices are in float32: fewer digits would ruin a variance."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set for each backend by itself
+        return False
+
+
+def _products(maps: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    # As `down @ maps @ across`, which takes twice as many calls to get there.
+    samples, count, rows, columns = maps.shape
+    down = down.expand(samples * count, *down.shape)
+    part = torch.bmm(down, maps.reshape(samples * count, rows, columns)).view(-1, columns)
+    return torch.mm(part, across).view(samples, count, down.shape[1], across.shape[1])
+
+
+@functools.lru_cache(maxsize=256)
+def _band(inputs: int, dim: int, geometry: Geometry, dtype: torch.dtype, factor: float) -> Tensor:
+    """The matrix, (outputs, inputs), that sums the inputs of each window along an axis.
+
+    `dim` is 0 for the height, 1 for the width; the sums are multiplied by `factor`.
+    """
+    kernel, stride, padding, dilation = (sizes[dim] for sizes in geometry[:4])
+    outputs = (inputs + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    with torch.inference_mode(False):
+        window = torch.arange(outputs).view(-1, 1, 1) * stride
+        taps = window + torch.arange(kernel) * dilation - padding
+        hits = taps == torch.arange(inputs).view(1, -1, 1)
+        return hits.sum(2).to(torch.float64).mul_(factor).to(dtype)
 
 
 def _sums(x: Tensor, mask: Tensor | None) -> Tensor:

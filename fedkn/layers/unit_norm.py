@@ -52,8 +52,7 @@ def _definition(units: Tensor, settings: Settings) -> Tensor:
 
 def _forward(units: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor, bool]:
     values = units.to(wide(units.dtype))
-    mean, variance, far = plain.unit_statistics(values, settings)
-    scale = variance.add_(settings.eps).rsqrt_()
+    mean, scale, far, _ = plain.unit_statistics(values, settings, keep=False)
     return _normal(values, mean, scale, settings).to(units.dtype), mean, scale, far
 
 
@@ -93,7 +92,7 @@ def _gradient(  # noqa: PLR0917 - what the forward pass kept, in its order
     curvature = box(products, geometry).mul_(scale).mul_(scale)  # -2 * dvar
     gradient = g * _spread(scale, geometry.kernel)
     plain.add_through_statistics(
-        gradient, values, (mean, total.mul_(scale).neg_(), curvature), settings, far
+        gradient, values, (mean, total.mul_(scale), curvature), settings, far
     )
     return gradient.to(units.dtype)
 

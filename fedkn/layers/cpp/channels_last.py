@@ -7,13 +7,12 @@ CODE = r"""
 // channel share a word. Masks of `group` (up to four) pixels from `pixel` on, all channels each.
 INLINE void draw_pixels(const Plan& p, int64_t sample, int64_t pixel, int64_t group,
                         float* __restrict keep) {
-  constexpr uint64_t gamma = 0x9E3779B97F4A7C15ull;
   const int64_t channels = p.channels, pixels = p.pixels();
   const auto threshold = static_cast<int16_t>(p.level - kLevels / 2);
-  const uint64_t base = p.key + gamma * (static_cast<uint64_t>(sample) * p.words() + 1);
+  const uint64_t base = p.start(sample) + kGamma;
   if (pixels % 4 == 0) {  // then the four pixels of a word are the same ones in every channel
-    const uint64_t first = base + gamma * static_cast<uint64_t>(pixel / 4);
-    const uint64_t step = gamma * static_cast<uint64_t>(pixels / 4);
+    const uint64_t first = base + kGamma * static_cast<uint64_t>(pixel / 4);
+    const uint64_t step = kGamma * static_cast<uint64_t>(pixels / 4);
     for (int64_t c = 0; c < channels; ++c) {
       uint64_t z = first + step * static_cast<uint64_t>(c);
       z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -28,7 +27,7 @@ INLINE void draw_pixels(const Plan& p, int64_t sample, int64_t pixel, int64_t gr
   for (int64_t j = 0; j < group; ++j) {
     for (int64_t c = 0; c < channels; ++c) {
       const auto element = static_cast<uint64_t>(c * pixels + pixel + j);
-      uint64_t z = base + gamma * (element >> 2);
+      uint64_t z = base + kGamma * (element >> 2);
       z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
       z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
       z ^= z >> 31;

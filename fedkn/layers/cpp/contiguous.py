@@ -16,7 +16,8 @@ INLINE void add_channels(int64_t channels, int64_t pixels, int64_t n, const floa
   for (int64_t c = 0; c < channels; ++c, v += pixels, k += k ? pixels : 0) {
     if (k) {
       for (int64_t i = 0; i < n; ++i) {
-        const Number u = k[i] >= least ? v[i] : 0.0f;
+        const float value = v[i];  // loaded whether it is kept or not: no branch
+        const Number u = k[i] >= least ? value : 0.0f;
         t[i] += u;
         q[i] += u * u;
       }
@@ -138,8 +139,8 @@ INLINE void add_lines(int64_t channels, int64_t pixels, int64_t n, const float* 
   for (int64_t c = 0; c < channels; ++c, v += pixels, d += pixels, k += k ? pixels : 0) {
     if (k) {
       for (int64_t i = 0; i < n; ++i) {
-        const float u = static_cast<float>(a[i] + q[i] * v[i]);
-        d[i] += k[i] >= least ? u : 0.0f;
+        const float u = static_cast<float>(a[i] + q[i] * v[i]), before = d[i];
+        d[i] = before + (k[i] >= least ? u : 0.0f);
       }
     } else {
       for (int64_t i = 0; i < n; ++i) d[i] += static_cast<float>(a[i] + q[i] * v[i]);

@@ -17,60 +17,72 @@ Tensor in_order(const Tensor& weight) {
 
 KERNEL void sum_filters(const Plan& p, const float* __restrict w, int64_t size,
                         float* __restrict sums) {
-  for (int64_t o = 0; o < p.filters; ++o, w += size) {
+  constexpr int64_t kRow = 64, kRows = 4;
+  for (int64_t o = 0; o < p.all_filters(); ++o, w += size) {
+    // Sums of `kRows` weights in float, which costs no digits that matter, and the rest in double.
     double sum = 0.0;
+    int64_t i = 0;
+    while (i + kRow <= size) {
+      alignas(64) float row[kRow] = {};
+      for (int64_t k = 0; k < kRows && i + kRow <= size; ++k, i += kRow) {
+        for (int64_t j = 0; j < kRow; ++j) row[j] += w[i + j];
+      }
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) sum += w[i];
+      for (int64_t j = 0; j < kRow; ++j) sum += row[j];
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = i; j < size; ++j) sum += w[j];
     sums[o] = static_cast<float>(sum);
   }
 }
 
 KERNEL void subtract_from_filters(const Plan& p, const float* __restrict amounts, int64_t size,
                                   float* __restrict dw) {
-  for (int64_t o = 0; o < p.filters; ++o, dw += size) {
+  for (int64_t o = 0; o < p.all_filters(); ++o, dw += size) {
     for (int64_t i = 0; i < size; ++i) dw[i] -= amounts[o];
   }
 }
 
-// Sum of (samples, filters) over the samples, into the first.
+// Sum of (batch, clients * filters) over the batch, into the first.
 KERNEL void sum_samples(const Plan& p, float* rows) {
-  for (int64_t n = 1; n < p.samples; ++n) {
-    for (int64_t o = 0; o < p.filters; ++o) rows[o] += rows[n * p.filters + o];
+  const int64_t filters = p.all_filters();
+  for (int64_t n = 1; n < p.batch(); ++n) {
+    for (int64_t o = 0; o < filters; ++o) rows[o] += rows[n * filters + o];
   }
-  if (p.samples == 0) std::fill(rows, rows + p.filters, 0.0f);
+  if (p.samples == 0) std::fill(rows, rows + filters, 0.0f);
 }
 
 // The filters' sums, zero where the filters are centred; then the bias, zero where there is none.
 std::vector<float> per_filter(const Plan& p, const Tensor& weight,
                               const std::optional<Tensor>& bias) {
-  std::vector<float> values(2 * p.filters);
+  std::vector<float> values(2 * p.all_filters());
   if (!p.centred) {
     const Tensor w = in_order(weight);
-    sum_filters(p, w.const_data_ptr<float>(), w.numel() / std::max<int64_t>(1, p.filters),
+    sum_filters(p, w.const_data_ptr<float>(), w.numel() / std::max<int64_t>(1, p.all_filters()),
                 values.data());
   }
   if (bias) {
     const Tensor b = bias->contiguous();
-    std::copy_n(b.const_data_ptr<float>(), p.filters, values.data() + p.filters);
+    std::copy_n(b.const_data_ptr<float>(), p.all_filters(), values.data() + p.all_filters());
   }
   return values;
 }
 
 Tensor convolve(const Plan& p, const Tensor& x, const Tensor& weight) {
   return at::convolution(x, p.centred ? centred(weight) : weight, {}, p.stride, p.padding,
-                         p.dilation, false, {0, 0}, p.groups);
+                         p.dilation, false, {0, 0}, p.clients * p.groups);
 }
 
 // Returns y, the map to keep (y or z; undefined unless keep), and mean and scale as one tensor,
 // (2, samples, positions).
+// `values` are those of `per_filter`.
 std::tuple<Tensor, Tensor, Tensor> forward(const Plan& p, const Tensor& input, const Tensor& weight,
-                                           const std::optional<Tensor>& bias, bool keep) {
+                                           const std::vector<float>& values, bool keep) {
   const Tensor x = input.contiguous(p.format());
   Tensor z = convolve(p, x, weight).contiguous(p.format());
   Tensor y = keep && !p.keeps_y ? at::empty_like(z) : z;
   Tensor moment_maps = at::empty({2, p.samples, p.positions()}, x.options());
-  const std::vector<float> values = per_filter(p, weight, bias);
-  const float *s = values.data(), *b = s + p.filters, *xs = x.const_data_ptr<float>();
+  const float *s = values.data(), *b = s + p.all_filters(), *xs = x.const_data_ptr<float>();
   float *zs = z.data_ptr<float>(), *ys = y.data_ptr<float>();
   float* means = moment_maps.data_ptr<float>();
   float* scales = means + p.samples * p.positions();
@@ -94,8 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Plan& p, const Tensor& input, c
         box(p, squares, scratch, square);
         if (!moments(p, sum, square, m, r) || exact) break;
       }
-      const int64_t at = n * p.filters * positions;
-      (p.last ? epilogue_last : epilogue)(p, zs + at, ys + at, m, r, s, b);
+      const int64_t at = n * p.filters * positions, own = n % p.clients * p.filters;
+      (p.last ? epilogue_last : epilogue)(p, zs + at, ys + at, m, r, s + own, b + own);
     }
   });
   return {y, keep ? (p.keeps_y ? y : z) : Tensor(), moment_maps};
@@ -107,17 +119,16 @@ struct Wanted {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstream,
                                             const Tensor& input, const Tensor& weight,
-                                            const std::optional<Tensor>& bias,
+                                            const std::vector<float>& values,
                                             const Tensor& output, const Tensor& moment_maps,
                                             Wanted wanted) {
   const Tensor x = input.contiguous(p.format()), g = upstream.contiguous(p.format());
   const int64_t pixels = p.pixels(), positions = p.positions();
   Tensor dz = at::empty_like(g), dx, dw;
-  Tensor db = at::empty({std::max<int64_t>(1, p.samples), p.filters}, g.options());
+  Tensor db = at::empty({std::max<int64_t>(1, p.batch()), p.all_filters()}, g.options());
   const Buffer<float> dsum(db.numel());
   const Buffer<double> spread(wanted.x ? p.samples * 2 * pixels : 0);
-  const std::vector<float> values = per_filter(p, weight, bias);
-  const float *s = values.data(), *b = s + p.filters, *gs = g.const_data_ptr<float>();
+  const float *s = values.data(), *b = s + p.all_filters(), *gs = g.const_data_ptr<float>();
   const float* outputs = output.const_data_ptr<float>();
   const float* means = moment_maps.const_data_ptr<float>();
   const float* scales = means + p.samples * positions;
@@ -129,11 +140,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstrea
     float *energy = maps.get(), *dmean = energy + positions;
     double *offset = doubles.get(), *slope = offset + positions, *scratch = slope + positions;
     for (int64_t n = from; n < until; ++n) {
-      const int64_t at = n * p.filters * positions;
+      const int64_t at = n * p.filters * positions, own = n % p.clients * p.filters;
       const float *m = means + n * positions, *r = scales + n * positions;
       (p.last ? reduce_gradient_last : reduce_gradient)(
-          p, gs + at, outputs + at, m, r, s, b, dzs + at, energy, dmean, dbs + n * p.filters,
-          dsum.get() + n * p.filters);
+          p, gs + at, outputs + at, m, r, s + own, b + own, dzs + at, energy, dmean,
+          dbs + n * p.filters, dsum.get() + n * p.filters);
       if (!wanted.x) continue;
       far[n] = through_moments(p, m, r, energy, dmean, offset, slope);
       unbox(p, offset, scratch, spread.get() + 2 * n * pixels);
@@ -143,14 +154,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstrea
   if (wanted.x || wanted.weight) {
     std::tie(dx, dw, std::ignore) = at::convolution_backward(
         dz, x, p.centred ? centred(weight) : weight, c10::nullopt, p.stride, p.padding, p.dilation,
-        false, {0, 0}, p.groups, {wanted.x, wanted.weight, false});
+        false, {0, 0}, p.clients * p.groups, {wanted.x, wanted.weight, false});
   }
   if (wanted.weight && p.centred) {
     dw = centred(dw);
   } else if (wanted.weight) {
     dw = in_order(dw);
     sum_samples(p, dsum.get());
-    subtract_from_filters(p, dsum.get(), dw.numel() / std::max<int64_t>(1, p.filters),
+    subtract_from_filters(p, dsum.get(), dw.numel() / std::max<int64_t>(1, p.all_filters()),
                           dw.data_ptr<float>());
   }
   if (wanted.x) {
@@ -182,14 +193,16 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct Kept : torch::CustomClassHolder {
-  explicit Kept(const Plan& plan) : p(plan) {}
+  Kept(const Plan& plan, std::vector<float> per_filter)
+      : p(plan), values(std::move(per_filter)) {}
   Plan p;
+  std::vector<float> values;
 };
 
 using GradientsSignature = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, IntArrayRef,
-    IntArrayRef, IntArrayRef, int64_t, std::optional<int64_t>, int64_t, double, bool, bool, bool,
-    bool);
+    IntArrayRef, IntArrayRef, int64_t, int64_t, at::OptionalIntArrayRef, int64_t, double, bool,
+    bool, bool, bool);
 
 // Derivatives of gradients are rare: fedkn.layers.native takes them from the definition.
 std::tuple<Tensor, Tensor, Tensor> differentiable(const Plan& p, const Tensor& g, const Tensor& x,
@@ -199,25 +212,29 @@ std::tuple<Tensor, Tensor, Tensor> differentiable(const Plan& p, const Tensor& g
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fedkn_native::gradients", "")
                              .typed<GradientsSignature>();
-  std::optional<int64_t> key;
-  if (p.masked) key = static_cast<int64_t>(p.key);
-  return op.call(g, x, weight, bias, p.stride, p.padding, p.dilation, p.groups, key, p.level,
-                 p.eps, p.relu, wanted.x, wanted.weight, wanted.bias);
+  const std::vector<int64_t> list(p.keys.begin(), p.keys.end());
+  at::OptionalIntArrayRef keys;
+  if (p.masked) keys = list;
+  return op.call(g, x, weight, bias, p.stride, p.padding, p.dilation, p.groups, p.clients, keys,
+                 p.level, p.eps, p.relu, wanted.x, wanted.weight, wanted.bias);
 }
 
 struct Convolution : public torch::autograd::Function<Convolution> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& bias, const Plan& p) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, output, moment_maps] = fedkn::forward(p, x, weight, bias, true);
+    std::vector<float> values = per_filter(p, weight, bias);
+    auto [y, output, moment_maps] = fedkn::forward(p, x, weight, values, true);
     context->save_for_backward({x, weight, bias ? *bias : Tensor(), output, moment_maps});
-    context->saved_data["plan"] = c10::IValue::make_capsule(c10::make_intrusive<Kept>(p));
+    context->saved_data["plan"] =
+        c10::IValue::make_capsule(c10::make_intrusive<Kept>(p, std::move(values)));
     return y;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const auto holder = context->saved_data["plan"].toCapsule();
-    const Plan& p = static_cast<const Kept*>(holder.get())->p;
+    const Kept& kept = *static_cast<const Kept*>(holder.get());
+    const Plan& p = kept.p;
     const variable_list saved = context->get_saved_variables();
     const Tensor &g = gradients[0], &x = saved[0], &weight = saved[1];
     std::optional<Tensor> bias;
@@ -229,7 +246,8 @@ struct Convolution : public torch::autograd::Function<Convolution> {
       std::tie(dx, dw, db) = differentiable(p, g, x, weight, bias, wanted);
     } else {
       at::AutoDispatchBelowADInplaceOrView guard;
-      std::tie(dx, dw, db) = fedkn::backward(p, g, x, weight, bias, saved[3], saved[4], wanted);
+      std::tie(dx, dw, db) = fedkn::backward(p, g, x, weight, kept.values, saved[3], saved[4],
+                                                  wanted);
     }
     return {dx, dw, db, Tensor()};
   }
@@ -237,16 +255,16 @@ struct Convolution : public torch::autograd::Function<Convolution> {
 
 Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                   std::optional<int64_t> key, int64_t level, double eps, bool relu,
-                   bool keeps_output) {
-  const Plan p = make_plan(x, weight, stride, padding, dilation, groups, key, level, eps, relu,
-                           keeps_output);
+                   int64_t clients, at::OptionalIntArrayRef keys, int64_t level, double eps,
+                   bool relu, bool keeps_output) {
+  const Plan p = make_plan(x, weight, stride, padding, dilation, groups, clients, keys, level,
+                           eps, relu, keeps_output);
   if (at::GradMode::is_enabled() &&
       (x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad()))) {
     return Convolution::apply(x, weight, bias, p);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return std::get<0>(forward(p, x, weight, bias, false));
+  return std::get<0>(forward(p, x, weight, per_filter(p, weight, bias), false));
 }
 
 }  // namespace fedkn
@@ -254,12 +272,12 @@ Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Te
 TORCH_LIBRARY(fedkn_native, m) {
   m.def(
       "convolution(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups, int? key, int level, float eps, bool relu, bool keeps_output) "
-      "-> Tensor",
+      "int[2] dilation, int groups, int clients, int[]? keys, int level, float eps, bool relu, "
+      "bool keeps_output) -> Tensor",
       &fedkn::convolution);
   m.def(
       "gradients(Tensor g, Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups, int? key, int level, float eps, bool relu, bool want_x, "
-      "bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)");
+      "int[2] dilation, int groups, int clients, int[]? keys, int level, float eps, bool relu, "
+      "bool want_x, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)");
 }
 """

@@ -16,11 +16,16 @@ CODE = r"""
 #include <memory>
 #include <vector>
 
-// One binary serves every x86 processor: the loader picks the widest version of each kernel.
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-#define KERNEL __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
+// One binary serves every x86 processor: the loader picks the widest version of each kernel. To
+// ask for a level or a feature matters: "arch=haswell" matches Intel's processors alone.
+#if !(defined(__x86_64__) && defined(__GNUC__) && defined(__linux__))
 #define KERNEL
+#elif __GNUC__ >= 12
+#define KERNEL __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__clang__)  // compiles the above (16), but its loader never picks them
+#define KERNEL __attribute__((target_clones("avx512bw", "avx2", "default")))
+#else  // older gcc knows the levels not at all, and no features that go with avx512f
+#define KERNEL __attribute__((target_clones("avx2", "default")))
 #endif
 #define INLINED __attribute__((always_inline))
 #define INLINE inline INLINED
@@ -30,6 +35,7 @@ namespace fedkn {
 using at::Tensor;
 using c10::IntArrayRef;
 
+constexpr uint64_t kGamma = 0x9E3779B97F4A7C15ull;
 constexpr int64_t kLevels = 1 << 16;
 constexpr int64_t kTile = 4096;  // elements handled at once, so that the working set stays in L1/L2
 
@@ -44,7 +50,10 @@ class Buffer {
   std::unique_ptr<Number[]> numbers_;
 };
 
+// Several clients, each with filters and masks of its own, lie side by side in the channels: x is
+// (batch, clients * channels, …), y (batch, clients * filters, …). A sample is one client's.
 struct Plan {
+  int64_t clients;
   int64_t samples, channels, height, width;   // x
   int64_t filters, rows, columns;             // y
   std::array<int64_t, 2> kernel, stride, padding, dilation;
@@ -52,7 +61,7 @@ struct Plan {
   bool masked, centred, relu;
   bool keeps_y;  // y is the map kept for the backward pass, not z
   bool last;  // whether maps are laid out channels last in memory
-  uint64_t key;
+  std::vector<uint64_t> keys;  // one for each client; empty unless masked
   int64_t level;
   double first, second;  // weights of the unit's sum and sum of squares
   double eps;
@@ -62,15 +71,23 @@ struct Plan {
   }
   int64_t pixels() const { return height * width; }
   int64_t positions() const { return rows * columns; }
+  int64_t all_filters() const { return clients * filters; }
+  int64_t batch() const { return samples / clients; }
   uint64_t words() const { return (channels * height * width + 3) / 4; }
+  // Where the mask of a sample starts in its client's sequence.
+  uint64_t start(int64_t sample) const {
+    return keys[sample % clients] + kGamma * static_cast<uint64_t>(sample / clients) * words();
+  }
 };
 
 Plan make_plan(const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding,
-               IntArrayRef dilation, int64_t groups, std::optional<int64_t> key, int64_t level,
-               double eps, bool relu, bool keeps_output) {
+               IntArrayRef dilation, int64_t groups, int64_t clients, at::OptionalIntArrayRef keys,
+               int64_t level, double eps, bool relu, bool keeps_output) {
   Plan p;
-  p.samples = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
-  p.filters = weight.size(0);
+  p.clients = clients;
+  p.samples = x.size(0) * clients, p.channels = x.size(1) / clients;
+  p.height = x.size(2), p.width = x.size(3);
+  p.filters = weight.size(0) / clients;
   int64_t out[2];
   for (int d = 0; d < 2; ++d) {
     p.kernel[d] = weight.size(2 + d);
@@ -79,14 +96,14 @@ Plan make_plan(const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArr
   }
   p.rows = out[0], p.columns = out[1];
   p.groups = groups;
-  p.masked = key.has_value();
+  p.masked = keys.has_value();
   p.centred = !p.masked && groups == 1;
   p.relu = relu;
   p.keeps_y = relu || keeps_output;
   // As PyTorch's own convolution chooses.
-  p.last = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
-           weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  p.key = static_cast<uint64_t>(key.value_or(0));
+  p.last = clients == 1 && (x.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
+                            weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
+  if (keys) p.keys.assign(keys->begin(), keys->end());
   p.level = level;
   p.eps = eps;
   const double n = static_cast<double>(p.channels * p.kernel[0] * p.kernel[1]);
@@ -108,11 +125,10 @@ INLINE int16_t threshold(const Plan& p) { return static_cast<int16_t>(p.level - 
 
 // Lanes of the elements [start, start + count) of one sample, count <= kTile.
 INLINE const Lane* draw(const Plan& p, int64_t sample, int64_t start, int64_t count, Mask& mask) {
-  constexpr uint64_t gamma = 0x9E3779B97F4A7C15ull;
   const int64_t from = start / 4, until = (start + count + 3) / 4;
-  const uint64_t base = p.key + gamma * (static_cast<uint64_t>(sample) * p.words() + from + 1);
+  const uint64_t base = p.start(sample) + kGamma * static_cast<uint64_t>(from + 1);
   for (int64_t i = 0; i < until - from; ++i) {
-    uint64_t z = base + gamma * static_cast<uint64_t>(i);
+    uint64_t z = base + kGamma * static_cast<uint64_t>(i);
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
     mask.words[i] = z ^ (z >> 31);
