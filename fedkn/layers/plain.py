@@ -239,7 +239,7 @@ def _weighted_sum(maps: Tensor, weights: Tensor) -> Tensor:
     if _channels_last(maps):
         return (maps.permute(0, 2, 3, 1) @ weights.view(-1)).unsqueeze(1)
     samples, channels, *size = maps.shape
-    row = weights.view(1, 1, -1).expand(samples, 1, channels)
+    row = weights.view(1, 1, channels).expand(samples, 1, channels)
     return torch.bmm(row, maps.flatten(2)).view(samples, 1, *size)
 
 

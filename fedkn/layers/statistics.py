@@ -104,7 +104,12 @@ def box_quickly(maps: Tensor, geometry: Geometry, factor: float = 1.0) -> Tensor
 def unbox_quickly(maps: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
     """Do what `unbox` does, without derivatives, by two products where the maps are small."""
     if not _suits_products(maps, geometry):
-        return unbox(maps, size, geometry)
+        kernel, stride, padding, dilation, groups = geometry
+        back = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
+        if stride != (1, 1) or dilation != (1, 1) or min(back) < 0:
+            return unbox(maps, size, geometry)
+        # With stride 1 it is a box filter itself.
+        return box(maps, Geometry(kernel, stride, back, dilation, groups))
     down = _band(size[0], 0, geometry, maps.dtype, 1.0).T
     return _products(maps, down, _band(size[1], 1, geometry, maps.dtype, 1.0))
 

@@ -4,54 +4,51 @@ __all__ = ["CODE"]
 
 CODE = r"""
 // The generator counts in (N, C, H, W) order whatever the layout, so four consecutive pixels of a
-// channel share a word. Masks of `group` (up to four) pixels from `pixel` on, all channels each.
+// channel share a word. Lanes of `group` (up to four) pixels from `pixel` on, all channels each; a
+// lane is the upper 16 bits of its number, as wide as the doubles that it goes with.
 INLINE void draw_pixels(const Plan& p, int64_t sample, int64_t pixel, int64_t group,
-                        float* __restrict keep) {
+                        int64_t* __restrict lanes) {
   const int64_t channels = p.channels, pixels = p.pixels();
-  const auto threshold = static_cast<int16_t>(p.level - kLevels / 2);
   const uint64_t base = p.start(sample) + kGamma;
   if (pixels % 4 == 0) {  // then the four pixels of a word are the same ones in every channel
     const uint64_t first = base + kGamma * static_cast<uint64_t>(pixel / 4);
     const uint64_t step = kGamma * static_cast<uint64_t>(pixels / 4);
     for (int64_t c = 0; c < channels; ++c) {
-      uint64_t z = first + step * static_cast<uint64_t>(c);
-      z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-      z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-      z ^= z >> 31;
-      for (int64_t j = 0; j < 4; ++j) {
-        keep[j * channels + c] = static_cast<int16_t>(z >> (16 * j)) >= threshold ? 1.0f : 0.0f;
-      }
+      const uint64_t z = finalised(first + step * static_cast<uint64_t>(c));
+      lanes[c] = static_cast<int64_t>(z << 48);
+      lanes[channels + c] = static_cast<int64_t>(z << 32);
+      lanes[2 * channels + c] = static_cast<int64_t>(z << 16);
+      lanes[3 * channels + c] = static_cast<int64_t>(z);
     }
     return;
   }
   for (int64_t j = 0; j < group; ++j) {
     for (int64_t c = 0; c < channels; ++c) {
       const auto element = static_cast<uint64_t>(c * pixels + pixel + j);
-      uint64_t z = base + kGamma * (element >> 2);
-      z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-      z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-      z ^= z >> 31;
-      keep[j * channels + c] =
-          static_cast<int16_t>(z >> (16 * (element & 3))) >= threshold ? 1.0f : 0.0f;
+      const uint64_t z = finalised(base + kGamma * (element >> 2));
+      lanes[j * channels + c] = static_cast<int64_t>(z << (48 - 16 * (element & 3)));
     }
   }
 }
 
+INLINE int64_t wide_threshold(const Plan& p) { return (p.level - kLevels / 2) * (1ll << 48); }
+
 KERNEL void channel_sums_last(const Plan& p, int64_t sample, const float* __restrict x,
-                              float* __restrict keep, double* __restrict total,
+                              int64_t* __restrict lanes, double* __restrict total,
                               double* __restrict squares) {
-  const int64_t channels = p.channels, pixels = p.pixels();
+  const int64_t channels = p.channels, pixels = p.pixels(), least = wide_threshold(p);
   for (int64_t begin = 0; begin < pixels; begin += 4) {
     const int64_t group = std::min<int64_t>(4, pixels - begin);
-    if (p.masked) draw_pixels(p, sample, begin, group, keep);
+    if (p.masked) draw_pixels(p, sample, begin, group, lanes);
     for (int64_t j = 0; j < group; ++j) {
       const float* __restrict v = x + (begin + j) * channels;
-      const float* __restrict k = keep + j * channels;
+      const int64_t* __restrict k = lanes + j * channels;
       double t = 0.0, q = 0.0;
       if (p.masked) {
 #pragma omp simd reduction(+ : t, q)
         for (int64_t c = 0; c < channels; ++c) {
-          const double u = k[c] * v[c];
+          const double value = v[c];  // loaded whether it is kept or not: no branch
+          const double u = k[c] >= least ? value : 0.0;
           t += u;
           q += u * u;
         }
@@ -134,19 +131,22 @@ KERNEL void reduce_gradient_last(const Plan& p, const float* __restrict g,
 
 KERNEL void add_through_statistics_last(const Plan& p, int64_t sample, const float* __restrict x,
                                         float* __restrict dx, const double* __restrict offset,
-                                        const double* __restrict slope, float* __restrict keep) {
-  const int64_t channels = p.channels, pixels = p.pixels();
+                                        const double* __restrict slope, int64_t* __restrict lanes) {
+  const int64_t channels = p.channels, pixels = p.pixels(), least = wide_threshold(p);
   for (int64_t begin = 0; begin < pixels; begin += 4) {
     const int64_t group = std::min<int64_t>(4, pixels - begin);
-    if (p.masked) draw_pixels(p, sample, begin, group, keep);
+    if (p.masked) draw_pixels(p, sample, begin, group, lanes);
     for (int64_t j = 0; j < group; ++j) {
       const int64_t i = begin + j;
       const double a = offset[i], q = slope[i];
       const float* __restrict v = x + i * channels;
-      const float* __restrict k = keep + j * channels;
+      const int64_t* __restrict k = lanes + j * channels;
       float* __restrict d = dx + i * channels;
       if (p.masked) {
-        for (int64_t c = 0; c < channels; ++c) d[c] += k[c] * static_cast<float>(a + q * v[c]);
+        for (int64_t c = 0; c < channels; ++c) {
+          const double u = a + q * v[c], before = d[c];
+          d[c] = static_cast<float>(before + (k[c] >= least ? u : 0.0));
+        }
       } else {
         for (int64_t c = 0; c < channels; ++c) d[c] += static_cast<float>(a + q * v[c]);
       }

@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Plan& p, const Tensor& input, c
   at::parallel_for(0, p.samples, 1, [&](int64_t from, int64_t until) {
     const int64_t pixels = p.pixels(), positions = p.positions();
     const Buffer<double> maps(2 * pixels + p.rows * p.width + 2 * positions);
-    const Buffer<float> keeps(p.last && p.masked ? 4 * p.channels : 0);
+    const Buffer<int64_t> lanes(p.last && p.masked ? 4 * p.channels : 0);
     Mask mask;
     double *total = maps.get(), *squares = total + pixels, *scratch = squares + pixels;
     double *sum = scratch + p.rows * p.width, *square = sum + positions;
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Plan& p, const Tensor& input, c
       float *m = means + n * positions, *r = scales + n * positions;
       for (const bool exact : {p.last, true}) {
         if (p.last) {
-          channel_sums_last(p, n, sample, keeps.get(), total, squares);
+          channel_sums_last(p, n, sample, lanes.get(), total, squares);
         } else {
           channel_sums(p, n, sample, exact, mask, total, squares);
         }
@@ -170,12 +170,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstrea
     float* dxs = dx.data_ptr<float>();
     at::parallel_for(0, p.samples, 1, [&](int64_t from, int64_t until) {
       Mask mask;
-      const Buffer<float> keeps(p.last && p.masked ? 4 * p.channels : 0);
+      const Buffer<int64_t> lanes(p.last && p.masked ? 4 * p.channels : 0);
       for (int64_t n = from; n < until; ++n) {
         const int64_t at = n * p.channels * pixels;
         const double *offset = spread.get() + 2 * n * pixels, *slope = offset + pixels;
         if (p.last) {
-          add_through_statistics_last(p, n, xs + at, dxs + at, offset, slope, keeps.get());
+          add_through_statistics_last(p, n, xs + at, dxs + at, offset, slope, lanes.get());
         } else {
           add_through_statistics(p, n, xs + at, dxs + at, offset, slope, far[n], mask);
         }

@@ -123,15 +123,18 @@ using Lane __attribute__((may_alias)) = int16_t;
 
 INLINE int16_t threshold(const Plan& p) { return static_cast<int16_t>(p.level - kLevels / 2); }
 
+INLINE uint64_t finalised(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
 // Lanes of the elements [start, start + count) of one sample, count <= kTile.
 INLINE const Lane* draw(const Plan& p, int64_t sample, int64_t start, int64_t count, Mask& mask) {
   const int64_t from = start / 4, until = (start + count + 3) / 4;
   const uint64_t base = p.start(sample) + kGamma * static_cast<uint64_t>(from + 1);
   for (int64_t i = 0; i < until - from; ++i) {
-    uint64_t z = base + kGamma * static_cast<uint64_t>(i);
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    mask.words[i] = z ^ (z >> 31);
+    mask.words[i] = finalised(base + kGamma * static_cast<uint64_t>(i));
   }
   return reinterpret_cast<const Lane*>(mask.words) + (start - from * 4);
 }

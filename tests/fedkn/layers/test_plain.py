@@ -39,6 +39,15 @@ def test_products_with_banded_matrices_are_box_filters(case) -> None:
     torch.testing.assert_close((boxed * back).sum(), (maps * spread).sum())
 
 
+def test_large_maps_are_filtered_without_products() -> None:
+    geometry = Geometry((3, 2), (1, 1), (1, 0), (1, 1), 1)
+    maps = torch.randn(40, 2, 33, 35, dtype=torch.float64)
+    boxed = box(maps, geometry)
+    assert torch.equal(box_quickly(maps, geometry), boxed)
+    spread = unbox(boxed, (33, 35), geometry)
+    torch.testing.assert_close(unbox_quickly(boxed, (33, 35), geometry), spread)
+
+
 def test_box_filters_keep_their_digits_where_products_may_not() -> None:
     geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
     maps, before = torch.randn(2, 2, 32, 32), torch.get_float32_matmul_precision()
