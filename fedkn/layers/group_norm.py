@@ -5,54 +5,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedkn.layers import native
+from fedkn.layers import mapped, native
 from fedkn.layers.autograd import plain_tensors
 
-__all__ = ["group_norm", "group_norm_pool", "pools", "serves"]
+__all__ = ["group_norm", "pools", "serves"]
 
 
 def serves(x: object, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether `group_norm` takes these: eager float32 maps on the CPU, laid out channels last.
+    """Whether `group_norm` takes these: float32 maps on the CPU, eager or of clients under vmap.
 
     It needs a weight and a bias, and `native`'s kernels, which the first call may build.
     """
+    if not isinstance(x, Tensor) or weight is None or bias is None:
+        return False
+    if x.dim() != 4 or x.numel() == 0:
+        return False
+    if not plain_tensors():
+        return mapped.serves(x, weight, bias)
+    return not torch.is_autocast_enabled("cpu") and native.serves(x, weight, bias)
+
+
+def pools(x: Tensor) -> bool:
+    """Whether `group_norm` can pool x: eager, channels last in eights, and with even sides."""
     return (
-        isinstance(x, Tensor)
-        and plain_tensors()
-        and weight is not None
-        and bias is not None
-        and x.dim() == 4
-        and x.numel() > 0
+        plain_tensors()
+        and not (x.shape[1] % 8 or x.shape[2] % 2 or x.shape[3] % 2)
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.is_autocast_enabled("cpu")
-        and native.serves(x, weight, bias)
     )
 
 
 def group_norm(  # noqa: PLR0917 - in group_norm's order
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, relu: bool
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    relu: bool,
+    pool: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.group_norm` of x (N, C, H, W), then ReLU if `relu`: equal to rounding.
 
-    Only for what it `serves`. Differentiable twice. Sums are in double, so that no mean is too far
-    from zero for it.
+    Only for what it `serves`. Sums are in double, so that no mean is too far from zero for it.
+    Differentiable twice, but for clients under vmap.
+
+    With `pool` 2x2 max-pooling follows, (N, C, H / 2, W / 2), only for what it `pools`. The map
+    before the pooling is never written, which saves its memory and half of the time or more.
     """
-    y: Tensor = torch.ops.fedkn_native.group_norm(x, groups, weight, bias, eps, relu)
-    return y
-
-
-def pools(x: Tensor) -> bool:
-    """Whether `group_norm_pool` takes x besides: even sides, and channels in eights."""
-    return not (x.shape[1] % 8 or x.shape[2] % 2 or x.shape[3] % 2)
-
-
-def group_norm_pool(  # noqa: PLR0917 - as above
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, relu: bool
-) -> Tensor:
-    """2x2 max-pooling of `group_norm`'s output: (N, C, H, W) to (N, C, H / 2, W / 2).
-
-    Only for what it `serves` and `pools`. The map before the pooling is never written, which saves
-    its memory and two thirds of the time.
-    """
-    y: Tensor = torch.ops.fedkn_native.group_norm_pool(x, groups, weight, bias, eps, relu)
+    if not plain_tensors():
+        return mapped.group_norm(x, groups, weight, bias, eps, relu)
+    y: Tensor = torch.ops.fedkn_native.group_norm(x, groups, weight, bias, eps, relu, pool)
     return y

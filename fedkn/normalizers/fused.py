@@ -8,7 +8,7 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from fedkn.errors import UserError
-from fedkn.layers.group_norm import group_norm, group_norm_pool, pools, serves
+from fedkn.layers.group_norm import group_norm, pools, serves
 from fedkn.normalizers.base import ConvOptions, Normalizer
 
 __all__ = ["FusedNormalizer", "FusedSequential", "hooked", "refuse_single_value"]
@@ -71,9 +71,9 @@ class FusedSequential(nn.Sequential):
             groups = layer.num_groups if isinstance(layer, nn.GroupNorm) else layer.num_features
             place += relu
             ends = pool is not None and place == len(layers) and min(x.shape[2:]) >= 4
-            run = group_norm_pool if ends and pools(x) else group_norm
-            x = run(x, groups, layer.weight, layer.bias, layer.eps, relu)
-            if run is group_norm_pool:
+            pooled = ends and pools(x)
+            x = group_norm(x, groups, layer.weight, layer.bias, layer.eps, relu, pooled)
+            if pooled:
                 return x
         return x if pool is None else pool(x)
 

@@ -11,6 +11,7 @@ from fedkn.layers.cpp import (
     channels_last,
     contiguous,
     group_norm,
+    group_norm_contiguous,
     group_norm_pool,
     max_pool,
     operators,
@@ -28,5 +29,6 @@ SOURCE = "\n".join(
         max_pool.CODE,
         group_norm.CODE,
         group_norm_pool.CODE,
+        group_norm_contiguous.CODE,
     )
 )

@@ -332,15 +332,5 @@ struct Function : torch::autograd::Function<Function> {
   }
 };
 
-Tensor apply(const Tensor& x, int64_t groups, const Tensor& weight, const Tensor& bias, double eps,
-             bool relu) {
-  return Function::apply(x, groups, weight, bias, eps, relu);
-}
-
 }  // namespace fedkn::group_norm
-
-TORCH_LIBRARY_FRAGMENT(fedkn_native, m) {
-  m.def("group_norm(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool relu) -> "
-        "Tensor", &fedkn::group_norm::apply);
-}
 """

@@ -236,15 +236,5 @@ struct PoolingFunction : torch::autograd::Function<PoolingFunction> {
   }
 };
 
-Tensor apply_and_pool(const Tensor& x, int64_t groups, const Tensor& weight, const Tensor& bias,
-                      double eps, bool relu) {
-  return PoolingFunction::apply(x, groups, weight, bias, eps, relu);
-}
-
 }  // namespace fedkn::group_norm
-
-TORCH_LIBRARY_FRAGMENT(fedkn_native, m) {
-  m.def("group_norm_pool(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool relu) "
-        "-> Tensor", &fedkn::group_norm::apply_and_pool);
-}
 """

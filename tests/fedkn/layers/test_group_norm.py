@@ -16,11 +16,11 @@ def _kernels():
         pytest.skip("the fused CPU kernels cannot be built here")
 
 
-def _drawn(shape, mean=0.0):
+def _drawn(shape, mean=0.0, layout=torch.channels_last):
     draw = torch.Generator().manual_seed(sum(shape))
     x, g = (torch.randn(shape, generator=draw) for _ in range(2))
     weight, bias = (torch.randn(shape[1], generator=draw) for _ in range(2))
-    last = {"memory_format": torch.channels_last}
+    last = {"memory_format": layout}
     return (x + mean).contiguous(**last), weight, bias, g.contiguous(**last)
 
 
@@ -42,11 +42,12 @@ def _definition(x, groups, weight, bias, eps, relu):  # noqa: PLR0917 - as group
     width=st.integers(2, 40),
     relu=st.booleans(),
     mean=st.sampled_from([0.0, 10.0]),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
 )
 def test_output_and_gradients_are_those_of_the_definition(  # noqa: PLR0917 - hypothesis names them
-    samples, groups, each, height, width, relu, mean
+    samples, groups, each, height, width, relu, mean, layout
 ):
-    x, weight, bias, g = _drawn((samples, groups * each, height, width), mean)
+    x, weight, bias, g = _drawn((samples, groups * each, height, width), mean, layout)
     assert serves(x, weight, bias)
     results = []
     for function, dtype in (
@@ -73,8 +74,9 @@ def _error(got, expected):
     return ((got - expected).abs().max() / expected.abs().max().clamp(min=1.0)).item()
 
 
-def test_gradients_of_gradients_are_those_of_autograd():
-    x, weight, bias, g = _drawn((2, 8, 3, 4))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_gradients_are_those_of_autograd(layout):
+    x, weight, bias, g = _drawn((2, 8, 3, 4), layout=layout)
     results = []
     for fused in (True, False):
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
@@ -88,16 +90,18 @@ def test_gradients_of_gradients_are_those_of_autograd():
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_fixed_input_or_gain_gets_no_gradient_and_the_others_theirs():
-    x, weight, bias, g = _drawn((2, 8, 3, 4))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_fixed_input_or_gain_gets_no_gradient_and_the_others_theirs(layout):
+    x, weight, bias, g = _drawn((2, 8, 3, 4), layout=layout)
     group_norm(x, 4, weight, bias.requires_grad_(), 1e-5, False).backward(g)
     torch.testing.assert_close(bias.grad, g.sum((0, 2, 3)))
     assert x.grad is None
     assert weight.grad is None
 
 
-def test_the_number_of_threads_does_not_change_a_bit():
-    x, weight, bias, g = _drawn((5, 16, 8, 8))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_number_of_threads_does_not_change_a_bit(layout):
+    x, weight, bias, g = _drawn((5, 16, 8, 8), layout=layout)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
@@ -113,7 +117,8 @@ def test_the_number_of_threads_does_not_change_a_bit():
 def test_it_serves_nothing_else():
     x, weight, bias, _ = _drawn((2, 8, 3, 4))
     assert serves(x, weight, bias)
-    assert not serves(x.contiguous(), weight, bias)
+    assert serves(x.contiguous(), weight, bias)
+    assert not serves(x.transpose(2, 3), weight, bias)
     assert not serves(x.double(), weight.double(), bias.double())
     assert not serves(x[:0], weight, bias)
     assert not serves(x, None, None)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkn.layers import native
-from fedkn.layers.group_norm import group_norm, group_norm_pool, pools, serves
+from fedkn.layers.group_norm import group_norm, pools, serves
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -22,6 +22,10 @@ def _drawn(shape, mean=0.0, layout=torch.channels_last):
     weight, bias = (torch.randn(shape[1], generator=draw) for _ in range(2))
     g = torch.randn((*shape[:2], shape[2] // 2, shape[3] // 2), generator=draw)
     return x, weight, bias, g.contiguous(memory_format=layout)
+
+
+def group_norm_pool(x, groups, weight, bias, eps, relu):  # noqa: PLR0917 - as group_norm
+    return group_norm(x, groups, weight, bias, eps, relu, pool=True)
 
 
 def _definition(x, groups, weight, bias, eps, relu):  # noqa: PLR0917 - as group_norm
@@ -127,5 +131,6 @@ def test_the_number_of_threads_does_not_change_a_bit():
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 4, 4), (2, 8, 5, 4), (2, 8, 4, 7)])
-def test_it_pools_even_sides_and_channels_in_eights_alone(shape):
-    assert not pools(torch.randn(shape))
+def test_it_pools_even_sides_and_channels_in_eights_channels_last(shape):
+    assert not pools(torch.randn(shape).contiguous(memory_format=torch.channels_last))
+    assert not pools(torch.randn(2, 8, 4, 4))
