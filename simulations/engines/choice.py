@@ -60,7 +60,7 @@ def gpus_of(config: ExperimentConfig) -> list[str]:
 _FEWEST = 4
 """Clients of a cohort below which the groups are too small to gain by."""
 
-_SMALL = 1 << 14
+_SMALL = 1 << 15
 """Numbers in a batch's first maps up to which training together is faster on a CPU; beyond that a
 step is arithmetic, of which grouped convolutions do less per second (docs/performance.md).
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -154,6 +155,7 @@ def _main(parent: socket.socket, queue: WorkQueue) -> NoReturn:
     from simulations.engines.inprocess import host_of  # noqa: PLC0415
 
     host = host_of(ExperimentConfig.resolve(run_config), together=together)
+    gc.freeze()  # as in the parent, but for good
     send(parent, READY, None)
     wave, groups, read = receive(parent)
     while True:
