@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import build_model, federated_data, inputs_of
 from fedkn.layers import dropout_stream
+from fedkn.models.blocks import Halve
+from fedkn.normalizers.fused import FusedSequential
 
-__all__ = ["contiguous", "run_loop"]
+__all__ = ["run_loop", "written_by_hand"]
 
 
 def run_loop(config: ExperimentConfig, processes: int, each_round: Callable[[], None]) -> None:
@@ -47,8 +50,22 @@ def run_loop(config: ExperimentConfig, processes: int, each_round: Callable[[], 
         each_round()
 
 
-def contiguous(model: nn.Module) -> nn.Module:
-    """Return `model` with its filters laid out as PyTorch does by default."""
+def written_by_hand(model: nn.Module) -> nn.Module:
+    """Return `model` as one would write it oneself: PyTorch's own layers, laid out as by default.
+
+    Of fedkn's layers those are left that PyTorch lacks; its kernels for GroupNorm and pooling, and
+    its choice of the layout, are not the rivals'.
+    """
+    for name, child in list(model.named_children()):
+        if isinstance(child, FusedSequential):
+            setattr(model, name, nn.Sequential(OrderedDict(child.named_children())))
+        elif isinstance(child, Halve):
+            kind = nn.MaxPool2d if child.kind == "max" else nn.AvgPool2d
+            setattr(model, name, kind(2))
+        else:
+            written_by_hand(child)
+    for module in model.modules():
+        module._forward_pre_hooks.clear()  # fedkn's checks
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
     return model
@@ -57,7 +74,7 @@ def contiguous(model: nn.Module) -> nn.Module:
 class _Trainer:
     def __init__(self, config: ExperimentConfig) -> None:
         self._config = config
-        self.model = contiguous(build_model(config))
+        self.model = written_by_hand(build_model(config))
         self._data = federated_data(config)
         self._inputs = replace(
             inputs_of(config, torch.device("cpu")), memory_format=torch.contiguous_format

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import build_model, federated_data, inputs_of
 from fedkn.layers import dropout_stream
-from simulations.benchmarks.loop import contiguous
+from simulations.benchmarks.loop import written_by_hand
 
 __all__ = ["run_pfl"]
 
@@ -76,7 +76,7 @@ def run_pfl(config: ExperimentConfig, each_round: Callable[[], None]) -> None:
 class _Network(nn.Module):
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__()
-        self.model = contiguous(build_model(config))
+        self.model = written_by_hand(build_model(config))
         self._inputs = inputs_of(config, torch.device("cpu"))
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
