@@ -8,6 +8,8 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from fedkn.errors import UserError
+from fedkn.layers.first_convolution import first_convolution
+from fedkn.layers.first_convolution import serves as takes_images
 from fedkn.layers.group_norm import group_norm, pools, serves
 from fedkn.normalizers.base import ConvOptions, Normalizer
 
@@ -41,6 +43,8 @@ class FusedNormalizer(Normalizer):
 class FusedSequential(nn.Sequential):
     """A sequence in which a norm, and the ReLU after it, are one operation where that is possible.
 
+    So is a pooling after them (`pooled`), and a convolution of images has a kernel of its own.
+
     The layers stay what they are, so whatever goes by their types or names need not know. Layers
     with hooks are called one by one: whoever hooks a layer should see its own output.
     """
@@ -62,6 +66,9 @@ class FusedSequential(nn.Sequential):
         while place < len(layers):
             layer = layers[place]
             place += 1
+            if type(layer) is nn.Conv2d and takes_images(layer, x) and not hooked(layer):
+                x = first_convolution(layer, x)
+                continue
             if not isinstance(layer, nn.GroupNorm | nn.InstanceNorm2d) or not _fusible(layer, x):
                 x = layer(x)
                 continue

@@ -10,6 +10,7 @@ must have what a checkout has.
 from fedkn.layers.cpp import (
     channels_last,
     contiguous,
+    first_convolution,
     group_norm,
     group_norm_contiguous,
     group_norm_pool,
@@ -30,5 +31,6 @@ SOURCE = "\n".join(
         group_norm.CODE,
         group_norm_pool.CODE,
         group_norm_contiguous.CODE,
+        first_convolution.CODE,
     )
 )

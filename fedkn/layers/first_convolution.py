@@ -1,0 +1,48 @@
+"""The 3x3 convolution of images, which have few channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedkn.layers import native
+from fedkn.layers.autograd import plain_tensors
+
+__all__ = ["first_convolution", "serves"]
+
+
+def serves(layer: nn.Conv2d, x: object) -> bool:
+    """Whether `first_convolution` takes these.
+
+    A plain 3x3 convolution with padding 1, without bias, of one to four channels to a multiple of
+    eight, applied to eager float32 images on the CPU, channels last, whose gradient nobody wants.
+    """
+    return (
+        layer.in_channels <= 4
+        and layer.out_channels % 8 == 0
+        and layer.bias is None
+        and layer.kernel_size == (3, 3)
+        and layer.padding == (1, 1)
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and isinstance(x, Tensor)
+        and plain_tensors()
+        and not x.requires_grad
+        and x.dim() == 4
+        and x.shape[1] == layer.in_channels
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.is_autocast_enabled("cpu")
+        and native.serves(x, layer.weight, None)
+    )
+
+
+def first_convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return ``layer(x)``, (N, C, H, W) to (N, O, H, W), equal to rounding; only what it `serves`.
+
+    PyTorch's convolutions fill their vectors with channels; this one does with filters.
+    Differentiable twice.
+    """
+    y: Tensor = torch.ops.fedkn_native.first_convolution(x, layer.weight)
+    return y
