@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,14 @@ __all__ = ["Case", "measured", "native_cases"]
 
 @dataclass(frozen=True)
 class Case:
-    """A rival: what is timed, and the module whose saved activations are counted, if any."""
+    """A rival: what is timed, and the module whose saved activations are counted, if any.
+
+    `kernels`: whether with fedkn's native CPU kernels, where they can be had.
+    """
 
     step: Callable[[], None]
     module: nn.Module | None
+    kernels: bool = True
 
 
 def native_cases(
@@ -33,7 +38,7 @@ def native_cases(
         with native.switched_off():
             step()
 
-    cases = {f"{name}, plain": Case(plain, module)}
+    cases = {f"{name}, plain": Case(plain, module, kernels=False)}
     if device.type == "cpu" and native.load():
         cases[f"{name}, native"] = Case(step, module)
     return cases
@@ -53,11 +58,11 @@ def measured(
         {name: case.step for name, case in cases.items()}, repetitions=repetitions, device=device
     )
     peaks = {name: peak_bytes(case.step, device) for name, case in cases.items()}
-    saved = {
-        name: saved_activations(case.module, x)
-        for name, case in cases.items()
-        if case.module is not None
-    }
+    saved = {}
+    for name, case in cases.items():
+        if case.module is not None:
+            with nullcontext() if case.kernels else native.switched_off():
+                saved[name] = saved_activations(case.module, x)
     return [
         Row(
             case=name,

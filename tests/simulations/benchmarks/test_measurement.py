@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedkn.layers import KNConv2d
+from fedkn.layers import KNConv2d, native
 from fedkn.training.memory import peak_bytes, saved_activations
 from simulations.benchmarks import timing
 from simulations.benchmarks.layers import BASELINE, LayerShape, layer_rows
@@ -145,3 +145,15 @@ def test_a_case_that_keeps_nothing_has_no_ratio_of_memory():
 
 def test_timing_ratio_is_the_median_of_pairs():
     assert Timing((2.0, 6.0, 9.0)).ratio(Timing((1.0, 2.0, 9.0))) == 2.0
+
+
+def test_what_the_plain_path_keeps_is_not_taken_for_what_the_kernels_keep():
+    if not native.load():
+        pytest.skip("the fused CPU kernels cannot be built here")
+    rows = {
+        row.case: row
+        for row in layer_rows(LayerShape(16, 8), 2, repetitions=1, device=CPU, channels_last=False)
+    }
+    # Its mask, in bits.
+    extra = rows["KNConv, plain"].saved_bytes - rows["KNConv, native"].saved_bytes
+    assert extra >= 2 * 16 * 8 * 8 // 8
