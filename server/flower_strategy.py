@@ -23,6 +23,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlwrStrategy
 from flwr.supercore.run import Run
 
+from fedkn.errors import UserError
 from fedkn.federation import ARRAYS, CONFIG, EXAMPLES, METRICS, TRAIN_LOSS
 from server.screening import Update
 from server.strategy import Arrays, NoAggregate, Strategy
@@ -84,8 +85,17 @@ class FlowerStrategy(Strategy):
         return arrays
 
     def load_state(self, arrays: Arrays) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned.
+
+        Raises:
+            UserError: it is that of another version of fedkn, which kept it by parameter.
+        """
         for attribute, kind in _STATE.items():
+            if any(key.startswith(f"{attribute}/") for key in arrays):
+                raise UserError(
+                    "the checkpoint's server optimizer was written by an older version of fedkn: "
+                    "go on with that version, or start anew in another folder"
+                )
             if attribute in arrays:
                 value = arrays[attribute]
                 setattr(self._strategy, attribute, {_ALL: value} if kind is dict else [value])

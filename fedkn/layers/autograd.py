@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fedkn.layers import cuda, mapped, native, plain
 from fedkn.layers.composite import Settings, averages_over_drops, composite
@@ -45,6 +46,7 @@ def plain_tensors() -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     )
 
 

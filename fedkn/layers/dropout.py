@@ -4,7 +4,7 @@ The generator is counter based: SplitMix64 (Steele, Lea and Flood, "Fast splitta
 number generators", OOPSLA 2014, with Stafford's variant 13 of the finaliser). One 64-bit word
 gives four 16-bit lanes, so n/4 words serve n elements. The mask of a call is the same bits on the
 CPU, on CUDA, under `torch.func.vmap` and in the native kernels, and nothing needs to be stored:
-the backward pass draws it again from its key.
+the backward pass can draw it again from its key.
 """
 
 from __future__ import annotations

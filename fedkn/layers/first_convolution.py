@@ -41,7 +41,8 @@ def serves(layer: nn.Conv2d, x: object) -> bool:
 def first_convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Return ``layer(x)``, (N, C, H, W) to (N, O, H, W), equal to rounding; only what it `serves`.
 
-    PyTorch's convolutions fill their vectors with channels; this one does with filters.
+    PyTorch's convolutions fill their vectors with channels; this one does with filters. The result
+    is laid out channels last, also for grey images, in which both layouts are one.
     Differentiable twice.
     """
     y: Tensor = torch.ops.fedkn_native.first_convolution(x, layer.weight)

@@ -152,7 +152,9 @@ def unit_statistics(x: Tensor, settings: Settings, keep: bool) -> UnitStatistics
         mean, square = box_quickly(both, settings.geometry, first).chunk(2)
         # By calls that take a factor along: one with a number of its own costs twice as much.
         ratio = second / first
-        scale = torch.add(_scalar(settings.eps, x.dtype), square, alpha=ratio, out=square)
+        # What is kept must not be what such a mode makes of a tensor.
+        scalar = _scalar.__wrapped__ if torch._C._len_torch_dispatch_stack() else _scalar
+        scale = torch.add(scalar(settings.eps, x.dtype), square, alpha=ratio, out=square)
         # Not far: mean^2 <= 32 (var + eps). A nan is; an empty batch has no minimum.
         excess = torch.addcmul(scale, mean, mean, value=-33 / 32)
         if not excess.numel() or excess.min().item() >= 0.0:
@@ -216,7 +218,7 @@ def _draw(x: Tensor, settings: Settings, packed: bool) -> tuple[Tensor | None, T
 @functools.lru_cache(maxsize=64)
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _centred(weight: Tensor) -> Tensor:

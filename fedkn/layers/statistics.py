@@ -172,7 +172,7 @@ def _band(inputs: int, dim: int, geometry: Geometry, dtype: torch.dtype, factor:
     """
     kernel, stride, padding, dilation = (sizes[dim] for sizes in geometry[:4])
     outputs = (inputs + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         window = torch.arange(outputs).view(-1, 1, 1) * stride
         taps = window + torch.arange(kernel) * dilation - padding
         hits = taps == torch.arange(inputs).view(1, -1, 1)

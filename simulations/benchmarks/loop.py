@@ -54,7 +54,8 @@ def written_by_hand(model: nn.Module) -> nn.Module:
     """Return `model` as one would write it oneself: PyTorch's own layers, laid out as by default.
 
     Of fedkn's layers those are left that PyTorch lacks; its kernels for GroupNorm and pooling, and
-    its choice of the layout, are not the rivals'.
+    its choice of the layout, are not the rivals'. For images of 32x32 and more: smaller ones are
+    pooled less often by fedkn's networks.
     """
     for name, child in list(model.named_children()):
         if isinstance(child, FusedSequential):

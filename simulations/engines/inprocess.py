@@ -86,6 +86,7 @@ def _collector_at_rest() -> Iterator[None]:
     Training makes many short-lived objects, and each time the collector would visit the hundreds of
     thousands that PyTorch and Flower consist of: a tenth of the time of small steps.
     """
+    gc.collect()  # what earlier runs have left would be kept as well
     gc.freeze()
     try:
         yield

@@ -286,3 +286,9 @@ def test_a_model_without_parameters_on_the_wire_still_averages_its_buffers():
     aggregator.training_config(1, sent, ConfigRecord())
     after = aggregator.aggregate(1, sent, updates(1))
     np.testing.assert_allclose(after["norm.var"], mean(1, "norm.var"), rtol=1e-5)
+
+
+def test_an_optimizers_state_of_an_older_version_is_refused_not_dropped():
+    aggregator = make(configured("fedadam"))
+    with pytest.raises(UserError, match="older version"):
+        aggregator.load_state({"m_t/w": np.zeros(3, np.float32)})

@@ -1,10 +1,13 @@
 """The C++ source of the fused CPU kernels.
 
-What plain.py does in a dozen passes over the map is two passes forward and three backward here,
-around PyTorch's own convolution. The equations and their names are those of plain.py; the dropout
-generator is that of dropout.py, bit for bit. float32, contiguous or channels last; sums that cancel
-are taken in double. The code is in Python modules because Flower bundles .py files alone: a node
-must have what a checkout has.
+The kernel-normalized convolution (plan, contiguous, channels_last, operators): what plain.py does
+in a dozen passes over the map is two passes forward and three backward here, around PyTorch's own
+convolution. The equations and their names are those of plain.py; the dropout generator is that of
+dropout.py, bit for bit. Then what the rivals' small networks spend their time on: GroupNorm with
+ReLU and pooling, max-pooling, and the convolution of images.
+
+float32, contiguous or channels last; sums that cancel are taken in double. The code is in Python
+modules because Flower bundles .py files alone: a node must have what a checkout has.
 """
 
 from fedkn.layers.cpp import (

@@ -279,13 +279,17 @@ std::tuple<Tensor, Tensor, Tensor> gradients_by(const Given& given, Sums sums_of
 template <class After>
 variable_list by_autograd(AutogradContext* context, const variable_list& saved,
                           const variable_list& gradients, After after) {
-  Tensor y = at::group_norm(saved[0], context->saved_data["groups"].toInt(), saved[1], saved[2],
+  // Aliases: where x depends on the gain, that way is no concern of this layer's.
+  const Tensor x = saved[0].view_as(saved[0]), weight = saved[1].view_as(saved[1]),
+               bias = saved[2].view_as(saved[2]);
+  const Tensor* own[] = {&x, &weight, &bias};
+  Tensor y = at::group_norm(x, context->saved_data["groups"].toInt(), weight, bias,
                             context->saved_data["eps"].toDouble());
   if (context->saved_data["relu"].toBool()) y = y.relu();
   constexpr int places[] = {0, 2, 3};  // of x, weight and bias among the arguments
   variable_list sources, found(6);
   for (int i = 0; i < 3; ++i) {
-    if (context->needs_input_grad(i)) sources.push_back(saved[i]);
+    if (context->needs_input_grad(i)) sources.push_back(*own[i]);
   }
   const variable_list first =
       torch::autograd::grad({after(y)}, sources, gradients, true, true);

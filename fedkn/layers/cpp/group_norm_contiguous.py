@@ -59,31 +59,46 @@ KERNEL void normalize(const Line& line, int64_t n, const float* x, float* y, boo
 }
 
 // Sums of u and u * (x - mean), u the gradient before the activation.
-KERNEL void gradient_sums(const Line& line, int64_t n, const float* __restrict x,
-                          const float* __restrict g, bool relu, double* plain, double* centred) {
-  float t = 0.0f, q = 0.0f;
-  const float least = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+template <bool relu>
+INLINE void sums_of_channel(const Line& line, int64_t n, const float* __restrict x,
+                            const float* __restrict g, double* plain, double* centred) {
+  constexpr int64_t kBlock = kRows * kColumns;  // in float before they are added up in double
+  *plain = *centred = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    float t = 0.0f, q = 0.0f;
+    const int64_t until = std::min(begin + kBlock, n);
 #pragma omp simd reduction(+ : t, q)
-  for (int64_t i = 0; i < n; ++i) {
-    const float d = x[i] - line.mean, h = g[i];
-    const float u = d * line.scale + line.shift > least ? h : 0.0f;
-    t += u;
-    q += u * d;
+    for (int64_t i = begin; i < until; ++i) {
+      const float d = x[i] - line.mean, u = upstream<relu>(g[i], d, line.scale, line.shift);
+      t += u;
+      q += u * d;
+    }
+    *plain += t, *centred += q;
   }
-  *plain = t, *centred = q;
+}
+
+KERNEL void gradient_sums(const Line& line, int64_t n, const float* x, const float* g, bool relu,
+                          double* plain, double* centred) {
+  relu ? sums_of_channel<true>(line, n, x, g, plain, centred)
+       : sums_of_channel<false>(line, n, x, g, plain, centred);
 }
 
 // u * scale + (x - mean) * slope + offset.
-KERNEL void input_gradient(const Line& line, float slope, float offset, int64_t n,
-                           const float* __restrict x, const float* __restrict g, bool relu,
-                           float* __restrict dx) {
-  const float least = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+template <bool relu>
+INLINE void gradient_of_channel(const Line& line, float slope, float offset, int64_t n,
+                                const float* __restrict x, const float* __restrict g,
+                                float* __restrict dx) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float d = x[i] - line.mean, h = g[i];
-    const float u = d * line.scale + line.shift > least ? h : 0.0f;
-    dx[i] = u * line.scale + (d * slope + offset);
+    const float d = x[i] - line.mean, h = g[i];  // loaded whatever the sign: no branch
+    dx[i] = upstream<relu>(h, d, line.scale, line.shift) * line.scale + (d * slope + offset);
   }
+}
+
+KERNEL void input_gradient(const Line& line, float slope, float offset, int64_t n, const float* x,
+                           const float* g, bool relu, float* dx) {
+  relu ? gradient_of_channel<true>(line, slope, offset, n, x, g, dx)
+       : gradient_of_channel<false>(line, slope, offset, n, x, g, dx);
 }
 
 struct Function : torch::autograd::Function<Function> {
@@ -171,8 +186,9 @@ struct Function : torch::autograd::Function<Function> {
 
 namespace fedkn::group_norm {
 
-Tensor apply(const Tensor& x, int64_t groups, const Tensor& weight, const Tensor& bias, double eps,
+Tensor apply(const Tensor& x, int64_t groups, const Tensor& gain, const Tensor& shift, double eps,
              bool relu, bool pool) {
+  const Tensor weight = gain.contiguous(), bias = shift.contiguous();
   if (pool) return PoolingFunction::apply(x, groups, weight, bias, eps, relu);
   return x.is_contiguous() ? contiguous::Function::apply(x, groups, weight, bias, eps, relu)
                            : Function::apply(x, groups, weight, bias, eps, relu);

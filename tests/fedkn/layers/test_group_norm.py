@@ -126,3 +126,62 @@ def test_it_serves_nothing_else():
         assert not serves(x, weight, bias)
     with torch.autocast("cpu"):
         assert not serves(x, weight, bias)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_sums_over_large_maps_lose_no_digits(layout):
+    x, weight, bias, g = _drawn((1, 4, 192, 192), 3.0, layout)
+    g = g + 1.0  # so that the sums are far larger than what is left of them
+    found = []
+    for function, dtype in ((group_norm, torch.float32), (_definition, torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        y = function(leaves[0], 2, leaves[1], leaves[2], 1e-5, True)
+        found.append(torch.autograd.grad(y, leaves, g.to(dtype)))
+    for mine, expected in zip(*found, strict=True):
+        assert ((mine - expected).abs().max() / expected.abs().max()).item() < 1e-5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("pool", [False, True])
+def test_gains_and_shifts_may_lie_anyhow_in_memory(layout, pool):
+    x, weight, bias, _ = _drawn((2, 8, 4, 4), layout=layout)
+    strided = torch.stack((weight, bias), 1)[:, 0]
+    expanded = torch.full((1,), 0.5).expand(8)
+    pool = pool and layout == torch.channels_last
+    mine = group_norm(x, 4, strided, expanded, 1e-5, False, pool)
+    expected = F.group_norm(x, 4, weight, torch.full((8,), 0.5))
+    torch.testing.assert_close(mine, F.max_pool2d(expected, 2) if pool else expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("pool", [False, True])
+def test_gradients_that_are_differentiable_where_a_norm_is_applied_twice(layout, pool):
+    x, weight, bias, _ = _drawn((2, 8, 4, 4), layout=layout)
+    pool = pool and layout == torch.channels_last
+    found = []
+    for ours in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = leaves[0]
+        for again in (False, True):
+            if ours:
+                y = group_norm(y, 4, leaves[1], leaves[2], 1e-5, True, pool and again)
+            else:
+                y = F.relu(F.group_norm(y, 4, leaves[1], leaves[2], 1e-5))
+                y = F.max_pool2d(y, 2) if pool and again else y
+        found.append(torch.autograd.grad(y.square().sum(), leaves, create_graph=True))
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_nan_reaches_the_gradients_as_in_pytorch(layout):
+    x, weight, bias, g = _drawn((2, 8, 3, 4), layout=layout)
+    x[1, 3, 2, 1] = torch.nan
+    found = []
+    for function in (group_norm, _pytorch):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        found.append(
+            torch.autograd.grad(function(leaves[0], 4, *leaves[1:], 1e-5, True), leaves, g)
+        )
+    for mine, expected in zip(*found, strict=True):
+        assert torch.equal(mine.isnan(), expected.isnan())

@@ -102,3 +102,17 @@ def test_what_the_kernels_do_not_take_is_left_to_pytorch(reason):
     else:
         vmap(layer)(x.double(), gain.double(), shift.double())
     assert seen == [False]
+
+
+def test_clients_of_one_channel_may_share_a_shift():
+    x, gain = torch.randn(CLIENTS, 2, 1, 4, 4), torch.randn(CLIENTS, 1)
+
+    def layer(x, gain, shift):
+        assert serves(x, gain, shift)
+        return group_norm(x, 1, gain, shift, 1e-5, False)
+
+    together = vmap(layer, (0, 0, None))(x, gain, torch.tensor([0.5]))
+    alone = torch.stack(
+        [F.group_norm(x[k], 1, gain[k], torch.tensor([0.5])) for k in range(CLIENTS)]
+    )
+    torch.testing.assert_close(together, alone)

@@ -71,3 +71,13 @@ def test_where_the_kernel_does_not_serve_it_is_pytorchs_own():
     assert torch.equal(per_client[3], F.max_pool2d(x, 2))
     with native.switched_off():
         assert not serves(x)
+
+
+def test_derivatives_forward_are_pytorchs():
+    x, tangent = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
+    found = []
+    for pool in (max_pool, lambda x: F.max_pool2d(x, 2)):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, tangent)
+            found.append(torch.autograd.forward_ad.unpack_dual(pool(dual)).tangent)
+    assert torch.equal(*found)
