@@ -46,7 +46,7 @@ TASKS: dict[str, Task] = {
     ),
     "small": Task("the same at width 8", 100, 50, 120, _SMALL),
     "kernel": Task("the same, KernelNorm ResNet-8 of width 16, batch 2", 100, 50, 24, _KERNEL),
-    "many": Task("1,000 clients x 20 images, width 8", 1000, 20, 60, _SMALL),
+    "many": Task("1,000 clients x 20 images, width 8", 1000, 20, 300, _SMALL),
     **{
         f"registered-{n}": Task(
             f"{n} clients share 50,000 images, cohort {min(n, 50)}",
