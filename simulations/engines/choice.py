@@ -7,7 +7,7 @@ import os
 import torch
 
 from fedkn.config import ExperimentConfig
-from fedkn.experiment import device_of, federated_data, why_alone
+from fedkn.experiment import device_of, federated_data, normalizer_of, why_alone
 from fedkn.models.catalog import ARCHITECTURES
 
 __all__ = ["engine_of", "gpus_of", "processes_of"]
@@ -30,7 +30,8 @@ def engine_of(config: ExperimentConfig) -> str:
     channels = config.model.width or ARCHITECTURES[config.model.name].width
     _, _, height, width = federated_data(config).train.images.shape
     numbers = config.train.batch_size * channels * height * width
-    return "batched" if numbers <= _SMALL else "inprocess"
+    one_by_one_is_fast = normalizer_of(config).memory_format is torch.channels_last
+    return "batched" if numbers <= (_SMALL if one_by_one_is_fast else 2 * _SMALL) else "inprocess"
 
 
 def processes_of(config: ExperimentConfig) -> int:
@@ -60,7 +61,8 @@ def gpus_of(config: ExperimentConfig) -> list[str]:
 _FEWEST = 4
 """Clients of a cohort below which the groups are too small to gain by."""
 
-_SMALL = 1 << 15
+_SMALL = 1 << 14
 """Numbers in a batch's first maps up to which training together is faster on a CPU; beyond that a
-step is arithmetic, of which grouped convolutions do less per second (docs/performance.md).
+step is arithmetic, of which grouped convolutions do less per second (docs/performance.md). Twice as
+many where one by one is no faster a layout: clients together have their maps contiguous.
 """
