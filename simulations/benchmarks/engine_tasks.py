@@ -62,7 +62,7 @@ TASKS: dict[str, Task] = {
         for n, rounds in ((10, 200), (50, 60), (500, 8))
     },
     **{
-        f"width-{n}": Task(f"fixed at width {n}", 100, 50, 50, {"model.width": n})
+        f"width-{n}": Task(f"fixed at width {n}", 100, 50, 1600 // n, {"model.width": n})
         for n in (8, 16, 32, 64)
     },
 }
