@@ -164,7 +164,8 @@ def network(parts: Iterable[tuple[str, nn.Module]]) -> Network:
     whole = Network(OrderedDict(parts))
     for layer in whole.modules():
         if isinstance(layer, KNConv2d):
-            # None of these networks writes in place, so a pooling and its convolution share a map.
+            # None of these networks writes in place, so where PyTorch pools, it and its convolution
+            # keep one map for both.
             layer.keeps_output = True
     return whole
 
