@@ -84,7 +84,7 @@ def _collector_at_rest() -> Iterator[None]:
     """Keep the garbage collector, inside the block, from looking through what there is already.
 
     Training makes many short-lived objects, and each time the collector would visit the hundreds of
-    thousands that PyTorch and Flower consist of: a tenth of the time of small steps.
+    thousands that PyTorch and Flower consist of.
     """
     gc.collect()  # what earlier runs have left would be kept as well
     gc.freeze()

@@ -101,28 +101,32 @@ INLINE void add_gradient(const Shape& s, const float* x, const float* g, float* 
   }
 }
 
-template <int64_t lanes>
-INLINE void convolve_by(const Shape& s, const float* x, const float* w, float* y) {
-  if (s.channels == 1) convolve_sample<lanes, 1>(s, x, w, y);
-  if (s.channels == 2) convolve_sample<lanes, 2>(s, x, w, y);
-  if (s.channels == 3) convolve_sample<lanes, 3>(s, x, w, y);
-  if (s.channels == 4) convolve_sample<lanes, 4>(s, x, w, y);
+// Calls f(lanes, channels) with both as constants: 16 filters at once where that fits, else 8.
+template <class F>
+INLINE void with_constants(const Shape& s, F f) {
+  const auto by = [&](auto lanes) INLINED {
+    if (s.channels == 1) f(lanes, std::integral_constant<int64_t, 1>());
+    if (s.channels == 2) f(lanes, std::integral_constant<int64_t, 2>());
+    if (s.channels == 3) f(lanes, std::integral_constant<int64_t, 3>());
+    if (s.channels == 4) f(lanes, std::integral_constant<int64_t, 4>());
+  };
+  if (s.filters % 16) {
+    by(std::integral_constant<int64_t, 8>());
+  } else {
+    by(std::integral_constant<int64_t, 16>());
+  }
 }
 
 KERNEL void convolve(const Shape& s, const float* x, const float* w, float* y) {
-  s.filters % 16 ? convolve_by<8>(s, x, w, y) : convolve_by<16>(s, x, w, y);
-}
-
-template <int64_t lanes>
-INLINE void gradient_by(const Shape& s, const float* x, const float* g, float* dw) {
-  if (s.channels == 1) add_gradient<lanes, 1>(s, x, g, dw);
-  if (s.channels == 2) add_gradient<lanes, 2>(s, x, g, dw);
-  if (s.channels == 3) add_gradient<lanes, 3>(s, x, g, dw);
-  if (s.channels == 4) add_gradient<lanes, 4>(s, x, g, dw);
+  with_constants(s, [&](auto lanes, auto channels) INLINED {
+    convolve_sample<lanes.value, channels.value>(s, x, w, y);
+  });
 }
 
 KERNEL void gradient(const Shape& s, const float* x, const float* g, float* dw) {
-  s.filters % 16 ? gradient_by<8>(s, x, g, dw) : gradient_by<16>(s, x, g, dw);
+  with_constants(s, [&](auto lanes, auto channels) INLINED {
+    add_gradient<lanes.value, channels.value>(s, x, g, dw);
+  });
 }
 
 // (O, C, 3, 3) as (3, 3, C, O), which is (9 * C, O).

@@ -79,6 +79,14 @@ KERNEL void column_sums(const Shape& s, const float* __restrict x, double* __res
   }
 }
 
+// Mean and inverse deviation of `count` numbers from their sum and their sum of squares.
+void moments_of(double total, double squares, double count, double eps, float* mean,
+                float* inverse) {
+  const double m = total / count, v = squares / count - m * m;
+  *mean = static_cast<float>(m);
+  *inverse = static_cast<float>(1.0 / std::sqrt((v < 0.0 ? 0.0 : v) + eps));
+}
+
 void moments(const Shape& s, const double* sum, const double* square, double eps, float* mean,
              float* inverse) {
   const double count = static_cast<double>(s.each() * s.pixels);
@@ -88,9 +96,7 @@ void moments(const Shape& s, const double* sum, const double* square, double eps
     squares[s.group[i]] += square[i];
   }
   for (int64_t group = 0; group < s.groups; ++group) {
-    const double m = total[group] / count, v = squares[group] / count - m * m;
-    mean[group] = static_cast<float>(m);
-    inverse[group] = static_cast<float>(1.0 / std::sqrt((v < 0.0 ? 0.0 : v) + eps));
+    moments_of(total[group], squares[group], count, eps, mean + group, inverse + group);
   }
 }
 
@@ -186,27 +192,37 @@ KERNEL void input_gradient_all(const Shape& s, const Columns& columns, const flo
   relu ? input_gradient<true>(s, columns, x, g, dx) : input_gradient<false>(s, columns, x, g, dx);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t groups, const Tensor& weight,
-                                           const Tensor& bias, double eps, bool relu) {
+// Normalizes sample by sample, as write(shape, columns, n, x) does for sample n; returns the means
+// and the inverse deviations, (samples, groups).
+template <class Write>
+std::tuple<Tensor, Tensor> normalize_by(const Tensor& x, int64_t groups, const Tensor& weight,
+                                        const Tensor& bias, double eps, Write write) {
   const Shape s(x, groups);
-  Tensor y = at::empty_like(x), mean = at::empty({s.samples, groups}, x.options());
-  Tensor inverse = at::empty_like(mean);
+  Tensor mean = at::empty({s.samples, groups}, x.options()), inverse = at::empty_like(mean);
   const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
               *b = bias.const_data_ptr<float>();
-  float *ys = y.data_ptr<float>(), *means = mean.data_ptr<float>(),
-        *inverses = inverse.data_ptr<float>();
+  float *means = mean.data_ptr<float>(), *inverses = inverse.data_ptr<float>();
   at::parallel_for(0, s.samples, 1, [&](int64_t from, int64_t until) {
     std::vector<double> sums(2 * s.width);
     Columns columns(s.width);
     for (int64_t n = from; n < until; ++n) {
       float *m = means + n * groups, *r = inverses + n * groups;
-      column_sums(s, xs + n * s.size(), sums.data(), sums.data() + s.width);
+      const float* own = xs + n * s.size();
+      column_sums(s, own, sums.data(), sums.data() + s.width);
       moments(s, sums.data(), sums.data() + s.width, eps, m, r);
       columns.set(s, m, r, w, b);
-      normalize_all(s, columns, xs + n * s.size(), ys + n * s.size(), relu);
+      write(s, columns, n, own);
     }
   });
-  return {y, mean, inverse};
+  return {mean, inverse};
+}
+
+// Keeps what the backward pass of each of the three functions here needs.
+void keep(AutogradContext* context, variable_list tensors, int64_t groups, double eps, bool relu) {
+  context->save_for_backward(std::move(tensors));
+  context->saved_data["groups"] = groups;
+  context->saved_data["eps"] = eps;
+  context->saved_data["relu"] = relu;
 }
 
 // What a backward pass starts from, beside the gradient of the output.
@@ -304,11 +320,14 @@ struct Function : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* context, const Tensor& x, int64_t groups,
                         const Tensor& weight, const Tensor& bias, double eps, bool relu) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, mean, inverse] = group_norm::forward(x, groups, weight, bias, eps, relu);
-    context->save_for_backward({x, weight, bias, mean, inverse});
-    context->saved_data["groups"] = groups;
-    context->saved_data["eps"] = eps;
-    context->saved_data["relu"] = relu;
+    Tensor y = at::empty_like(x);
+    float* ys = y.data_ptr<float>();
+    auto [mean, inverse] = normalize_by(
+        x, groups, weight, bias, eps,
+        [&](const Shape& s, const Columns& columns, int64_t n, const float* own) {
+          normalize_all(s, columns, own, ys + n * s.size(), relu);
+        });
+    keep(context, {x, weight, bias, mean, inverse}, groups, eps, relu);
     return y;
   }
 

@@ -117,10 +117,7 @@ struct Function : torch::autograd::Function<Function> {
       for (int64_t at = from; at < until; ++at) {
         double total, squares;
         sums(xs + at * size, size, &total, &squares);
-        const double count = static_cast<double>(size), m = total / count;
-        const double v = squares / count - m * m;
-        means[at] = static_cast<float>(m);
-        inverses[at] = static_cast<float>(1.0 / std::sqrt((v < 0.0 ? 0.0 : v) + eps));
+        moments_of(total, squares, static_cast<double>(size), eps, means + at, inverses + at);
         for (int64_t i = 0; i < s.each(); ++i) {
           const int64_t c = at % groups * s.each() + i, map = (at * s.each() + i) * s.pixels;
           const Line line{means[at], w[c] * inverses[at], b[c]};
@@ -128,10 +125,7 @@ struct Function : torch::autograd::Function<Function> {
         }
       }
     });
-    context->save_for_backward({x, weight, bias, mean, inverse});
-    context->saved_data["groups"] = groups;
-    context->saved_data["eps"] = eps;
-    context->saved_data["relu"] = relu;
+    keep(context, {x, weight, bias, mean, inverse}, groups, eps, relu);
     return y;
   }
 

@@ -175,33 +175,18 @@ struct PoolingFunction : torch::autograd::Function<PoolingFunction> {
   static Tensor forward(AutogradContext* context, const Tensor& x, int64_t groups,
                         const Tensor& weight, const Tensor& bias, double eps, bool relu) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Shape s(x, groups);
-    const int64_t height = x.size(2) / 2, width = x.size(3) / 2, pooled = s.size() / 4;
     constexpr auto last = at::MemoryFormat::ChannelsLast;
-    Tensor y = at::empty({s.samples, s.channels, height, width}, x.options(), last);
+    Tensor y = at::empty({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x.options(), last);
     Tensor winner = at::empty(y.sizes(), x.options().dtype(at::kInt), last);
-    Tensor mean = at::empty({s.samples, groups}, x.options()), inverse = at::empty_like(mean);
-    const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
-                *b = bias.const_data_ptr<float>();
-    float *ys = y.data_ptr<float>(), *means = mean.data_ptr<float>(),
-          *inverses = inverse.data_ptr<float>();
+    float* ys = y.data_ptr<float>();
     int32_t* winners = winner.data_ptr<int32_t>();
-    at::parallel_for(0, s.samples, 1, [&](int64_t from, int64_t until) {
-      std::vector<double> sums(2 * s.width);
-      Columns columns(s.width);
-      for (int64_t n = from; n < until; ++n) {
-        float *m = means + n * groups, *r = inverses + n * groups;
-        column_sums(s, xs + n * s.size(), sums.data(), sums.data() + s.width);
-        moments(s, sums.data(), sums.data() + s.width, eps, m, r);
-        columns.set(s, m, r, w, b);
-        normalize_and_pool(s, x.size(3), columns, xs + n * s.size(), ys + n * pooled,
-                           winners + n * pooled, relu);
-      }
-    });
-    context->save_for_backward({x, weight, bias, mean, inverse, winner});
-    context->saved_data["groups"] = groups;
-    context->saved_data["eps"] = eps;
-    context->saved_data["relu"] = relu;
+    auto [mean, inverse] = normalize_by(
+        x, groups, weight, bias, eps,
+        [&](const Shape& s, const Columns& columns, int64_t n, const float* own) {
+          const int64_t at = n * s.size() / 4;
+          normalize_and_pool(s, x.size(3), columns, own, ys + at, winners + at, relu);
+        });
+    keep(context, {x, weight, bias, mean, inverse, winner}, groups, eps, relu);
     return y;
   }
 
