@@ -33,7 +33,7 @@ def test_cases_are_taken_in_turn_and_ratios_are_of_the_same_turn(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     cases = {"a": lambda: case("a", 0.02), "b": lambda: case("b", 0.06)}
     timings = time_in_turn(cases, repetitions=6, device=CPU)
-    assert "".join(calls[-12:]) == "abba" * 3
+    assert "".join(calls[-24:]) == "aabbbbaa" * 3
     assert timings["b"].ratio(timings["a"]) == pytest.approx(3, rel=0.01)
     assert timings["a"].seconds[-1] > timings["a"].seconds[0]
 
@@ -47,8 +47,21 @@ def test_short_cases_are_repeated_until_the_clock_can_tell(monkeypatch):
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     timings = time_in_turn({"short": case}, repetitions=2, device=CPU)
-    assert count[0] == 3 + 1 + 2 * 20
+    assert count[0] == 3 + 1 + 2 * (10 + 20)
     assert timings["short"].median == pytest.approx(0.001)
+
+
+def test_a_case_does_not_pay_for_the_one_before(monkeypatch):
+    now, last = [0.0], [""]
+
+    def case(name: str) -> None:
+        now[0] += 0.01 if name == last[0] else 0.03
+        last[0] = name
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    cases = {"a": lambda: case("a"), "b": lambda: case("b")}
+    timings = time_in_turn(cases, repetitions=3, device=CPU)
+    assert all(seconds == pytest.approx(0.01) for seconds in timings["b"].seconds)
 
 
 @settings(deadline=None, max_examples=15)
