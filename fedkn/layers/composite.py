@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedkn.layers.dropout import keep_mask
+from fedkn.layers.dtypes import wide
 from fedkn.layers.small_units import SMALL_UNIT, expected_scale_and_shift
 from fedkn.layers.statistics import Geometry, statistics, unit_size
 
@@ -24,7 +25,6 @@ __all__ = [
     "filter_sums",
     "is_centred",
     "unit_maps",
-    "wide",
 ]
 
 
@@ -96,11 +96,6 @@ def averages_over_drops(x: Tensor, settings: Settings) -> bool:
     if settings.key is not None or not settings.level:
         return False
     return unit_size(x, settings.geometry) <= SMALL_UNIT
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the statistics for inputs of `dtype`: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def is_centred(settings: Settings) -> bool:

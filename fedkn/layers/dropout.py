@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedkn.errors import UserError
 from fedkn.layers import host_masks
+from fedkn.layers.dtypes import cast
 from fedkn.layers.host_masks import LEVELS
 
 __all__ = [
@@ -101,7 +102,7 @@ def keep_mask(
         return mask
     words = _words(shape)
     if isinstance(key, int) and device.type == "cpu":
-        keep = host_masks.draw_lanes(key, words, level).to(dtype)
+        keep = cast(host_masks.draw_lanes(key, words, level), dtype)
     else:
         counter = torch.arange(1, words + 1, dtype=torch.int64, device=device)
         # Not in place: under vmap the key has a batch dimension that the counter lacks.
@@ -117,12 +118,12 @@ def keep_mask_and_bits(
 ) -> tuple[Tensor, Tensor]:
     """Return `keep_mask` on the CPU, and the same in bits for `mask_of_bits`."""
     keep, bits = host_masks.draw_lanes_and_bits(key, _words(shape), level)
-    return _shaped(keep.to(dtype), shape), bits
+    return _shaped(cast(keep, dtype), shape), bits
 
 
 def mask_of_bits(bits: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return the mask that `keep_mask_and_bits` returned with `bits`, for the same `shape`."""
-    return _shaped(host_masks.unpack_lanes(bits, _words(shape)).to(dtype), shape)
+    return _shaped(cast(host_masks.unpack_lanes(bits, _words(shape)), dtype), shape)
 
 
 def _words(shape: torch.Size) -> int:

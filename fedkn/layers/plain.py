@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkn.layers.composite import Settings, draw_mask, filter_sums, is_centred, wide
+from fedkn.layers.composite import Settings, draw_mask, filter_sums, is_centred
 from fedkn.layers.dropout import keep_mask_and_bits, mask_of_bits
+from fedkn.layers.dtypes import cast, wide
 from fedkn.layers.statistics import (
     box_quickly,
     moment_weights,
@@ -69,28 +70,27 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, keep: bool
 ) -> tuple[Tensor, Saved | None]:
     """Return the output and, if `keep`, what `backward` needs. Arguments as in `composite`."""
-    _, stride, padding, dilation, groups = settings.geometry
     dtype = wide(x.dtype)
-    mean, scale, far, bits = unit_statistics(x.to(dtype), settings, keep)
+    mean, scale, far, bits = unit_statistics(cast(x, dtype), settings, keep)
     sums = None
     if is_centred(settings):
-        z = F.conv2d(x, _centred(weight), None, stride, padding, dilation, groups).to(dtype)
+        z = cast(F.conv2d(x, _centred(weight), None, *settings.geometry[1:]), dtype)
     else:
-        z = F.conv2d(x, weight, None, stride, padding, dilation, groups).to(dtype)
-        sums = filter_sums(weight.to(dtype))
+        z = cast(F.conv2d(x, weight, None, *settings.geometry[1:]), dtype)
+        sums = filter_sums(cast(weight, dtype))
         z.addcmul_(mean, sums, value=-1)
     in_place = settings.one_map or not keep
-    shift = None if bias is None else bias.to(dtype).view(1, -1, 1, 1)
+    shift = None if bias is None else _per_channel(bias, dtype)
     if shift is None:
         y = z.mul_(scale) if in_place else z * scale
     else:
         y = torch.addcmul(shift, z, scale, out=z) if in_place else torch.addcmul(shift, z, scale)
     if settings.relu:
         y.relu_()
-    y = y.to(x.dtype)
+    y = cast(y, x.dtype)
     if not keep:
         return y, None
-    return y, Saved(y if settings.one_map else z.to(x.dtype), mean, scale, far, sums, bits)
+    return y, Saved(y if settings.one_map else cast(z, x.dtype), mean, scale, far, sums, bits)
 
 
 def backward(
@@ -107,12 +107,12 @@ def backward(
     dtype = wide(x.dtype)
     if settings.relu:
         g = torch.ops.aten.threshold_backward(g, output, 0)
-    g = g.to(dtype)
+    g = cast(g, dtype)
     dz = g * scale
     dsum = _sum_of_products(dz, mean) if wanted[1] and sums is not None else None
     used = _centred(weight) if sums is None else weight
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dz.to(x.dtype), x, used, None, stride, padding, dilation, False, [0, 0], groups,
+        cast(dz, x.dtype), x, used, None, stride, padding, dilation, False, [0, 0], groups,
         (wanted[0], wanted[1], False),
     )  # fmt: skip
     if wanted[1]:
@@ -120,15 +120,16 @@ def backward(
     db = g.sum((0, 2, 3)) if wanted[2] else None
     if wanted[0]:
         against = None if sums is None else _weighted_sum(dz, sums)
-        if settings.one_map:
-            # dz * z is g * (y - b): where ReLU made y zero, g is zero too.
-            energy = torch.mul(g, output, out=dz).sum(1, keepdim=True)
-            if bias is not None:
-                energy -= _weighted_sum(g, bias.to(dtype))
+        # dz is needed no more: its memory takes dz * z.
+        if not settings.one_map:
+            dz.mul_(output)
+        elif bias is None:
+            torch.mul(g, output, out=dz)
         else:
-            energy = dz.mul_(output).sum(1, keepdim=True)
+            # It is g * (y - b): where ReLU made y zero, g is zero too.
+            torch.sub(cast(output, dtype), _per_channel(bias, dtype), out=dz).mul_(g)
         # -2 * dvar, a map of one value per position
-        curvature = energy.mul_(scale).mul_(scale)
+        curvature = dz.sum(1, keepdim=True).mul_(scale).mul_(scale)
         add_through_statistics(dx, x, (mean, against, curvature), settings, far, bits)
     return dx, dw, db
 
@@ -187,7 +188,7 @@ def add_through_statistics(  # noqa: PLR0917 - what the forward pass kept comes 
     # -first * offset - second * slope * x, but for a factor that the last step brings.
     n = unit_size(x, settings.geometry)
     first, second = moment_weights(n, settings.level, settings.key is not None)
-    values, ratio = x.to(dtype), second / first
+    values, ratio = cast(x, dtype), second / first
     if far:
         # About each pixel's mean: else the two cancel.
         shift = values.mean(1, keepdim=True)
@@ -219,6 +220,10 @@ def _draw(x: Tensor, settings: Settings, packed: bool) -> tuple[Tensor | None, T
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _per_channel(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    return cast(bias, dtype).view(1, -1, 1, 1)
 
 
 def _centred(weight: Tensor) -> Tensor:

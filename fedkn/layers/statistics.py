@@ -94,24 +94,26 @@ def box(maps: Tensor, geometry: Geometry) -> Tensor:
 
 def box_quickly(maps: Tensor, geometry: Geometry, factor: float = 1.0) -> Tensor:
     """Return `factor` times `box`, without derivatives; by two products where maps are small."""
-    if not _suits_products(maps, geometry):
+    bands = _bands(maps.shape, geometry, maps.dtype, factor) if _allows_products(maps) else None
+    if bands is None:
         boxed = box(maps, geometry)
         return boxed if factor == 1.0 else boxed * factor
-    down = _band(maps.shape[2], 0, geometry, maps.dtype, 1.0)
-    return _products(maps, down, _band(maps.shape[3], 1, geometry, maps.dtype, factor).T)
+    return _products(maps, *bands)
 
 
 def unbox_quickly(maps: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
     """Do what `unbox` does, without derivatives, by two products where the maps are small."""
-    if not _suits_products(maps, geometry):
+    bands = None
+    if _allows_products(maps):
+        bands = _bands(maps.shape, geometry, maps.dtype, 1.0, size)
+    if bands is None:
         kernel, stride, padding, dilation, groups = geometry
         back = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
         if stride != (1, 1) or dilation != (1, 1) or min(back) < 0:
             return unbox(maps, size, geometry)
         # With stride 1 it is a box filter itself.
         return box(maps, Geometry(kernel, stride, back, dilation, groups))
-    down = _band(size[0], 0, geometry, maps.dtype, 1.0).T
-    return _products(maps, down, _band(size[1], 1, geometry, maps.dtype, 1.0))
+    return _products(maps, *bands)
 
 
 def unbox(maps: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
@@ -134,14 +136,9 @@ def unbox(maps: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
     return maps
 
 
-def _suits_products(maps: Tensor, geometry: Geometry) -> bool:
-    rows, columns = maps.shape[2:]
+def _allows_products(maps: Tensor) -> bool:
     return (
         maps.device.type == "cpu"
-        and maps.numel() > 0
-        # About that many, whichever side of the window the maps are on.
-        and maps.numel() * (rows * geometry.stride[0] + columns * geometry.stride[1]) < _FEW
-        and geometry.kernel != (1, 1)
         and _exact_products()
         # The matrices are kept: they must not be what such a mode makes of a tensor.
         and not torch._C._len_torch_dispatch_stack()
@@ -165,18 +162,43 @@ def _products(maps: Tensor, down: Tensor, across: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _band(inputs: int, dim: int, geometry: Geometry, dtype: torch.dtype, factor: float) -> Tensor:
-    """The matrix, (outputs, inputs), that sums the inputs of each window along an axis.
+def _bands(
+    shape: tuple[int, ...],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    factor: float,
+    back_to: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """The matrices before and after maps of `shape` in a product that is `factor` times `box`.
 
-    `dim` is 0 for the height, 1 for the width; the sums are multiplied by `factor`.
+    With `back_to`, the size of its result, it is `unbox`. None where that takes too long, and for
+    windows of one element and empty maps.
     """
-    kernel, stride, padding, dilation = (sizes[dim] for sizes in geometry[:4])
-    outputs = (inputs + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    count, rows, columns = shape[0] * shape[1], *shape[2:]
+    # About that many, whichever side of the window the maps are on.
+    work = count * rows * columns * (rows * geometry.stride[0] + columns * geometry.stride[1])
+    if geometry.kernel == (1, 1) or not 0 < work < _FEW:
+        return None
     with torch.inference_mode(False), torch.device("cpu"):
-        window = torch.arange(outputs).view(-1, 1, 1) * stride
-        taps = window + torch.arange(kernel) * dilation - padding
-        hits = taps == torch.arange(inputs).view(1, -1, 1)
-        return hits.sum(2).to(torch.float64).mul_(factor).to(dtype)
+        down, across = (
+            _band(size, axis, geometry) for axis, size in enumerate(back_to or (rows, columns))
+        )
+        across = (across * factor).to(dtype)
+        down = down.to(dtype)
+    return (down, across.T) if back_to is None else (down.T, across)
+
+
+def _band(inputs: int, axis: int, geometry: Geometry) -> Tensor:
+    """The matrix, (outputs, inputs), float64, that sums the inputs of each window along an axis.
+
+    `axis` is 0 for the height, 1 for the width.
+    """
+    kernel, stride, padding, dilation = (sizes[axis] for sizes in geometry[:4])
+    outputs = (inputs + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    window = torch.arange(outputs).view(-1, 1, 1) * stride
+    taps = window + torch.arange(kernel) * dilation - padding
+    hits = taps == torch.arange(inputs).view(1, -1, 1)
+    return hits.sum(2).to(torch.float64)
 
 
 def _sums(x: Tensor, mask: Tensor | None) -> Tensor:

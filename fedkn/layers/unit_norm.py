@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fedkn.layers import plain
-from fedkn.layers.composite import Settings, averages_over_drops, unit_maps, wide
+from fedkn.layers.composite import Settings, averages_over_drops, unit_maps
+from fedkn.layers.dtypes import wide
 from fedkn.layers.statistics import box
 
 __all__ = ["normalized_units"]

@@ -39,6 +39,19 @@ def test_products_with_banded_matrices_are_box_filters(case) -> None:
     torch.testing.assert_close((boxed * back).sum(), (maps * spread).sum())
 
 
+def test_what_inference_left_in_the_cache_serves_training() -> None:
+    geometry, maps = Geometry((3, 1), (1, 2), (1, 0), (1, 1), 1), torch.randn(1, 1, 9, 13)
+    with torch.inference_mode():
+        box_quickly(maps, geometry, 0.5)
+    assert not torch.is_inference(box_quickly(maps, geometry, 0.5))
+    layer, x = KNConv2d(2, 3, (3, 1), stride=(1, 2), padding=(1, 0)), torch.randn(1, 2, 9, 13)
+    with path("plain"):
+        with torch.inference_mode():
+            layer(x)
+        layer(x).sum().backward()
+    assert layer.weight.grad.isfinite().all()
+
+
 def test_large_maps_are_filtered_without_products() -> None:
     geometry = Geometry((3, 2), (1, 1), (1, 0), (1, 1), 1)
     maps = torch.randn(40, 2, 33, 35, dtype=torch.float64)
