@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from fedkn.config import ExperimentConfig
-from simulations.engines import run_experiment
+from simulations.engines.run import run_experiment
 
 pytestmark = pytest.mark.slow
 

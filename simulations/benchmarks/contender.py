@@ -57,7 +57,7 @@ def main(kind: str, path: str) -> None:
 
         run_pfl(config, report_round)
     else:
-        from simulations.engines import run_experiment  # noqa: PLC0415 - as above
+        from simulations.engines.run import run_experiment  # noqa: PLC0415 - as above
 
         logger = logging.getLogger("flwr")
         logger.handlers.clear()

@@ -5,10 +5,7 @@
 ``batched``    groups of clients trained at once, their parameters stacked
 ``ray``        Flower's own simulation runtime, for several GPUs or machines
 =============  ====================================================================================
+
+`simulations.engines.run` runs an experiment. Nothing is imported here: a worker, which begins with
+this package, would bring in the server.
 """
-
-from simulations.engines.choice import engine_of
-from simulations.engines.outcome import Outcome
-from simulations.engines.run import run_experiment
-
-__all__ = ["Outcome", "engine_of", "run_experiment"]

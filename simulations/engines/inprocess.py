@@ -12,21 +12,17 @@ from contextlib import contextmanager
 
 import torch
 
-from clients.app import app as client_app
-from clients.local_state import folder_in_run
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import federated_data
 from server.app import app as server_app
-from simulations.engines.allocator import keep_freed_memory
 from simulations.engines.choice import gpus_of, processes_of
 from simulations.engines.crew import Crew
 from simulations.engines.grid import InProcessGrid
-from simulations.engines.host import ClientHost
-from simulations.engines.identity import assume_server_identity
+from simulations.engines.local_host import host_of
 from simulations.engines.outcome import Outcome, outcome_in, server_context
-from simulations.engines.stacked import group_size, train_together
+from simulations.engines.stacked import group_size
 
-__all__ = ["InProcessGrid", "Outcome", "host_of", "run_experiment"]
+__all__ = ["InProcessGrid", "Outcome", "run_experiment"]
 
 
 def run_experiment(config: ExperimentConfig, *, together: bool = False) -> Outcome:
@@ -49,21 +45,6 @@ def run_experiment(config: ExperimentConfig, *, together: bool = False) -> Outco
         finally:
             crew.close()
     return outcome_in(context)
-
-
-def host_of(config: ExperimentConfig, *, together: bool) -> ClientHost:
-    """Return what runs the clients of `config` in this process, and prepare the process for it."""
-    assume_server_identity()
-    keep_freed_memory()
-    torch.set_num_threads(1)
-    train = train_together if together else None
-    return ClientHost(
-        client_app,
-        config.partition.clients,
-        config.flat(),
-        train,
-        state_folder=folder_in_run(config),
-    )
 
 
 @contextmanager

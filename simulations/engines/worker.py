@@ -19,6 +19,7 @@ from typing import NoReturn
 from fedkn.config import ExperimentConfig
 from simulations.engines.channel import ClosedError, receive, send
 from simulations.engines.host import Request
+from simulations.engines.local_host import host_of
 from simulations.engines.records import Bytes, pack, unpack
 
 __all__ = ["IDLE", "READY", "WorkQueue", "WorkerProcess"]
@@ -151,9 +152,6 @@ def _environment(gpu: str) -> dict[str, str]:
 def _main(parent: socket.socket, queue: WorkQueue) -> NoReturn:
     _, (run_config, together, parent_id), _ = receive(parent)
     _die_with(parent_id)
-    # Imported here, because this is what the parent's side is imported from.
-    from simulations.engines.inprocess import host_of  # noqa: PLC0415
-
     host = host_of(ExperimentConfig.resolve(run_config), together=together)
     gc.freeze()  # as in the parent, but for good
     send(parent, READY, None)

@@ -23,7 +23,7 @@ from fedkn.federation import (
     unpacked,
 )
 from fedkn.training import LocalTask, Workspace, train_locally
-from simulations.engines import run_experiment
+from simulations.engines.run import run_experiment
 from tests.server.fake_grid import ScriptedGrid, run, small
 
 RUN = "0123456789abcdef"

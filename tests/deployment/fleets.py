@@ -22,7 +22,7 @@ from server.deployment.fleet import Fleet
 from server.deployment.ports import free_port
 from server.deployment.processes import main_processes, running, stop
 from server.deployment.programs import flower_environment
-from simulations.engines import run_experiment
+from simulations.engines.run import run_experiment
 
 # What a shell starts in the background ignores Ctrl-C, and hands that on.
 INTERRUPTIBLE = ("env", "--default-signal=INT")

@@ -20,7 +20,7 @@ from server.deployment.ports import free_port
 from server.deployment.processes import start, stop
 from server.deployment.programs import Program
 from server.deployment.startup import bring_up, wait_for_devices
-from simulations.engines import run_experiment
+from simulations.engines.run import run_experiment
 from tests.deployment.fleets import SMALL, a_fleet, wait_for
 
 ROOT = Path(__file__).parents[2]

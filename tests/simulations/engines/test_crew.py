@@ -27,7 +27,7 @@ from fedkn.federation import (
 from simulations.engines import crew as crew_module
 from simulations.engines.crew import Crew
 from simulations.engines.host import FIRST_NODE, Answer, Request
-from simulations.engines.inprocess import host_of
+from simulations.engines.local_host import host_of
 
 
 @pytest.fixture

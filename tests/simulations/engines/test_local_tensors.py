@@ -13,7 +13,7 @@ from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from server import run as server_run
 from server.rounds import run_round
-from simulations.engines import run_experiment
+from simulations.engines.run import run_experiment
 from tests.server.fake_grid import small
 
 # Two of six clients a round, so that a client's last round is not the one before.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedkn.errors import UserError
-from simulations.engines import run_experiment
+from simulations.engines.run import run_experiment
 from tests.simulations.engines.test_local_tensors import Killed, config, kill_after, lines
 
 pytest.importorskip("opacus")

@@ -15,9 +15,11 @@ import pytest
 from fedkn import normalizers
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
-from simulations.engines import Outcome, engine_of, run_experiment
 from simulations.engines import crew as crew_module
+from simulations.engines.choice import engine_of
 from simulations.engines.crew import Crew
+from simulations.engines.outcome import Outcome
+from simulations.engines.run import run_experiment
 
 
 def _distance(one: Outcome, other: Outcome) -> float:
@@ -100,7 +102,7 @@ def test_killed_and_resumed_gives_the_same_bits(
     broken = config.overlay(checkpoint__folder=str(tmp_path))
     program = (
         "import sys, json; from fedkn.config import ExperimentConfig as E;"
-        "from simulations.engines import run_experiment;"
+        "from simulations.engines.run import run_experiment;"
         "run_experiment(E.resolve(json.loads(sys.argv[1])))"
     )
     process = subprocess.Popen([sys.executable, "-c", program, json.dumps(broken.flat())])
