@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -19,6 +18,7 @@ from packaging.requirements import Requirement
 
 from fedkn.data.vision import import_torchvision
 from fedkn.errors import UserError
+from fedkn.layers import native
 from simulations.environment import installed_version
 
 __all__ = ["Finding", "diagnose"]
@@ -49,7 +49,7 @@ def diagnose(folder: Path) -> list[Finding]:
         _memory(),
         _disk(folder),
         *_ports(),
-        _compiler(),
+        _native_kernels(),
         _flower_home(),
     ]
 
@@ -141,18 +141,18 @@ def _ports() -> Iterator[Finding]:
         yield Finding(f"port {port}", "ok", f"free ({purpose})")
 
 
-def _compiler() -> Finding:
-    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
-    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
-    ninja = shutil.which("ninja") or importlib.util.find_spec("ninja")
-    missing = [
-        name for name, there in (("a C++ compiler", compiler), ("ninja", ninja)) if not there
-    ]
-    if missing:
-        message = f"{' and '.join(missing)} missing: no native kernels, PyTorch ones are used"
-        fix = "install g++ (apt-get install g++) and ninja (pip install ninja)"
-        return Finding("native kernels", "warn", message, fix)
-    return Finding("native kernels", "ok", f"{compiler} and ninja")
+def _native_kernels() -> Finding:
+    try:
+        wish = native.wished()
+    except UserError as error:
+        return Finding("native kernels", "fail", str(error), "set FEDKN_NATIVE to auto, 0 or 1")
+    if wish == "0":
+        return Finding("native kernels", "ok", "switched off by FEDKN_NATIVE=0")
+    compiler = native.compiler()
+    if compiler is None:
+        message = "no C++ compiler, so no native kernels: PyTorch's own are used"
+        return Finding("native kernels", "warn", message, "install g++ (apt-get install g++)")
+    return Finding("native kernels", "ok", f"built by {compiler[0]}")
 
 
 def _flower_home() -> Finding:

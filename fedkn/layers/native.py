@@ -32,7 +32,16 @@ from fedkn.layers import cpp
 from fedkn.layers.composite import Settings, composite
 from fedkn.layers.statistics import Geometry
 
-__all__ = ["convolution", "load", "serves", "side_by_side", "switched_off", "takes"]
+__all__ = [
+    "compiler",
+    "convolution",
+    "load",
+    "serves",
+    "side_by_side",
+    "switched_off",
+    "takes",
+    "wished",
+]
 
 _on = True
 
@@ -80,9 +89,7 @@ def load() -> bool:
 
     Raises UserError if FEDKN_NATIVE is none of auto, 0 and 1, or if it is 1 and they cannot.
     """
-    wish = os.environ.get("FEDKN_NATIVE", "auto")
-    if wish not in _WISHES:
-        raise unknown_name("FEDKN_NATIVE", wish, _WISHES)
+    wish = wished()
     if wish == "0":
         return False
     try:
@@ -92,7 +99,14 @@ def load() -> bool:
             if wish == "1":
                 raise UserError(f"FEDKN_NATIVE=1, but {reason}")
             return False
-        _bring_in(library)
+        try:
+            _bring_in(library)
+        except OSError:
+            if compiler() is None:
+                raise
+            # What is there is no library, as after a full disk: build it once more.
+            library.unlink()
+            _bring_in(_library() or library)
     except (OSError, subprocess.CalledProcessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         message = f"the fused CPU kernels cannot be used: {str(detail).strip()[-2000:]}"
@@ -103,6 +117,23 @@ def load() -> bool:
         )
         return False
     return True
+
+
+def wished() -> str:
+    """Return FEDKN_NATIVE: auto, 0 or 1. Raises UserError if it is something else."""
+    wish = os.environ.get("FEDKN_NATIVE", "auto")
+    if wish not in _WISHES:
+        raise unknown_name("FEDKN_NATIVE", wish, _WISHES)
+    return wish
+
+
+def compiler() -> list[str] | None:
+    """Return the command that builds the kernels: CXX, else the first that is found, or None."""
+    command = shlex.split(os.environ.get("CXX", ""))
+    if command:
+        return command if shutil.which(command[0]) else None
+    found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    return None if found is None else [found]
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
@@ -190,7 +221,7 @@ def _gradients(  # noqa: PLR0917 - the operator's order
 
 def _library() -> Path | None:
     """The built library; None where there is neither an earlier build nor a compiler."""
-    compiler = _compiler()
+    command = compiler()
     flags = [*_FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
     built_from = [cpp.SOURCE, torch.__version__, platform.machine(), *flags]
     digest = hashlib.blake2b("\0".join(built_from).encode(), digest_size=8).hexdigest()
@@ -198,7 +229,7 @@ def _library() -> Path | None:
     library = folder / f"fedkn_native_{digest}.so"
     if library.exists():
         return library
-    if compiler is None:
+    if command is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     with library.with_suffix(".lock").open("w") as lock:
@@ -211,38 +242,33 @@ def _library() -> Path | None:
                 file=sys.stderr,
                 flush=True,
             )
-            _build(compiler, flags, library)
+            _build(command, flags, library)
     return library
 
 
-def _build(compiler: list[str], flags: list[str], library: Path) -> None:
+def _build(command: list[str], flags: list[str], library: Path) -> None:
     root = Path(torch.__file__).parent
     include, lib = root / "include", root / "lib"
     # Linked to torch's own OpenMP runtime, the kernels share its threads and their number.
-    openmp = [] if "clang" in compiler[0] else [str(path) for path in lib.glob("libgomp.so*")]
+    openmp = [] if "clang" in command[0] else [str(path) for path in lib.glob("libgomp.so*")]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         compiled, unfinished = Path(folder) / "native.o", Path(folder) / library.name
         source = Path(folder) / "native.cpp"
         source.write_text(cpp.SOURCE, encoding="utf-8")
         headers = ("-isystem", include, "-isystem", include / "torch" / "csrc" / "api" / "include")
         threads = ("-fopenmp",) if openmp else ()
-        compile_ = (*compiler, *flags, *threads, *headers, "-c", source, "-o", compiled)
+        compile_ = (*command, *flags, *threads, *headers, "-c", source, "-o", compiled)
         unresolved = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
         link = (
-            *compiler, "-shared", compiled, "-o", unfinished,
+            *command, "-shared", compiled, "-o", unfinished,
             f"-L{lib}", "-ltorch_cpu", "-lc10", *openmp, *unresolved,
         )  # fmt: skip
-        for command in (compile_, link):
-            subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+        for step in (compile_, link):
+            subprocess.run(list(map(str, step)), check=True, capture_output=True, text=True)
+        with unfinished.open("rb") as file:
+            # Else a power cut could leave a library without its end, which ends who loads it.
+            os.fsync(file.fileno())
         unfinished.replace(library)
-
-
-def _compiler() -> list[str] | None:
-    command = shlex.split(os.environ.get("CXX", ""))
-    if command:
-        return command if shutil.which(command[0]) else None
-    found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
-    return None if found is None else [found]
 
 
 def _cache() -> Path:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedkn.errors import UserError
 from fedkn.layers import KernelNorm2d, KNConv2d, WSConv2d
-from fedkn.models.wiring import Conv, NormSite, norm_channels, read_wiring
+from fedkn.layers.padding import PADDING_MODES
+from fedkn.models.wiring import Conv, NormSite, Wiring, norm_channels, read_wiring
 from fedkn.normalizers import Normalizer
 
-__all__ = ["Change", "Conversion", "Kept", "convert", "swap"]
+__all__ = ["Change", "Conversion", "Kept", "convert", "copied", "swap"]
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,26 @@ def convert(module: nn.Module, normalizer: Normalizer) -> tuple[nn.Module, Conve
     it; one that stands alone becomes a KernelNorm 1x1. A convolution gains a bias of zero where
     it lost the norm that had one. A pretrained network needs training again after conversion.
 
-    Raises UserError where the normalizer does not fit, such as groups that do not divide.
+    Raises UserError where the normalizer does not fit, such as groups that do not divide, and where
+    the model cannot be copied.
     """
-    model = copy.deepcopy(module)
-    wiring = read_wiring(model)
-    return _Converter(model, normalizer).run(wiring.sites, wiring.convolutions, wiring.traced)
+    model = copied(module)
+    return _Converter(model, normalizer).run(read_wiring(model))
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """Return a deep copy of `module`.
+
+    Raises UserError where torch cannot copy it, as after a pass through an old weight norm.
+    """
+    try:
+        return copy.deepcopy(module)
+    except RuntimeError as error:
+        raise UserError(
+            f"{type(module).__name__} cannot be copied ({str(error).splitlines()[0]}): take away "
+            "what computes its weights first, as torch.nn.utils.remove_weight_norm or "
+            "remove_spectral_norm does"
+        ) from error
 
 
 def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -111,22 +128,22 @@ class _Converter:
         self.changed: list[Change] = []
         self.kept: list[Kept] = []
 
-    def run(
-        self, sites: tuple[NormSite, ...], convolutions: tuple[str, ...], traced: bool
-    ) -> tuple[nn.Module, Conversion]:
-        usable = [site for site in sites if site.layout != "other"]
+    def run(self, wiring: Wiring) -> tuple[nn.Module, Conversion]:
+        usable = [site for site in wiring.sites if site.layout not in _UNUSABLE]
         beside = {conv for site in usable for conv in (site.before, *site.after) if conv}
-        for name in convolutions:
+        for name in wiring.convolutions:
             self._convolution(name, name in beside)
-        for site in sites:
+        for site in wiring.sites:
             self._norm(site)
+        for name in wiring.strangers:
+            self._keep(name, "its class is not known: if it normalizes, replace it by hand")
         self.kept += [
             Kept(name, type(m).__name__, "it is kernel-normalized already")
             for name, m in self.modules.items()
             if isinstance(m, KernelNorm2d)
         ]
         model = swap(self.model, self.replacements)
-        return model, Conversion(tuple(self.changed), tuple(self.kept), traced)
+        return model, Conversion(tuple(self.changed), tuple(self.kept), wiring.traced)
 
     def _convolution(self, name: str, beside_norm: bool) -> None:
         conv = self.modules[name]
@@ -142,7 +159,7 @@ class _Converter:
                 conv.bias = _zeros(conv)
                 self.changed.append(Change(name, "without bias", "with a bias of zero"))
             return
-        problem = _problem(conv, beside_norm)
+        problem = _problem(conv, core, beside_norm)
         if problem:
             self._keep(name, problem)
             return
@@ -152,6 +169,8 @@ class _Converter:
         elif core.bias is not None:
             core.bias = _zeros(conv)
         core.weight = conv.weight
+        if isinstance(core, KNConv2d):
+            core.padding_mode = conv.padding_mode
         self._replace(name, new)
 
     def _like(self, conv: nn.Conv2d) -> nn.Module:
@@ -170,8 +189,8 @@ class _Converter:
 
     def _norm(self, site: NormSite) -> None:
         norm = self.modules[site.name]
-        if site.layout == "other":
-            self._keep(site.name, "it does not normalize image maps")
+        if site.layout in _UNUSABLE:
+            self._keep(site.name, _UNUSABLE[site.layout])
             return
         new = self.normalizer.norm(norm_channels(norm))
         if self._absorbed(site) or isinstance(new, nn.Identity):
@@ -217,13 +236,21 @@ class _Converter:
         self.kept.append(Kept(name, type(self.modules[name]).__name__, reason))
 
 
-def _problem(conv: nn.Conv2d, beside_norm: bool) -> str | None:
+_UNUSABLE = {
+    "other": "it does not normalize image maps",
+    "own": "its class has a forward of its own, which does more than normalize",
+}
+
+
+def _problem(conv: nn.Conv2d, core: Conv, beside_norm: bool) -> str | None:
     if not beside_norm:
         return "no norm stands beside it"
-    if conv.padding_mode != "zeros":
+    if conv.padding_mode not in (PADDING_MODES if isinstance(core, KNConv2d) else ("zeros",)):
         return f"padding_mode='{conv.padding_mode}'"
     if type(conv) not in (nn.Conv2d, WSConv2d):
         return "its class has a forward of its own"
+    if "weight" not in conv._parameters:
+        return "its weight is computed, as by torch.nn.utils.spectral_norm: take that away first"
     return None
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkn.errors import UserError
-from fedkn.models.conversion import Change, Conversion, Kept, swap
+from fedkn.models.conversion import Change, Conversion, Kept, copied, swap
 from fedkn.models.wiring import NormSite, read_wiring
 
 __all__ = ["fold_batch_norm"]
@@ -26,7 +24,7 @@ def fold_batch_norm(module: nn.Module) -> tuple[nn.Module, Conversion]:
     Raises UserError where the model's data flow cannot be traced: the order of modules is no
     proof that a batch norm reads a convolution, and a wrong guess would change the outputs.
     """
-    model = copy.deepcopy(module).eval()
+    model = copied(module).eval()
     wiring = read_wiring(model)
     if not wiring.traced:
         raise UserError(
@@ -55,10 +53,14 @@ def fold_batch_norm(module: nn.Module) -> tuple[nn.Module, Conversion]:
 
 
 def _problem(site: NormSite, norm: _BatchNorm, conv: nn.Module | None) -> str | None:
+    if site.layout == "own":
+        return "its class has a forward of its own, which does more than normalize"
     if site.before is None:
         return "no convolution stands right before it"
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} cannot take it over"
+    if "weight" not in conv._parameters:
+        return "the convolution's weight is computed, as by torch.nn.utils.spectral_norm"
     if norm.running_mean is None:
         return "it has no running statistics"
     return None

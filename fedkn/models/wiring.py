@@ -6,6 +6,7 @@ order of its modules, which is right for models that register their layers as th
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from fedkn.models.blocks import Halve
 __all__ = ["Conv", "NormSite", "Wiring", "norm_channels", "read_wiring"]
 
 Conv = nn.Conv2d | KNConv2d
+Layout = Literal["maps", "channels_last", "other", "own"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class NormSite:
 
     Attributes:
         name: the norm's path in the model. layout: what it takes, image maps (N, C, H, W),
-            channels_last (N, H, W, C), or other.
+            channels_last (N, H, W, C), or other; own, if its class does more than normalize.
         before: the convolution whose output this norm alone reads. after: the convolutions that
             alone read the norm, at most through activations and dropout.
         writers: in-place modules that would write into the norm's input if the norm handed it
@@ -41,7 +43,7 @@ class NormSite:
     """
 
     name: str
-    layout: Literal["maps", "channels_last", "other"]
+    layout: Layout
     before: str | None = None
     after: tuple[str, ...] = ()
     writers: tuple[str, ...] = ()
@@ -50,21 +52,26 @@ class NormSite:
 
 @dataclass(frozen=True)
 class Wiring:
-    """All norms of a model; `traced`: read from the data flow, not from the order of modules."""
+    """All norms of a model; `traced`: read from the data flow, not from the order of modules.
+
+    `strangers` are layers of no known kind that hold parameters or buffers: they may be norms.
+    """
 
     sites: tuple[NormSite, ...]
     traced: bool
     convolutions: tuple[str, ...]
+    strangers: tuple[str, ...]
 
 
 def read_wiring(model: nn.Module) -> Wiring:
     """Return where the norms of `model` are and which convolutions are next to them."""
     convolutions = tuple(name for name, m in model.named_modules() if isinstance(m, Conv))
+    strangers = tuple(name for name, m in model.named_modules() if name and _is_strange(m))
     try:
         graph = _Tracer().trace(model)
     except Exception:  # a trace runs the model's own code, which may raise anything
-        return Wiring(tuple(_in_module_order(model)), False, convolutions)
-    return Wiring(tuple(_in_data_flow(model, graph)), True, convolutions)
+        return Wiring(tuple(_in_module_order(model)), False, convolutions, strangers)
+    return Wiring(tuple(_in_data_flow(model, graph)), True, convolutions, strangers)
 
 
 def norm_channels(norm: nn.Module) -> int:
@@ -81,6 +88,18 @@ def norm_channels(norm: nn.Module) -> int:
 _Norm = _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.LayerNorm
 _NOT_MAPS = (nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm3d)
 _NOT_POINTWISE = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)
+_NOT_NORMS = (
+    Conv
+    | nn.modules.conv._ConvNd
+    | nn.Linear
+    | nn.Bilinear
+    | nn.Embedding
+    | nn.EmbeddingBag
+    | nn.RNNBase
+    | nn.RNNCellBase
+    | nn.MultiheadAttention
+    | nn.PReLU
+)
 _POINTWISE: set[Callable[..., Any]] = {
     torch.relu,
     F.relu,
@@ -208,16 +227,44 @@ def _is_conv(module: nn.Module, side: str, channels: int) -> bool:
     return isinstance(module, Conv) and getattr(module, side) == channels
 
 
-def _layout(norm: nn.Module, source: fx.Node | None) -> Literal["maps", "channels_last", "other"]:
+def _is_strange(module: nn.Module) -> bool:
+    """Whether a layer holds tensors itself and is neither a norm that is known nor none."""
+    if isinstance(module, _Norm | KernelNorm2d | _NOT_NORMS):
+        return False
+    # The containers of a model hold parameters too, such as a class token: those have parts.
+    if any(module.children()):
+        return False
+    return bool(module._parameters or module._buffers)
+
+
+def _layout(norm: nn.Module, source: fx.Node | None) -> Layout:
     if isinstance(norm, _NOT_MAPS):
         return "other"
     if not isinstance(norm, nn.LayerNorm):
-        return "maps"
+        return "maps" if _only_normalizes(norm) else "own"
     if len(norm.normalized_shape) != 1:
         return "other"
     if type(norm).forward is nn.LayerNorm.forward:
         return "channels_last" if _moves_channels_last(source) else "other"
     return "maps" if _normalizes_maps(norm) else "other"
+
+
+def _only_normalizes(norm: nn.Module) -> bool:
+    """Whether a class derived from one of torch's norms computes what that one does: try it."""
+    base: Any = next(kind for kind in type(norm).__mro__ if kind.__module__.startswith("torch."))
+    if type(norm).forward is base.forward:
+        return True
+    like = next(norm.parameters(), torch.empty(0))
+    shape = (2, norm_channels(norm), 2, 3)
+    x = torch.arange(torch.Size(shape).numel(), dtype=like.dtype, device=like.device).sin()
+    twin = copy.deepcopy(norm).eval()  # a forward may leave marks
+    try:
+        with torch.no_grad():
+            out = twin(x.view(shape))
+            by_hand = base.forward(twin, x.view(shape))
+    except Exception:  # the model's own code, which may raise anything
+        return False
+    return isinstance(out, Tensor) and out.shape == shape and torch.allclose(out, by_hand)
 
 
 def _moves_channels_last(node: fx.Node | None) -> bool:

@@ -100,3 +100,12 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = found("native kernels")
     assert finding.status == "warn"
     assert "C++" in finding.message
+
+
+def test_the_wish_for_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDKN_NATIVE", "0")
+    assert "FEDKN_NATIVE=0" in found("native kernels").message
+    monkeypatch.setenv("FEDKN_NATIVE", "autp")
+    finding = found("native kernels")
+    assert finding.status == "fail"
+    assert "'auto'" in finding.message

@@ -126,6 +126,32 @@ def test_a_failed_build_warns_once_under_auto_and_fails_under_1(fresh, tmp_path)
     assert not list((tmp_path / "cache").glob("*.so"))
 
 
+def test_a_library_that_is_none_is_built_again(fresh, tmp_path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nfor last; do case "$before" in -o) echo x > "$last"; esac; '
+                        'before="$last"; done\n')  # fmt: skip
+    compiler.chmod(0o755)
+    fresh.setenv("CXX", str(compiler))
+    loaded = []
+
+    def bring_in(library) -> None:
+        if not library.read_text():
+            raise OSError("file too short")
+        loaded.append(library)
+
+    fresh.setattr(native, "_bring_in", bring_in)
+    assert native.load()
+    loaded[0].write_text("")
+    native.load.cache_clear()
+    assert native.load()
+    assert loaded[1] == loaded[0]
+    loaded[0].write_text("")
+    native.load.cache_clear()
+    fresh.setenv("CXX", "/nowhere/c++")
+    with pytest.warns(UserWarning, match="file too short"):
+        assert not native.load()
+
+
 def test_processes_that_start_together_build_once(tmp_path) -> None:
     # A stand-in compiler that counts its calls and is slow enough for the others to wait.
     calls, compiler = tmp_path / "calls", tmp_path / "c++"

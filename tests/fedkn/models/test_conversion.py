@@ -258,6 +258,75 @@ def test_what_is_left_alone_says_why():
     assert "forward of its own" in reasons(nn.Sequential(Own(4, 4, 1), nn.BatchNorm2d(4)))["0"]
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Rescaled(nn.GroupNorm):
+    def forward(self, x):
+        return super().forward(x.clone())
+
+
+class Frozen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(4, 1, 1))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_a_norm_that_does_more_than_normalize_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), NormAndActivation(4), nn.Conv2d(4, 4, 1))
+    converted, report = models.convert(model, KERNEL)
+    assert type(converted[1]) is NormAndActivation
+    assert {kept.name for kept in report.kept} == {"0", "1", "2"}
+    assert "forward of its own" in reasons(model)["1"]
+    same, _ = models.convert(nn.Sequential(nn.Conv2d(3, 4, 1), Rescaled(2, 4)), KERNEL)
+    assert [type(m) for m in same] == [KNConv2d, nn.Identity]
+
+
+def test_what_may_be_a_norm_of_another_kind_is_named():
+    found = reasons(nn.Sequential(nn.Conv2d(3, 4, 1), Frozen(), nn.ReLU(), nn.PReLU()))
+    assert "its class is not known" in found["1"]
+    assert set(found) == {"0", "1"}
+    ours = models.build(
+        "resnet8", num_classes=3, in_channels=3, normalizer=normalizers.create("frn"), width=8
+    )
+    norms = [name for name, m in ours.named_modules() if "FilterResponse" in type(m).__name__]
+    assert norms
+    assert set(norms) <= set(reasons(ours))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+def test_padding_that_kernel_norm_knows_is_taken_over(mode):
+    model = conv_bn(padding=1, padding_mode=mode)
+    converted, _ = models.convert(model, KERNEL)
+    assert isinstance(converted[0], KNConv2d)
+    assert converted[0].padding_mode == mode
+    conv = model[0]
+    twin = KNConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        padding=1,
+        padding_mode=mode,
+        dropout_p=converted[0].dropout_p,
+    ).eval()
+    twin.weight, twin.bias = conv.weight, converted[0].bias
+    x = torch.randn(2, conv.in_channels, 5, 5)
+    assert torch.equal(converted[0].eval()(x), twin(x))
+
+
+def test_weights_that_are_computed():
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4))
+    assert "its weight is computed" in reasons(model)["0"]
+    model(torch.randn(2, 4, 3, 3))
+    with pytest.raises(UserError, match="remove_spectral_norm"):
+        models.convert(model, KERNEL)
+
+
 def test_a_circular_convolution_keeps_a_norm_of_its_own():
     model, _ = models.convert(conv_bn(padding=1, padding_mode="circular"), KERNEL)
     assert [type(m) for m in model] == [nn.Conv2d, KernelNorm2d, nn.ReLU]

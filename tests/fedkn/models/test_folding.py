@@ -61,6 +61,19 @@ def test_only_a_norm_right_after_its_convolution_is_folded():
     assert "no running statistics" in models.fold_batch_norm(bare)[1].kept[0].reason
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_a_norm_that_does_more_than_normalize_is_not_folded():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), NormAndActivation(2))
+    folded, report = models.fold_batch_norm(unsettled(model))
+    assert "forward of its own" in report.kept[0].reason
+    x = torch.randn(2, 2, 3, 3)
+    assert torch.equal(folded(x), model.eval()(x))
+
+
 def test_two_norms_on_one_weight():
     first, second = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
     second.weight = first.weight
