@@ -34,8 +34,8 @@ def load_published_weights(
     low_resolution=False, ...)`` (likewise 34 and 50). A file is read with ``weights_only=True``,
     so nothing in it is executed. The model is changed only if every tensor fits.
 
-    Raises UserError naming the first key or shape that does not fit, or why the file cannot be
-    read.
+    Raises UserError naming the first key, shape or tensor that does not fit, or why the file cannot
+    be read.
     """
     if isinstance(path_or_state_dict, Mapping):
         content: Mapping[str, Any] = path_or_state_dict
@@ -47,7 +47,7 @@ def load_published_weights(
     ours = {re.sub(r"(branch\.conv\d)\.conv\.", r"\1.", key): key for key in target}
     found: dict[str, Tensor] = {}
     for theirs, tensor in weights.items():
-        key = ours.get(_translated(theirs))
+        key = ours.get(_translated(theirs)) if isinstance(theirs, str) else None
         if key is None:
             raise UserError(f"the checkpoint's '{theirs}' has no place in this model: {_ADVICE}")
         if not isinstance(tensor, Tensor) or tensor.shape != target[key].shape:
@@ -56,6 +56,9 @@ def load_published_weights(
                 f"the checkpoint's '{theirs}' is {shape}, the model's '{key}' is "
                 f"{tuple(target[key].shape)}: {_ADVICE}"
             )
+        problem = "is there under another name too" if key in found else _problem(tensor)
+        if problem:
+            raise UserError(f"the checkpoint's '{theirs}' {problem}: fetch it again")
         found[key] = tensor
     missing = [key for key in target if key not in found]
     if missing:
@@ -67,6 +70,12 @@ _ADVICE = (
     "build the KNResNet of the same depth with the kernel normalizer and the checkpoint's classes "
     "and resolution (ImageNet: num_classes=1000, low_resolution=False)"
 )
+
+
+def _problem(tensor: Tensor) -> str | None:
+    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.is_floating_point():
+        return f"is no plain tensor of floating point ({tensor.dtype}, {tensor.layout})"
+    return None if tensor.isfinite().all() else "holds numbers that are not finite"
 
 
 def _translated(theirs: str) -> str:

@@ -104,3 +104,22 @@ def test_files_that_cannot_be_read_safely(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list"):
         models.load_published_weights(model, tmp_path / "list.pth")
+
+
+def test_tensors_that_cannot_be_weights_are_named():
+    model = knresnet()
+    published = checkpoint(model, 18)
+    key = "res_block1.conv1.bias"
+    for bad, said in (
+        (torch.full_like(published[key], float("nan")), "not finite"),
+        (published[key].to(torch.int8), "floating point"),
+        (published[key].to_sparse(), "floating point"),
+        (published[key].to("meta"), "floating point"),
+    ):
+        with pytest.raises(UserError, match=f"{re.escape(key)}.*{said}"):
+            models.load_published_weights(model, published | {key: bad})
+    twice = published | {"res_block1.conv1.conv1x1.bias": published[key]}
+    with pytest.raises(UserError, match="under another name"):
+        models.load_published_weights(model, twice)
+    with pytest.raises(UserError, match="'5' has no place"):
+        models.load_published_weights(model, published | {5: published[key]})
