@@ -115,14 +115,16 @@ def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
             store.save(Checkpoint(made, tensors, aggregator.state(), participation))
         if failed_rounds >= config.server.max_failed_rounds or (last and failed_rounds):
             raise NoValidUpdates(_no_valid(report.refused + report.failed, failed_rounds))
+    if evaluation is None:
+        # Resumed after the last round, whose evaluation the log may have lost.
+        evaluation = model.evaluate(tensors)
+        _log_evaluation(log, config, config.rounds, evaluation)
     if config.evaluation.client_fraction:
         result = evaluate_clients(
             tensors, participation, config=config, grid=grid, membership=membership
         )
         _log_clients(log, config, result)
-    return Outcome(
-        tensors, weights_sha256(tensors), evaluation or model.evaluate(tensors), config.rounds
-    )
+    return Outcome(tensors, weights_sha256(tensors), evaluation, config.rounds)
 
 
 def _store(config: ExperimentConfig) -> CheckpointStore | None:

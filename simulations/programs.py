@@ -65,8 +65,9 @@ def write_program(trained: TrainedModel, path: Path, to: Format) -> Written:
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             draft = Path(folder) / path.name
-            # No image of the data: a pt2 file keeps its example.
-            example = torch.zeros(2, *trained.images.shape[1:])
+            # Noise of pixels' range, and no image of the data: a pt2 file keeps its example.
+            generator = torch.Generator().manual_seed(0)
+            example = 255.0 * torch.rand(2, *trained.images.shape[1:], generator=generator)
             difference = export(trained.network, example, draft, to)
             _FORMATS[to].attach(draft, trained.card)
             theirs = load_program(draft).logits(trained.images)

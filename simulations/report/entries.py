@@ -121,8 +121,10 @@ def entry_of(normalizer: str, batch_size: int, planned: int, cells: list[CellRec
     final, reached = {}, {}
     for cell in cells:
         curve = cell.accuracies(cell.config.evaluation.split)
-        if cell.status == "completed" and curve and math.isfinite(curve[max(curve)]):
-            final[cell.config.seed] = curve[max(curve)]
+        # Not the last that is found: a log may have lost lines.
+        last = curve.get(cell.config.rounds, math.nan)
+        if cell.status == "completed" and math.isfinite(last):
+            final[cell.config.seed] = last
         if cell.status in ("completed", "failed"):
             target = cell.config.evaluation.target_accuracy
             reached[cell.config.seed] = rounds_to_target(curve, target)

@@ -62,8 +62,8 @@ def summary_dict(run: RunFolder) -> dict[str, Any]:
     """Return the summary of a run as JSON can hold it: NaN and infinity become None.
 
     Accuracies are fractions, times milliseconds, sizes bytes; `differences` are those to the
-    highest mean of the same partition and batch size, without the normalizers that keep tensors on
-    the clients; `own_differences` are the same for the clients' own models, of all normalizers.
+    highest mean of the same partition and batch size, and others that are shown, without the
+    normalizers that keep tensors on the clients; `own_differences` are the same for the clients' own models, of all normalizers.
     """
     (summary,) = summarize([run])
     return {
@@ -158,7 +158,7 @@ def _differences(contests: Sequence[Contest]) -> list[dict[str, Any]]:
             "detectable": _finite(comparison.detectable),
         }
         for contest in contests
-        for comparison in contest.against_winner()
+        for comparison in (*contest.against_winner(), *contest.apart())
     ]
 
 

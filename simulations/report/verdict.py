@@ -65,6 +65,11 @@ class Contest:
         behind = self.behind()
         return [name for name in self.means if name != self.winner and name not in behind]
 
+    def apart(self) -> list[Comparison]:
+        """Return the comparisons without the winner that show a difference."""
+        winner = self.winner
+        return [c for c in self.comparisons if c.significant and winner not in (c.first, c.second)]
+
     @property
     def tested(self) -> bool:
         """Whether any comparison with the winner had enough seeds for a test."""
@@ -205,8 +210,9 @@ def _sentence(contests: Sequence[Contest], rest: str) -> str:
     key: tuple[object, ...]
     for contest in decided:
         level, behind = frozenset(contest.level()), bool(contest.behind())
-        all_level = contest.tested and len(level) > 1 and not behind
-        key = ("level",) if all_level else (contest.winner, contest.tested, level, behind)
+        all_level = contest.tested and len(level) > 1 and not behind and not contest.apart()
+        apart = frozenset(map(_ahead, contest.apart())) if not behind else frozenset()
+        key = ("level",) if all_level else (contest.winner, contest.tested, level, behind, apart)
         outcomes.setdefault(key, []).append(contest)
     everywhere = len(outcomes) == 1 and len(decided) == len(contests) > 1
     clauses = [_outcome(alike, everywhere, rest) for alike in outcomes.values()]
@@ -229,7 +235,7 @@ def _outcome(alike: Sequence[Contest], everywhere: bool, rest: str) -> str:
             f"{winner} has the highest accuracy ({mean}) {where}, but with fewer than "
             f"{FEWEST_SEEDS} common seeds no difference can be shown"
         )
-    if len(level) > 1 and not behind:
+    if len(level) > 1 and not behind and not first.apart():
         highest = [f"{c.winner} with {_percent([c.means[c.winner]])}" for c in alike]
         means = f"highest mean{'s' if len(alike) > 1 else ''}: {', '.join(highest)}"
         who = "normalizers that share all their tensors" if rest else "normalizers"
@@ -238,6 +244,10 @@ def _outcome(alike: Sequence[Contest], everywhere: bool, rest: str) -> str:
     rivals = next(iter(behind)) if len(behind) == 1 else others
     if level:
         rest = f", and is ahead of {rivals}" if behind else ""
+        if not behind:
+            # Told apart are others than the winner: the highest mean may be the least certain.
+            pairs = [_ahead(c) for contest in alike for c in contest.apart()]
+            rest = f", while {enumerated(list(dict.fromkeys(pairs)))}" if pairs else ""
         return (
             f"{winner} has the highest mean ({mean}) {where} but cannot be told apart from "
             f"{enumerated(level)}{rest}"
@@ -284,6 +294,10 @@ def _where(batch_sizes: Sequence[int], everywhere: bool) -> str:
 def _percent(values: Sequence[float]) -> str:
     low, high = f"{100 * min(values):.1f}", f"{100 * max(values):.1f}"
     return f"{low}%" if low == high else f"{low}–{high}%"
+
+
+def _ahead(comparison: Comparison) -> str:
+    return f"{comparison.first} is ahead of {comparison.second}"
 
 
 def _other(comparison: Comparison, name: str) -> str:

@@ -152,6 +152,18 @@ def test_a_resume_with_another_configuration_is_refused_naming_the_key(tmp_path)
 # -- resume ---------------------------------------------------------------------------------------
 
 
+def test_a_last_evaluation_that_the_log_has_lost_is_made_again(tmp_path):
+    run(logged(tmp_path))
+    (last,) = [e for e in log_of(tmp_path, "evaluation") if e["round"] == 2]
+    log = tmp_path / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["kind"] not in ("evaluation", "end")]
+    log.write_text("".join(kept))
+    run(logged(tmp_path))
+    (again,) = log_of(tmp_path, "evaluation")
+    assert (again["round"], again["accuracy"]) == (2, last["accuracy"])
+
+
 def stop_in(round_: int, stop) -> object:
     """Call `stop` in the middle of `round_`: when the second of its clients has trained."""
     trained: list[int] = []

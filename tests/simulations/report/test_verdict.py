@@ -49,6 +49,21 @@ def test_all_level_is_said_once_whoever_is_highest() -> None:
     )
 
 
+def test_a_difference_between_others_than_the_winner_is_not_denied() -> None:
+    names = ("batch", "kernel", "group")
+    means = dict(zip(names, (0.8, 0.7, 0.5), strict=True))
+    pairs = [against("batch", "kernel", 0.9), against("batch", "group", 0.7)]
+    shown = [*pairs, against("kernel", "group", 1e-5)]
+    text = verdict([Contest(2, means, shown)])
+    assert text == (
+        "batch has the highest mean (80.0%) at batch size 2 but cannot be told apart from "
+        "kernel and group, while kernel is ahead of group."
+    )
+    level = verdict([Contest(2, means, shown), Contest(4, means, pairs)])
+    assert "kernel is ahead of group; no difference" in level
+    assert "is shown at batch size 4" in level
+
+
 def test_batch_sizes_that_came_out_alike_share_a_clause() -> None:
     def contest(size: int, p: float) -> Contest:
         return Contest(size, {"kernel": 0.95, "group": 0.9}, [against("kernel", "group", p)])
