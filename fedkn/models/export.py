@@ -31,8 +31,8 @@ def export(model: nn.Module, example_input: Tensor, path: str | Path, to: Format
 
     `to` is "onnx" (any ONNX runtime) or "pt2" (``torch.export.load``). The batch may have any
     size; channels, height and width are those of `example_input` (N, C, H, W). The file is loaded
-    again and run on batches of 1 and 3, noise with the mean and the deviation of `example_input`; the
-    largest difference from the model's own outputs, relative to their largest, is returned. It
+    again and run on batches of 1 and 3, noise with the mean and the deviation of `example_input`;
+    the largest difference from the model's own outputs, relative to their largest, is returned. It
     appears under `path` only if that is within 1e-4.
 
     Raises UserError for an unknown format, a path that cannot be written, a missing package, or a

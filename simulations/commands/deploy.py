@@ -120,7 +120,7 @@ def logs(
     fleet: FleetFolder,
     *,
     process: Annotated[
-        str, typer.Option(metavar="NAME", help="superlink, superexec, proxy or a device.")
+        str, typer.Option(metavar="NAME", help="superlink, superexec, proxy, refusals or a device.")
     ] = "",
     lines: Annotated[int, typer.Option(metavar="N", min=0, help="Last lines of each.")] = 20,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until Ctrl-C.")] = False,

@@ -37,7 +37,7 @@ def check(
     *,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="TOML", help="The experiment to try; over [experiment]."),
+        typer.Option(metavar="TOML", help=r"The experiment to try; over \[experiment]."),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,

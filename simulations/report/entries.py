@@ -86,8 +86,9 @@ class Entry:
 
     @property
     def engine(self) -> str:
-        """The engines that trained the cells, as a report names them."""
-        return ", ".join(sorted({cell.config.engine for cell in self.cells}))
+        """The engines that trained the cells, as a report names them; empty if none did."""
+        trained = [cell for cell in self.cells if cell.status != "untrainable"]
+        return ", ".join(sorted({cell.config.engine for cell in trained}))
 
     @property
     def untrainable(self) -> bool:

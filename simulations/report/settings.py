@@ -70,7 +70,8 @@ def unequal(cells: Sequence[CellRecord]) -> dict[str, list[object]]:
 
 def _values(cells: Sequence[CellRecord]) -> dict[str, list[object]]:
     values: dict[str, list[object]] = {}
-    for cell in cells:
+    # What cannot be trained never learned which engine "auto" is.
+    for cell in [cell for cell in cells if cell.status != "untrainable"] or cells:
         for key, value in cell.config.flat().items():
             known = values.setdefault(key, [])
             if value not in known:

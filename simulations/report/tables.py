@@ -63,7 +63,8 @@ def summary_dict(run: RunFolder) -> dict[str, Any]:
 
     Accuracies are fractions, times milliseconds, sizes bytes; `differences` are those to the
     highest mean of the same partition and batch size, and others that are shown, without the
-    normalizers that keep tensors on the clients; `own_differences` are the same for the clients' own models, of all normalizers.
+    normalizers that keep tensors on the clients; `own_differences` are the same for the clients'
+    own models, of all normalizers.
     """
     (summary,) = summarize([run])
     return {
@@ -97,7 +98,7 @@ def _caption(summary: RunSummary) -> list[str]:
     lines = [f"Target accuracy: {', '.join(f'{100 * target:g}%' for target in sorted(targets))}."]
     if not targets:
         lines = []
-    engines = sorted({entry.engine for entry in entries if entry.cells})
+    engines = sorted({entry.engine for entry in entries if entry.engine})
     if len(engines) > 1 and not _has_own(summary):
         lines.append(f"ms/step: {' and '.join(engines)} trained some each; do not compare across.")
     if grouped:
@@ -177,7 +178,7 @@ def _entry_dict(entry: Entry) -> dict[str, Any]:
         "learning_rates": sorted({cell.config.train.learning_rate for cell in entry.cells}),
         "rounds_to_target": _finite(entry.rounds.median),
         "reached_target": entry.rounds.reached,
-        "engine": entry.engine,
+        "engine": entry.engine or None,
         "ms_per_step": _finite(entry.ms_per_step),
         "bytes_down_per_round": _finite(entry.bytes_down),
         "bytes_up_per_round": _finite(entry.bytes_up),

@@ -151,6 +151,9 @@ def test_untrainable_cells_are_named(full: RunFolder, page: Page) -> None:
     reason = "normalizer 'batch' needs a batch size of 2 or more"
     assert losses == [["untrainable cells", "batch", "1", "5 cells", reason]]
     assert "untrainable" in printed(full)
+    entries = summary_dict(full)["partitions"][0]["entries"]
+    without_engine = [(e["normalizer"], e["batch_size"]) for e in entries if e["engine"] is None]
+    assert without_engine == [("batch", 1)]
 
 
 def test_the_search_is_shown_with_the_rate_that_was_chosen(html: str, page: Page) -> None:
