@@ -27,6 +27,7 @@ __all__ = ["carry_on", "created", "execute", "repeat_command"]
 
 _GRID_FILE = "grid.json"
 _RUNS = Path("runs")
+_DEPLOYED = "fedkn deploy run"
 
 
 def created(grid: GridConfig, command: str, out: Path | None) -> tuple[GridConfig, RunFolder]:
@@ -40,7 +41,8 @@ def created(grid: GridConfig, command: str, out: Path | None) -> tuple[GridConfi
     name = grid.compare.name or f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
     path = out or _RUNS / name
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"'{path}' exists already: choose another --name, or 'fedkn resume {path}'")
+        again = how_to_resume(path, repeat_command())
+        raise UserError(f"'{path}' exists already: choose another --name, or '{again}'")
     tables = check(grid)
     run = RunFolder.create(path, _record(grid, path.name))
     write_json(path / _GRID_FILE, grid.flat())
@@ -77,6 +79,9 @@ def execute(grid: GridConfig, run: RunFolder, *, as_json: bool, each_round: bool
 def carry_on(path: Path, workers: int | None, *, as_json: bool) -> None:
     """Resume the run in the folder `path`; a run that is complete is only reported again."""
     run = RunFolder.open(path)
+    again = how_to_resume(path, run.grid.command)
+    if again.startswith(_DEPLOYED):
+        raise UserError(f"'{path}' is trained by a fleet's devices: go on with '{again}'")
     try:
         flat = json.loads((path / _GRID_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -84,6 +89,14 @@ def carry_on(path: Path, workers: int | None, *, as_json: bool) -> None:
     grid = GridConfig.resolve(flat, {} if workers is None else {"compare.workers": workers})
     check(grid)
     execute(grid, run, as_json=as_json)
+
+
+def how_to_resume(path: Path, command: str) -> str:
+    """Return the command line that goes on with the run in `path`, which `command` began."""
+    if command.startswith(_DEPLOYED):
+        # The runs of a fleet lie in its own folder.
+        return f"{_DEPLOYED} {shlex.quote(str(path.parent.parent))} --resume {path.name}"
+    return f"fedkn resume {shlex.quote(str(path))}"
 
 
 def repeat_command() -> str:

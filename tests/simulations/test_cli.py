@@ -158,6 +158,17 @@ def test_compare_report_and_resume_from_end_to_end(capfd: pytest.CaptureFixture[
     assert Path(summary["report"]).is_file()
 
 
+def test_a_fleets_run_is_resumed_by_its_fleet(capfd: pytest.CaptureFixture[str]) -> None:
+    assert fedkn("run", *TINY, "--name", "one") == 0
+    record = Path("runs/one/experiment.json")
+    began = json.loads(record.read_text()) | {"command": "fedkn deploy run my-fleet --name one"}
+    record.write_text(json.dumps(began))
+    before = written()
+    assert fedkn("resume", "runs/one") != 0
+    assert "fedkn deploy run . --resume one" in capfd.readouterr().err
+    assert written() == before
+
+
 def test_run_prints_every_round_and_repeats_to_the_bit(capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--normalizer", "none", "--batch-size", "4", "--learning-rate", "0.05", *TINY]
     hashes: list[Any] = []
