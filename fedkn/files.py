@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["write_atomically"]
@@ -24,7 +25,8 @@ def write_atomically(path: Path, content: bytes, *, mode: int | None = None) -> 
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:

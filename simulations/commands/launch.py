@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from fedkn.errors import UserError
+from fedkn.errors import FedknError, UserError
 from simulations.environment import describe_environment
 from simulations.grid import GridConfig, partitions, seeds
 from simulations.preflight import check
@@ -66,6 +66,12 @@ def execute(grid: GridConfig, run: RunFolder, *, as_json: bool, each_round: bool
     except KeyboardInterrupt:
         _say(console, f"stopped; what was done is kept. Go on with: fedkn resume {_quoted(run)}")
         raise typer.Exit(130) from None
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise FedknError(
+            f"{error.strerror or error}{where}. What was done is kept: mend that, and go on with: "
+            f"fedkn resume {_quoted(run)}"
+        ) from error
     _conclude(run, totals, as_json=as_json)
     if totals.failed:
         _say(

@@ -30,19 +30,31 @@ def report(
     """
     from rich.console import Console
 
+    from fedkn.errors import UserError
     from simulations.flower_runs import open_run
     from simulations.report import build_report, summary_dict, summary_table
 
     runs = [open_run(folder) for folder in folders]
-    written = [build_report(run) for run in runs]
+    written: list[Path | None] = []
+    problem = None
+    for run in runs:
+        try:
+            written.append(build_report(run))
+        except UserError as error:
+            # The numbers can be shown all the same.
+            written.append(None)
+            problem = problem or error
     if as_json:
         summaries = [
-            {"run": str(run.path), "report": str(path), **summary_dict(run)}
+            {"run": str(run.path), "report": path and str(path), **summary_dict(run)}
             for run, path in zip(runs, written, strict=True)
         ]
         sys.stdout.write(json.dumps({"runs": summaries}) + "\n")
-        return
-    console = Console()
-    for run, path in zip(runs, written, strict=True):
-        console.print(summary_table(run))
-        console.print(f"Report:  {path}", highlight=False, soft_wrap=True)
+    else:
+        console = Console()
+        for run, path in zip(runs, written, strict=True):
+            console.print(summary_table(run))
+            if path:
+                console.print(f"Report:  {path}", highlight=False, soft_wrap=True)
+    if problem:
+        raise problem

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import fedkn
+from fedkn.errors import UserError
 from fedkn.files import write_atomically
 from simulations.report import figures, formats
 from simulations.report.losses import DIVIDED, losses
@@ -57,7 +58,10 @@ def build_report(runs: RunFolder | Sequence[RunFolder], to: Path | None = None) 
     elif to is None:
         to = runs[0].path.parent / f"report-{'-'.join(run.path.name for run in runs)}.html"
     page = _environment().get_template("report.html.jinja").render(_context(summaries))
-    write_atomically(to, page.encode())
+    try:
+        write_atomically(to, page.encode())
+    except OSError as error:
+        raise UserError(f"cannot write the report '{to}': {error.strerror}") from None
     return to
 
 

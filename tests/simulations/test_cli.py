@@ -169,6 +169,38 @@ def test_a_fleets_run_is_resumed_by_its_fleet(capfd: pytest.CaptureFixture[str])
     assert written() == before
 
 
+def test_a_report_that_cannot_be_written_is_shown_all_the_same(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fedkn("run", *TINY, "--name", "one") == 0
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("simulations.report.page.write_atomically", full)
+    capfd.readouterr()
+    assert fedkn("report", "runs/one") != 0
+    shown = capfd.readouterr()
+    assert "kernel" in shown.out
+    assert "cannot write the report 'runs/one/report.html': No space left" in shown.err
+    assert fedkn("report", "runs/one", "--json") != 0
+    (summary,) = json.loads(capfd.readouterr().out)["runs"]
+    assert summary["report"] is None
+
+
+def test_a_full_disk_says_how_to_go_on(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "runs/one/metrics.jsonl")
+
+    monkeypatch.setattr("simulations.commands.launch.run_grid", full)
+    assert fedkn("run", *TINY, "--name", "one") != 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "No space left on device (runs/one/metrics.jsonl)" in said
+    assert "fedkn resume runs/one" in said
+
+
 def test_run_prints_every_round_and_repeats_to_the_bit(capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--normalizer", "none", "--batch-size", "4", "--learning-rate", "0.05", *TINY]
     hashes: list[Any] = []
