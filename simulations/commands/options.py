@@ -143,12 +143,22 @@ Debug = Annotated[
 def given(settings: list[str] | None, **flags: Any) -> dict[str, Any]:
     """Return the dotted keys that were given: `flags` that are not None, then ``--set`` ones.
 
-    In a keyword ``__`` stands for the dot. Raises UserError for a setting without ``=``.
+    In a keyword ``__`` stands for the dot. Raises UserError for a setting without ``=``, and for
+    what every run sets itself.
     """
     keys = {key.replace("__", "."): value for key, value in flags.items() if value is not None}
     for setting in settings or ():
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: write KEY=VALUE, as in --set train.momentum=0.9")
+        if instead := _SET_BY_RUNS.get(key.strip()):
+            raise UserError(f"--set {setting}: a run sets {key.strip()} itself ({instead})")
         keys[key.strip()] = value.strip()
     return keys
+
+
+_SET_BY_RUNS = {
+    "checkpoint.folder": "the run folder: --out",
+    "checkpoint.cell": "from its settings",
+    "evaluation.split": "rates are chosen on validation images, results are on test images",
+}

@@ -63,7 +63,7 @@ def run(
       fedkn run mine.toml --learning-rate 0.1 --set strategy.name=fedadam
     """
     from simulations.commands import launch
-    from simulations.grid import GridConfig
+    from simulations.grid import GridConfig, groups
 
     table = read_toml(file) if file else {}
     if "compare" in table:
@@ -90,5 +90,10 @@ def run(
         compare__batch_sizes=grid.train.batch_size,
         compare__learning_rates=grid.train.learning_rate,
     )
+    if len(groups(grid)) != 1 or any(text.startswith("compare.") for text in settings or ()):
+        raise UserError(
+            "fedkn run runs one experiment, with one normalizer on one partition and one seed: "
+            "use fedkn compare for several"
+        )
     grid, folder = launch.created(grid, "run", out)
     launch.execute(grid, folder, as_json=as_json, each_round=True)

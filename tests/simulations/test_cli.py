@@ -188,6 +188,24 @@ def test_a_report_that_cannot_be_written_is_shown_all_the_same(
     assert summary["report"] is None
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--normalizer", "kernel,batch"), "use fedkn compare"),
+        (("--partition", "iid,dirichlet:alpha=1"), "use fedkn compare"),
+        (("--set", "compare.seeds=3"), "use fedkn compare"),
+        (("--set", "checkpoint.folder=x"), "--out"),
+        (("--set", "evaluation.split=validation"), "results are on test images"),
+    ],
+)
+def test_run_ignores_nothing_that_it_was_told(
+    arguments: tuple[str, ...], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fedkn("run", *TINY, *arguments) != 0
+    assert said in " ".join(capfd.readouterr().err.split())
+    assert not written()
+
+
 def test_a_full_disk_says_how_to_go_on(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
