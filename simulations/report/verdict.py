@@ -233,7 +233,7 @@ def _outcome(alike: Sequence[Contest], everywhere: bool, rest: str) -> str:
     if not first.tested:
         return (
             f"{winner} has the highest accuracy ({mean}) {where}, but with fewer than "
-            f"{FEWEST_SEEDS} common seeds no difference can be shown"
+            f"{FEWEST_SEEDS} common seeds no difference from it can be shown{_while(alike)}"
         )
     if len(level) > 1 and not behind and not first.apart():
         highest = [f"{c.winner} with {_percent([c.means[c.winner]])}" for c in alike]
@@ -243,11 +243,7 @@ def _outcome(alike: Sequence[Contest], everywhere: bool, rest: str) -> str:
     others = f"every other normalizer {rest}".rstrip()
     rivals = next(iter(behind)) if len(behind) == 1 else others
     if level:
-        rest = f", and is ahead of {rivals}" if behind else ""
-        if not behind:
-            # Told apart are others than the winner: the highest mean may be the least certain.
-            pairs = [_ahead(c) for contest in alike for c in contest.apart()]
-            rest = f", while {enumerated(list(dict.fromkeys(pairs)))}" if pairs else ""
+        rest = f", and is ahead of {rivals}" if behind else _while(alike)
         return (
             f"{winner} has the highest mean ({mean}) {where} but cannot be told apart from "
             f"{enumerated(level)}{rest}"
@@ -294,6 +290,12 @@ def _where(batch_sizes: Sequence[int], everywhere: bool) -> str:
 def _percent(values: Sequence[float]) -> str:
     low, high = f"{100 * min(values):.1f}", f"{100 * max(values):.1f}"
     return f"{low}%" if low == high else f"{low}–{high}%"
+
+
+def _while(alike: Sequence[Contest]) -> str:
+    """The end of a clause: who else is told apart. The highest mean may be the least certain."""
+    pairs = [_ahead(c) for contest in alike for c in contest.apart()]
+    return f", while {enumerated(list(dict.fromkeys(pairs)))}" if pairs else ""
 
 
 def _ahead(comparison: Comparison) -> str:

@@ -248,7 +248,7 @@ def test_one_seed_claims_no_difference(tmp_path: Path) -> None:
     run = Synthetic(tmp_path / "r", normalizers=("kernel", "none"), batch_sizes=(2,), seeds=1)
     run.write_cells()
     page = read(build_report(run.folder))
-    assert "no difference can be shown" in page.text
+    assert "no difference from it can be shown" in page.text
     assert "No test was possible" in page.text
     assert "±" not in printed(run.folder).split("\n", 1)[1]
 

@@ -62,6 +62,9 @@ def test_a_difference_between_others_than_the_winner_is_not_denied() -> None:
     level = verdict([Contest(2, means, shown), Contest(4, means, pairs)])
     assert "kernel is ahead of group; no difference" in level
     assert "is shown at batch size 4" in level
+    alone = [against("batch", "kernel", math.nan), against("kernel", "group", 1e-5)]
+    text = verdict([Contest(2, means, alone)])
+    assert text.endswith("no difference from it can be shown, while kernel is ahead of group.")
 
 
 def test_batch_sizes_that_came_out_alike_share_a_clause() -> None:
@@ -81,7 +84,7 @@ def test_every_batch_size_is_not_claimed_where_one_has_no_result() -> None:
 
 def test_untested_and_lonely_results_claim_nothing() -> None:
     untested = Contest(2, {"kernel": 0.9, "group": 0.8}, [against("kernel", "group", math.nan)])
-    assert "no difference can be shown" in verdict([untested])
+    assert "no difference from it can be shown" in verdict([untested])
     assert (
         verdict([Contest(2, {"kernel": 0.9})])
         == "kernel (90.0%) alone has results at batch size 2."
