@@ -99,14 +99,7 @@ def load() -> bool:
             if wish == "1":
                 raise UserError(f"FEDKN_NATIVE=1, but {reason}")
             return False
-        try:
-            _bring_in(library)
-        except OSError:
-            if compiler() is None:
-                raise
-            # What is there is no library, as after a full disk: build it once more.
-            library.unlink()
-            _bring_in(_library() or library)
+        _bring_in_or_mend(library)
     except (OSError, subprocess.CalledProcessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         message = f"the fused CPU kernels cannot be used: {str(detail).strip()[-2000:]}"
@@ -179,6 +172,18 @@ def _fits(tensor: Tensor) -> bool:
 def _bring_in(library: Path) -> None:
     torch.ops.load_library(library)  # type: ignore[no-untyped-call] # torch's
     torch.library.impl("fedkn_native::gradients", "CompositeImplicitAutograd")(_gradients)
+
+
+def _bring_in_or_mend(library: Path) -> None:
+    try:
+        _bring_in(library)
+    except OSError:
+        if compiler() is None:
+            raise
+        # What is there is no library, as after a full disk: build it once more, in its place.
+        library.unlink()
+        _library()
+        _bring_in(library)
 
 
 def _gradients(  # noqa: PLR0917 - the operator's order

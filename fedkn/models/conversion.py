@@ -12,7 +12,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkn.errors import UserError
 from fedkn.layers import KernelNorm2d, KNConv2d, WSConv2d
 from fedkn.layers.padding import PADDING_MODES
-from fedkn.models.wiring import Conv, NormSite, Wiring, norm_channels, read_wiring
+from fedkn.models.wiring import (
+    COMPUTED_WEIGHT,
+    UNUSABLE,
+    Conv,
+    NormSite,
+    Wiring,
+    computes_its_weight,
+    norm_channels,
+    read_wiring,
+)
 from fedkn.normalizers import Normalizer
 
 __all__ = ["Change", "Conversion", "Kept", "convert", "copied", "swap"]
@@ -129,7 +138,7 @@ class _Converter:
         self.kept: list[Kept] = []
 
     def run(self, wiring: Wiring) -> tuple[nn.Module, Conversion]:
-        usable = [site for site in wiring.sites if site.layout not in _UNUSABLE]
+        usable = [site for site in wiring.sites if site.layout not in UNUSABLE]
         beside = {conv for site in usable for conv in (site.before, *site.after) if conv}
         for name in wiring.convolutions:
             self._convolution(name, name in beside)
@@ -189,8 +198,8 @@ class _Converter:
 
     def _norm(self, site: NormSite) -> None:
         norm = self.modules[site.name]
-        if site.layout in _UNUSABLE:
-            self._keep(site.name, _UNUSABLE[site.layout])
+        if site.layout in UNUSABLE:
+            self._keep(site.name, UNUSABLE[site.layout])
             return
         new = self.normalizer.norm(norm_channels(norm))
         if self._absorbed(site) or isinstance(new, nn.Identity):
@@ -236,12 +245,6 @@ class _Converter:
         self.kept.append(Kept(name, type(self.modules[name]).__name__, reason))
 
 
-_UNUSABLE = {
-    "other": "it does not normalize image maps",
-    "own": "its class has a forward of its own, which does more than normalize",
-}
-
-
 def _problem(conv: nn.Conv2d, core: Conv, beside_norm: bool) -> str | None:
     if not beside_norm:
         return "no norm stands beside it"
@@ -249,8 +252,8 @@ def _problem(conv: nn.Conv2d, core: Conv, beside_norm: bool) -> str | None:
         return f"padding_mode='{conv.padding_mode}'"
     if type(conv) not in (nn.Conv2d, WSConv2d):
         return "its class has a forward of its own"
-    if "weight" not in conv._parameters:
-        return "its weight is computed, as by torch.nn.utils.spectral_norm: take that away first"
+    if computes_its_weight(conv):
+        return f"its {COMPUTED_WEIGHT}"
     return None
 
 

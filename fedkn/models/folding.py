@@ -8,7 +8,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkn.errors import UserError
 from fedkn.models.conversion import Change, Conversion, Kept, copied, swap
-from fedkn.models.wiring import NormSite, read_wiring
+from fedkn.models.wiring import (
+    COMPUTED_WEIGHT,
+    UNUSABLE,
+    NormSite,
+    computes_its_weight,
+    read_wiring,
+)
 
 __all__ = ["fold_batch_norm"]
 
@@ -54,13 +60,13 @@ def fold_batch_norm(module: nn.Module) -> tuple[nn.Module, Conversion]:
 
 def _problem(site: NormSite, norm: _BatchNorm, conv: nn.Module | None) -> str | None:
     if site.layout == "own":
-        return "its class has a forward of its own, which does more than normalize"
+        return UNUSABLE[site.layout]
     if site.before is None:
         return "no convolution stands right before it"
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} cannot take it over"
-    if "weight" not in conv._parameters:
-        return "the convolution's weight is computed, as by torch.nn.utils.spectral_norm"
+    if computes_its_weight(conv):
+        return f"the convolution's {COMPUTED_WEIGHT}"
     if norm.running_mean is None:
         return "it has no running statistics"
     return None

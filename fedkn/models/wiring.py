@@ -23,10 +23,28 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fedkn.layers import KernelNorm2d, KNConv2d
 from fedkn.models.blocks import Halve
 
-__all__ = ["Conv", "NormSite", "Wiring", "norm_channels", "read_wiring"]
+__all__ = [
+    "COMPUTED_WEIGHT",
+    "UNUSABLE",
+    "Conv",
+    "NormSite",
+    "Wiring",
+    "computes_its_weight",
+    "norm_channels",
+    "read_wiring",
+]
 
 Conv = nn.Conv2d | KNConv2d
 Layout = Literal["maps", "channels_last", "other", "own"]
+
+UNUSABLE = {
+    "other": "it does not normalize image maps",
+    "own": "its class has a forward of its own, which does more than normalize",
+}
+"""Why a norm of such a layout is left as it is."""
+
+COMPUTED_WEIGHT = "weight is computed, as by torch.nn.utils.spectral_norm: take that away first"
+"""Why a convolution is, whose weight `computes_its_weight` says to be no parameter."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,11 @@ def norm_channels(norm: nn.Module) -> int:
     if isinstance(norm, nn.LayerNorm):
         return norm.normalized_shape[-1]
     raise TypeError(f"{type(norm).__name__} is not a norm with a number of channels")
+
+
+def computes_its_weight(conv: nn.Module) -> bool:
+    """Return whether the weight of a convolution is no parameter of its own."""
+    return "weight" not in conv._parameters
 
 
 _Norm = _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.LayerNorm
@@ -254,17 +277,7 @@ def _only_normalizes(norm: nn.Module) -> bool:
     base: Any = next(kind for kind in type(norm).__mro__ if kind.__module__.startswith("torch."))
     if type(norm).forward is base.forward:
         return True
-    like = next(norm.parameters(), torch.empty(0))
-    shape = (2, norm_channels(norm), 2, 3)
-    x = torch.arange(torch.Size(shape).numel(), dtype=like.dtype, device=like.device).sin()
-    twin = copy.deepcopy(norm).eval()  # a forward may leave marks
-    try:
-        with torch.no_grad():
-            out = twin(x.view(shape))
-            by_hand = base.forward(twin, x.view(shape))
-    except Exception:  # the model's own code, which may raise anything
-        return False
-    return isinstance(out, Tensor) and out.shape == shape and torch.allclose(out, by_hand)
+    return _computes(norm, norm_channels(norm), base.forward)
 
 
 def _moves_channels_last(node: fx.Node | None) -> bool:
@@ -279,13 +292,22 @@ def _moves_channels_last(node: fx.Node | None) -> bool:
 
 def _normalizes_maps(norm: nn.LayerNorm) -> bool:
     """Whether a LayerNorm with a forward of its own normalizes (N, C, H, W) over C: try it."""
+
+    def by_hand(twin: nn.LayerNorm, maps: Tensor) -> Tensor:
+        return nn.LayerNorm.forward(twin, maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    return _computes(norm, norm.normalized_shape[0], by_hand)
+
+
+def _computes(norm: nn.Module, channels: int, by_hand: Callable[[Any, Tensor], Tensor]) -> bool:
+    """Whether `norm` gives for maps what `by_hand` gives with its tensors, in evaluation."""
     like = next(norm.parameters(), torch.empty(0))
-    x = torch.linspace(-1, 1, 6 * norm.normalized_shape[0], dtype=like.dtype, device=like.device)
-    maps = x.sin().view(1, norm.normalized_shape[0], 2, 3)
+    x = torch.arange(12 * channels, dtype=like.dtype, device=like.device).sin()
+    maps = x.view(2, channels, 2, 3)
+    twin = copy.deepcopy(norm).eval()  # a forward may leave marks
     try:
         with torch.no_grad():
-            out = norm(maps)
-            by_hand = nn.LayerNorm.forward(norm, maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    except Exception:  # a forward written for another layout may raise anything
+            out, expected = twin(maps), by_hand(twin, maps)
+    except Exception:  # the model's own code, or a forward for another layout, may raise anything
         return False
-    return isinstance(out, Tensor) and out.shape == maps.shape and torch.allclose(out, by_hand)
+    return isinstance(out, Tensor) and out.shape == maps.shape and torch.allclose(out, expected)

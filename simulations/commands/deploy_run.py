@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -59,6 +58,7 @@ def run(
     from server.deployment.control import Control
     from server.deployment.fleet import Fleet
     from server.deployment.startup import wait_for_devices
+    from simulations.commands import launch
     from simulations.deployed_run import run_deployed
     from simulations.report import build_report
 
@@ -72,7 +72,7 @@ def run(
     if resume:
         if config or settings or name:
             raise UserError("--resume takes the run as it was begun: leave the other options out")
-        grid, folder = _begun(opened, resume)
+        grid, folder = launch.begun(opened.runs / resume)
     else:
         grid = _grid(opened, read_toml(config) if config else {}, given(settings))
         folder = None
@@ -82,7 +82,7 @@ def run(
             grid, folder = _created(opened, grid, name)
         cell = _cell(grid, folder)
         say(f"run folder: {folder.path}")
-        again = f"fedkn deploy run {fleet} --resume {folder.path.name}"
+        again = launch.how_to_resume_deployed(folder.path, fleet)
         try:
             progress = run_deployed(opened, cell, control, say)
         except KeyboardInterrupt:
@@ -140,18 +140,6 @@ def _created(fleet: Fleet, grid: GridConfig, name: str | None) -> tuple[GridConf
     chosen = name or f"run-{datetime.now():%Y%m%d-%H%M%S}"
     grid = grid.overlay(compare__name=chosen)
     return launch.created(grid, "run", fleet.runs / chosen)
-
-
-def _begun(fleet: Fleet, name: str) -> tuple[GridConfig, RunFolder]:
-    from simulations.grid import GridConfig
-    from simulations.run_folder import RunFolder
-
-    folder = RunFolder.open(fleet.runs / name)
-    try:
-        flat = json.loads((folder.path / "grid.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot resume '{folder.path}': grid.json: {error}") from None
-    return GridConfig.resolve(flat), folder
 
 
 def _cell(grid: GridConfig, folder: RunFolder) -> ExperimentConfig:

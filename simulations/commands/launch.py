@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +24,14 @@ from simulations.report import build_report, summary_dict, summary_table
 from simulations.run_folder import GridRecord, RunFolder, partition_label, write_json
 from simulations.scheduler import Totals, run_grid
 
-__all__ = ["carry_on", "created", "execute", "repeat_command"]
+__all__ = [
+    "begun",
+    "carry_on",
+    "created",
+    "execute",
+    "how_to_resume_deployed",
+    "repeat_command",
+]
 
 _GRID_FILE = "grid.json"
 _RUNS = Path("runs")
@@ -41,7 +49,8 @@ def created(grid: GridConfig, command: str, out: Path | None) -> tuple[GridConfi
     name = grid.compare.name or f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
     path = out or _RUNS / name
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        again = how_to_resume(path, repeat_command())
+        deployed = repeat_command().startswith(_DEPLOYED)
+        again = how_to_resume_deployed(path) if deployed else how_to_resume(path)
         raise UserError(f"'{path}' exists already: choose another --name, or '{again}'")
     tables = check(grid)
     run = RunFolder.create(path, _record(grid, path.name))
@@ -56,7 +65,7 @@ def execute(grid: GridConfig, run: RunFolder, *, as_json: bool, each_round: bool
 
     Raises typer.Exit with 1 if a result cell failed, 130 if the run was stopped.
     """
-    console = Console(stderr=True)
+    console, again = Console(stderr=True), how_to_resume(run.path)
     try:
         if each_round and not as_json:
             totals = run_grid(grid, run, RoundLines(console))
@@ -64,45 +73,58 @@ def execute(grid: GridConfig, run: RunFolder, *, as_json: bool, each_round: bool
             with shown_progress(console, quiet=as_json) as watcher:
                 totals = run_grid(grid, run, watcher)
     except KeyboardInterrupt:
-        _say(console, f"stopped; what was done is kept. Go on with: fedkn resume {_quoted(run)}")
+        _say(console, f"stopped; what was done is kept. Go on with: {again}")
         raise typer.Exit(130) from None
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise FedknError(
             f"{error.strerror or error}{where}. What was done is kept: mend that, and go on with: "
-            f"fedkn resume {_quoted(run)}"
+            f"{again}"
         ) from error
     _conclude(run, totals, as_json=as_json)
     if totals.failed:
         _say(
             console,
             f"{totals.failed} of {totals.completed + totals.failed} result cells failed "
-            f"(log: {run.path / 'log.txt'}). Try them again with: fedkn resume {_quoted(run)}",
+            f"(log: {run.path / 'log.txt'}). Try them again with: {again}",
         )
         raise typer.Exit(1)
 
 
 def carry_on(path: Path, workers: int | None, *, as_json: bool) -> None:
     """Resume the run in the folder `path`; a run that is complete is only reported again."""
-    run = RunFolder.open(path)
-    again = how_to_resume(path, run.grid.command)
-    if again.startswith(_DEPLOYED):
+    grid, run = begun(path, {} if workers is None else {"compare.workers": workers})
+    if run.grid.command.startswith(_DEPLOYED):
+        again = how_to_resume_deployed(path)
         raise UserError(f"'{path}' is trained by a fleet's devices: go on with '{again}'")
-    try:
-        flat = json.loads((path / _GRID_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot resume '{path}': {_GRID_FILE}: {error}") from None
-    grid = GridConfig.resolve(flat, {} if workers is None else {"compare.workers": workers})
     check(grid)
     execute(grid, run, as_json=as_json)
 
 
-def how_to_resume(path: Path, command: str) -> str:
-    """Return the command line that goes on with the run in `path`, which `command` began."""
-    if command.startswith(_DEPLOYED):
-        # The runs of a fleet lie in its own folder.
-        return f"{_DEPLOYED} {shlex.quote(str(path.parent.parent))} --resume {path.name}"
+def begun(path: Path, changes: Mapping[str, object] | None = None) -> tuple[GridConfig, RunFolder]:
+    """Return the grid, with `changes`, and the folder of the run that was begun in `path`.
+
+    Raises UserError where there is none, or its grid cannot be read.
+    """
+    run = RunFolder.open(path)
+    try:
+        flat = json.loads((path / _GRID_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot resume '{path}': {_GRID_FILE}: {error}") from None
+    return GridConfig.resolve(flat, changes or {}), run
+
+
+def how_to_resume(path: Path) -> str:
+    """Return the command line that goes on with the run in `path`."""
     return f"fedkn resume {shlex.quote(str(path))}"
+
+
+def how_to_resume_deployed(path: Path, fleet: Path | None = None) -> str:
+    """Return the command line that goes on with the run in `path` on its fleet's devices.
+
+    `fleet` is the fleet's folder as the user gave it: a run lies in its runs/.
+    """
+    return f"{_DEPLOYED} {shlex.quote(str(fleet or path.parent.parent))} --resume {path.name}"
 
 
 def repeat_command() -> str:

@@ -71,6 +71,11 @@ class Contest:
         return [c for c in self.comparisons if c.significant and winner not in (c.first, c.second)]
 
     @property
+    def undecided(self) -> bool:
+        """Whether the tests tell no two of three or more normalizers apart."""
+        return self.tested and len(self.means) > 2 and not self.behind() and not self.apart()
+
+    @property
     def tested(self) -> bool:
         """Whether any comparison with the winner had enough seeds for a test."""
         return any(not math.isnan(c.p) for c in self.against_winner())
@@ -210,9 +215,9 @@ def _sentence(contests: Sequence[Contest], rest: str) -> str:
     key: tuple[object, ...]
     for contest in decided:
         level, behind = frozenset(contest.level()), bool(contest.behind())
-        all_level = contest.tested and len(level) > 1 and not behind and not contest.apart()
-        apart = frozenset(map(_ahead, contest.apart())) if not behind else frozenset()
-        key = ("level",) if all_level else (contest.winner, contest.tested, level, behind, apart)
+        key = (contest.winner, contest.tested, level, behind, "" if behind else _while(contest))
+        if contest.undecided:
+            key = ("level",)
         outcomes.setdefault(key, []).append(contest)
     everywhere = len(outcomes) == 1 and len(decided) == len(contests) > 1
     clauses = [_outcome(alike, everywhere, rest) for alike in outcomes.values()]
@@ -233,9 +238,9 @@ def _outcome(alike: Sequence[Contest], everywhere: bool, rest: str) -> str:
     if not first.tested:
         return (
             f"{winner} has the highest accuracy ({mean}) {where}, but with fewer than "
-            f"{FEWEST_SEEDS} common seeds no difference from it can be shown{_while(alike)}"
+            f"{FEWEST_SEEDS} common seeds no difference from it can be shown{_while(first)}"
         )
-    if len(level) > 1 and not behind and not first.apart():
+    if first.undecided:
         highest = [f"{c.winner} with {_percent([c.means[c.winner]])}" for c in alike]
         means = f"highest mean{'s' if len(alike) > 1 else ''}: {', '.join(highest)}"
         who = "normalizers that share all their tensors" if rest else "normalizers"
@@ -243,7 +248,7 @@ def _outcome(alike: Sequence[Contest], everywhere: bool, rest: str) -> str:
     others = f"every other normalizer {rest}".rstrip()
     rivals = next(iter(behind)) if len(behind) == 1 else others
     if level:
-        rest = f", and is ahead of {rivals}" if behind else _while(alike)
+        rest = f", and is ahead of {rivals}" if behind else _while(first)
         return (
             f"{winner} has the highest mean ({mean}) {where} but cannot be told apart from "
             f"{enumerated(level)}{rest}"
@@ -292,14 +297,10 @@ def _percent(values: Sequence[float]) -> str:
     return f"{low}%" if low == high else f"{low}–{high}%"
 
 
-def _while(alike: Sequence[Contest]) -> str:
+def _while(contest: Contest) -> str:
     """The end of a clause: who else is told apart. The highest mean may be the least certain."""
-    pairs = [_ahead(c) for contest in alike for c in contest.apart()]
-    return f", while {enumerated(list(dict.fromkeys(pairs)))}" if pairs else ""
-
-
-def _ahead(comparison: Comparison) -> str:
-    return f"{comparison.first} is ahead of {comparison.second}"
+    pairs = [f"{c.first} is ahead of {c.second}" for c in contest.apart()]
+    return f", while {enumerated(pairs)}" if pairs else ""
 
 
 def _other(comparison: Comparison, name: str) -> str:

@@ -132,6 +132,19 @@ KERNEL void gradient(const Shape& s, const float* x, const float* g, float* dw) 
 // (O, C, 3, 3) as (3, 3, C, O), which is (9 * C, O).
 Tensor by_tap(const Tensor& weight) { return weight.permute({2, 3, 1, 0}).contiguous(); }
 
+// Calls f(n, the sample n in its frame) for all samples.
+template <class F>
+void each_padded(const Shape& s, const Tensor& x, F f) {
+  const float* xs = x.const_data_ptr<float>();
+  at::parallel_for(0, s.samples, 1, [&](int64_t from, int64_t until) {
+    const Buffer<float> padded(s.padded());
+    for (int64_t n = from; n < until; ++n) {
+      pad(s, xs + n * s.size(), padded.get());
+      f(n, padded.get());
+    }
+  });
+}
+
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -139,14 +152,10 @@ struct Function : torch::autograd::Function<Function> {
     Tensor y = at::empty({s.samples, s.filters, s.height, s.width}, x.options(),
                          at::MemoryFormat::ChannelsLast);
     const Tensor taps = by_tap(weight);
-    const float *xs = x.const_data_ptr<float>(), *w = taps.const_data_ptr<float>();
+    const float* w = taps.const_data_ptr<float>();
     float* ys = y.data_ptr<float>();
-    at::parallel_for(0, s.samples, 1, [&](int64_t from, int64_t until) {
-      const Buffer<float> padded(s.padded());
-      for (int64_t n = from; n < until; ++n) {
-        pad(s, xs + n * s.size(), padded.get());
-        convolve(s, padded.get(), w, ys + n * s.height * s.width * s.filters);
-      }
+    each_padded(s, x, [&](int64_t n, const float* padded) {
+      convolve(s, padded, w, ys + n * s.height * s.width * s.filters);
     });
     context->save_for_backward({x, weight});
     return y;
@@ -167,15 +176,11 @@ struct Function : torch::autograd::Function<Function> {
     const Tensor g = gradients[0].contiguous(at::MemoryFormat::ChannelsLast);
     // A sum for each sample, added up in their order: the same bits on any number of threads.
     Tensor parts = at::zeros({s.samples, 3, 3, s.channels, s.filters}, x.options());
-    const float *xs = x.const_data_ptr<float>(), *gs = g.const_data_ptr<float>();
+    const float* gs = g.const_data_ptr<float>();
     float* dws = parts.data_ptr<float>();
-    at::parallel_for(0, s.samples, 1, [&](int64_t from, int64_t until) {
-      const Buffer<float> padded(s.padded());
-      for (int64_t n = from; n < until; ++n) {
-        pad(s, xs + n * s.size(), padded.get());
-        gradient(s, padded.get(), gs + n * s.height * s.width * s.filters,
-                 dws + n * 9 * s.channels * s.filters);
-      }
+    each_padded(s, x, [&](int64_t n, const float* padded) {
+      gradient(s, padded, gs + n * s.height * s.width * s.filters,
+               dws + n * 9 * s.channels * s.filters);
     });
     return {Tensor(), parts.sum(0).permute({3, 2, 0, 1})};
   }

@@ -4,7 +4,7 @@ from torch import nn
 
 from fedkn import models, normalizers
 from fedkn.errors import UserError
-from tests.fedkn.models.test_conversion import PreActivation, Untraceable
+from tests.fedkn.models.test_conversion import NormAndActivation, PreActivation, Untraceable
 
 
 def unsettled(model, seed=0):
@@ -59,11 +59,6 @@ def test_only_a_norm_right_after_its_convolution_is_folded():
     assert "no convolution" in report.kept[0].reason
     bare = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, track_running_stats=False))
     assert "no running statistics" in models.fold_batch_norm(bare)[1].kept[0].reason
-
-
-class NormAndActivation(nn.BatchNorm2d):
-    def forward(self, x):
-        return super().forward(x).relu()
 
 
 def test_a_norm_that_does_more_than_normalize_is_not_folded():
