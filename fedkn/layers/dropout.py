@@ -23,10 +23,13 @@ from fedkn.layers.host_masks import LEVELS
 
 __all__ = [
     "LEVELS",
+    "Stream",
     "drop_level",
+    "dropout_keys",
     "dropout_stream",
     "keep_mask",
     "keep_mask_and_bits",
+    "keys_of",
     "mask_of_bits",
     "next_key",
     "next_number",
@@ -34,8 +37,43 @@ __all__ = [
 ]
 
 
+class Stream:
+    """Where the dropout calls of a block take their keys from.
+
+    Attributes:
+        calls: how many keys have been taken.
+    """
+
+    def __init__(self, seed: Tensor, keys: Tensor | None = None) -> None:
+        self.seed = seed
+        self.keys = keys
+        self.calls = 0
+        self._number: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the keys come from."""
+        return self.seed.device
+
+    def key(self, device: torch.device) -> Tensor:
+        """Take the next key, an int64 tensor without dimensions on `device`."""
+        self.calls += 1
+        if self.keys is not None:
+            return self.keys[self.calls - 1].to(device)
+        return _key(self.seed.to(device), self.calls)
+
+    def number(self) -> int:
+        """Take the next key as a Python int."""
+        self.calls += 1
+        if self.keys is not None:
+            return int(self.keys[self.calls - 1])
+        if self._number is None:
+            self._number = int(self.seed)
+        return _number(self._number, self.calls)
+
+
 @contextmanager
-def dropout_stream(seed: int | Tensor) -> Iterator[None]:
+def dropout_stream(seed: int | Tensor) -> Iterator[Stream]:
     """Seed every dropout inside the block: the i-th call draws the mask of (seed, i).
 
     `seed` is an int (see `fedkn.seeds.derive`) or an integer tensor without dimensions: a tensor
@@ -45,13 +83,36 @@ def dropout_stream(seed: int | Tensor) -> Iterator[None]:
 
     Raises UserError if the seed is not an integer.
     """
-    stream = _Stream(seed)
-    outer = _active.stream
-    _active.stream = stream
-    try:
-        yield
-    finally:
-        _active.stream = outer
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise UserError(f"a dropout seed must be int64, not {seed.dtype}")
+        stream = Stream(seed)
+    elif isinstance(seed, int):
+        stream = Stream(torch.tensor(_signed(seed)))
+    else:
+        raise UserError(f"a dropout seed must be an int or an int64 tensor, not {seed!r}")
+    with _active_stream(stream):
+        yield stream
+
+
+@contextmanager
+def dropout_keys(keys: Tensor) -> Iterator[Stream]:
+    """Give the i-th dropout call inside the block ``keys[i - 1]``, which `keys_of` has drawn.
+
+    Where keys are drawn beforehand for many blocks, nothing is computed for them within one.
+    `keys` is (calls,), int64.
+    """
+    with _active_stream(Stream(keys, keys)) as stream:
+        yield stream
+
+
+def keys_of(seeds: Tensor, calls: int) -> Tensor:
+    """Return the keys of the first `calls` calls of the streams of `seeds`.
+
+    `seeds` (...), int64; the result is (..., calls), int64.
+    """
+    numbers = torch.arange(1, calls + 1, dtype=torch.int64, device=seeds.device)
+    return _mixed(seeds.unsqueeze(-1) + numbers.mul_(_GAMMA))
 
 
 def drop_level(p: float) -> int:
@@ -70,8 +131,7 @@ def next_key(device: torch.device) -> Tensor:
     stream = _active.stream
     if stream is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-    stream.calls += 1
-    return _key(stream.seed.to(device), stream.calls)
+    return stream.key(device)
 
 
 def next_number() -> int:
@@ -79,14 +139,13 @@ def next_number() -> int:
     stream = _active.stream
     if stream is None:
         return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
-    stream.calls += 1
-    return _number(stream.number(), stream.calls)
+    return stream.number()
 
 
 def seeded_on_host() -> bool:
     """Whether a stream is active whose seed can be read without waiting for a device."""
     stream = _active.stream
-    return stream is not None and stream.seed.device.type == "cpu"
+    return stream is not None and stream.device.type == "cpu"
 
 
 def keep_mask(
@@ -106,7 +165,7 @@ def keep_mask(
     else:
         counter = torch.arange(1, words + 1, dtype=torch.int64, device=device)
         # Not in place: under vmap the key has a batch dimension that the counter lacks.
-        lanes = _finalise(counter.mul_(_GAMMA) + key).view(torch.int16)
+        lanes = _lanes(_finalise(counter.mul_(_GAMMA) + key))
         # lane >= threshold, in int16 and converted once: several times faster than through bool.
         threshold = level - LEVELS // 2
         keep = lanes.clamp(threshold - 1, threshold).sub_(threshold - 1).to(dtype)
@@ -149,30 +208,21 @@ _MIX = (_signed(host_masks.MIX[0]), _signed(host_masks.MIX[1]))
 _KEY_MIX = (_signed(0xFF51AFD7ED558CCD), _signed(0xC4CEB9FE1A85EC53))
 
 
-class _Stream:
-    def __init__(self, seed: int | Tensor) -> None:
-        if isinstance(seed, Tensor):
-            if seed.dtype != torch.int64:
-                raise UserError(f"a dropout seed must be int64, not {seed.dtype}")
-            self.seed = seed
-        elif isinstance(seed, int):
-            self.seed = torch.tensor(_signed(seed))
-        else:
-            raise UserError(f"a dropout seed must be an int or an int64 tensor, not {seed!r}")
-        self.calls = 0
-        self._number: int | None = None
-
-    def number(self) -> int:
-        if self._number is None:
-            self._number = int(self.seed)
-        return self._number
-
-
 class _Active(threading.local):
-    stream: _Stream | None = None
+    stream: Stream | None = None
 
 
 _active = _Active()
+
+
+@contextmanager
+def _active_stream(stream: Stream) -> Iterator[Stream]:
+    outer = _active.stream
+    _active.stream = stream
+    try:
+        yield stream
+    finally:
+        _active.stream = outer
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
@@ -186,8 +236,24 @@ def _finalise(z: Tensor) -> Tensor:
     return z.bitwise_xor_(_shifted(z, 31))
 
 
+def _lanes(words: Tensor) -> Tensor:
+    """Return the four lanes of each word, lowest first, as int16: (n,) to (4n,)."""
+    if _VIEWS:
+        return words.view(torch.int16)
+    # A cast wraps, so each lane is its lowest 16 bits.
+    parts = (words, words >> 16, words >> 32, words >> 48)
+    return torch.stack([part.to(torch.int16) for part in parts], -1).flatten(-2)
+
+
+# Before 2.13 torch.func.vmap has no rule for a view of another dtype, several times as fast.
+_VIEWS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
 def _key(seed: Tensor, call: int) -> Tensor:
-    z = seed + _signed(call * _GAMMA)
+    return _mixed(seed + _signed(call * _GAMMA))
+
+
+def _mixed(z: Tensor) -> Tensor:
     z.bitwise_xor_(_shifted(z, 33)).mul_(_KEY_MIX[0])
     z.bitwise_xor_(_shifted(z, 33)).mul_(_KEY_MIX[1])
     return z.bitwise_xor_(_shifted(z, 33))

@@ -6,8 +6,16 @@ import torch
 from scipy import stats
 
 from fedkn.errors import UserError
-from fedkn.layers import KNConv2d, dropout_stream
-from fedkn.layers.dropout import LEVELS, drop_level, keep_mask, next_key, next_number
+from fedkn.layers import KNConv2d, dropout, dropout_stream
+from fedkn.layers.dropout import (
+    LEVELS,
+    drop_level,
+    dropout_keys,
+    keep_mask,
+    keys_of,
+    next_key,
+    next_number,
+)
 
 CPU = torch.device("cpu")
 
@@ -146,3 +154,30 @@ def test_evaluation_is_deterministic_and_expected_variance_is_the_mean_of_the_dr
     )
     error = (draws.mean() - expected) / (draws.std() / len(draws) ** 0.5)
     assert abs(error.item()) < 4
+
+
+def test_lanes_are_the_same_without_a_view(monkeypatch):
+    key = torch.tensor(-(2**62) + 12345)
+    shape = torch.Size((3, 5, 7, 9))
+    drawn = keep_mask(key, shape, 9000, torch.float32, CPU)
+    monkeypatch.setattr(dropout, "_VIEWS", False)
+    again = keep_mask(key, shape, 9000, torch.float32, CPU)
+    assert torch.equal(drawn, again)
+    keys = torch.tensor([1, -5, 2**40])
+    together = torch.func.vmap(lambda key: keep_mask(key, shape, 9000, torch.float32, CPU))(keys)
+    for own, key in zip(together, keys, strict=True):
+        assert torch.equal(own, keep_mask(key, shape, 9000, torch.float32, CPU))
+
+
+def test_keys_drawn_beforehand_are_those_of_the_stream():
+    seeds = torch.tensor([[3, -4], [2**62, 0]])
+    keys = keys_of(seeds, 5)
+    assert keys.shape == (2, 2, 5)
+    for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        with dropout_stream(int(seeds[place])) as stream:
+            taken = [next_number() for _ in range(5)]
+        assert stream.calls == 5
+        assert keys[place].tolist() == taken
+        with dropout_keys(keys[place]):
+            assert [int(next_key(CPU)) for _ in range(2)] == taken[:2]
+            assert next_number() == taken[2]
