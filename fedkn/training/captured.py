@@ -18,7 +18,10 @@ class Captured:
     Args:
         function: must neither synchronise with the host nor branch on values.
         tensors: of the shapes, dtypes and device of every later call.
-        changed: what it writes to; put back after the calls that the capture needs.
+        changed: what it writes to; put back after each of the calls that the capture needs.
+
+    Raises:
+        RuntimeError: the function does what cannot be captured; what it changed is put back.
     """
 
     def __init__(
@@ -26,19 +29,27 @@ class Captured:
     ) -> None:
         self._inputs = [tensor.clone() for tensor in tensors]
         before = [tensor.clone() for tensor in changed]
+
+        def put_back() -> None:
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
+
         # As torch.cuda.graph asks: a few calls on another stream, so that libraries have chosen
         # their kernels and workspaces before anything is recorded.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch annotates it so
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    function(*self._inputs)
+                    put_back()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
                 function(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            function(*self._inputs)
-        for tensor, value in zip(changed, before, strict=True):
-            tensor.copy_(value)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+            put_back()
 
     def replay(self, tensors: Sequence[Tensor]) -> None:
         """Do to `tensors` what the function would."""

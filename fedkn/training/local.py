@@ -17,9 +17,17 @@ from fedkn.training.batches import plan_batches
 from fedkn.training.inputs import Inputs
 from fedkn.training.optimizer import FlatSGD
 from fedkn.training.precision import training_scores
-from fedkn.training.step_batches import step_batches
+from fedkn.training.recorded import PlannedSteps, StepRecorder
+from fedkn.training.step_batches import LocalBatch, step_batches
 
-__all__ = ["LocalTask", "LocalUpdate", "Workspace", "carried_part", "train_locally"]
+__all__ = [
+    "LocalRound",
+    "LocalTask",
+    "LocalUpdate",
+    "Workspace",
+    "carried_part",
+    "train_locally",
+]
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,10 @@ class Workspace:
 
     Whatever `load` is not given goes back to its initial value, so nothing of one client reaches
     the next. The model's parameters become views of one vector (see `FlatSGD`).
+
+    Attributes:
+        recorder: records the model's local steps, which is for CUDA; None where each is computed
+            as it comes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -94,6 +106,7 @@ class Workspace:
         # Buffers outside the state (persistent=False) cannot be loaded, but must not be passed on.
         transient = [b for name, b in model.named_buffers() if name not in self._tensors]
         self._transient = [(buffer, buffer.clone()) for buffer in transient]
+        self.recorder = StepRecorder(self) if self.device.type == "cuda" else None
 
     @property
     def device(self) -> torch.device:
@@ -151,26 +164,102 @@ def train_locally(
     Where the layers treat every example by itself and drop nothing, a step over several batches is
     that over one batch of all their examples.
     """
-    started = time.perf_counter()
-    train, optimizer, model = task.train, workspace.optimizer, workspace.model
-    plan = plan_batches(
-        len(labels),
-        train,
-        normalizer.minimum_batch,
-        seed=task.seed,
-        round_=task.round_,
-        client=task.client,
-        largest_batch=task.largest_batch,
-    )
-    anchor = optimizer.values.clone() if task.proximal_mu else None
-    correction = optimizer.flat(task.correction) if task.correction else None
-    if train.keep_momentum:
-        optimizer.restart(carried_part(task.carried, _MOMENTUM))
-    total = torch.zeros((), dtype=torch.float64, device=workspace.device)
-    model.train()
-    normalizer.begin_training(model, task.round_)
-    draws = (task.seed, task.round_, task.client)
-    for batches in step_batches(images, labels, plan.steps, inputs, draws):
+    local = LocalRound(workspace, images, labels, task, inputs=inputs, normalizer=normalizer)
+    for number in range(local.steps):
+        local.take_step(number)
+    return local.end()
+
+
+class LocalRound:
+    """A client's local training of one round, begun: its steps can be taken between others'.
+
+    Arguments as in `train_locally`. On CUDA steps are recorded once and replayed
+    (`fedkn.training.recorded`), where the model allows it.
+
+    Attributes:
+        steps: how many there are to take, in their order, before `end`.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        images: Tensor,
+        labels: Tensor,
+        task: LocalTask,
+        *,
+        inputs: Inputs,
+        normalizer: Normalizer,
+    ) -> None:
+        self._started = time.perf_counter()
+        train, optimizer = task.train, workspace.optimizer
+        self._workspace = workspace
+        self._task = task
+        self._images = images
+        self._inputs = inputs
+        self._normalizer = normalizer
+        self._plan = plan_batches(
+            len(labels),
+            train,
+            normalizer.minimum_batch,
+            seed=task.seed,
+            round_=task.round_,
+            client=task.client,
+            largest_batch=task.largest_batch,
+        )
+        self.steps = len(self._plan.steps)
+        self._anchor = optimizer.values.clone() if task.proximal_mu else None
+        self._correction = optimizer.flat(task.correction) if task.correction else None
+        if train.keep_momentum:
+            optimizer.restart(carried_part(task.carried, _MOMENTUM))
+        self._total = torch.zeros((), dtype=torch.float64, device=workspace.device)
+        workspace.model.train()
+        normalizer.begin_training(workspace.model, task.round_)
+        self._recorded = None
+        if workspace.recorder is not None:
+            self._recorded = workspace.recorder.begin(
+                PlannedSteps(task, self._plan, images, labels, inputs, self._correction)
+            )
+        draws = (task.seed, task.round_, task.client)
+        self._batches = iter(step_batches(images, labels, self._plan.steps, inputs, draws))
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other client may take steps on the device at the same time.
+
+        Recorded draws from the device's generator are all seeded from one place.
+        """
+        recorder = self._workspace.recorder
+        return self._recorded is not None and recorder is not None and recorder.draws
+
+    def take_step(self, number: int) -> None:
+        """Take step `number`, which follows the one taken before."""
+        if self._recorded is None:
+            self._compute(next(self._batches))
+        else:
+            self._recorded.take(number)
+
+    def end(self) -> LocalUpdate:
+        """Complete the model's tensors when all steps are taken, and return what came of it."""
+        workspace, plan, task = self._workspace, self._plan, self._task
+        model = workspace.model
+        forward = _pass_over(model, self._images, self._inputs)
+        self._normalizer.end_training(model, forward, task.round_)
+        kept = task.train.keep_momentum
+        velocity = workspace.optimizer.velocity() if kept else {}
+        total = self._total if self._recorded is None else self._recorded.total
+        return LocalUpdate(
+            examples=plan.examples,
+            steps=len(plan.steps),
+            skipped_batches=plan.skipped_batches,
+            skipped_examples=plan.skipped_examples,
+            loss=float(total) / plan.examples if plan.examples else 0.0,
+            seconds=time.perf_counter() - self._started,
+            carried={_MOMENTUM + name: value.clone() for name, value in velocity.items()},
+        )
+
+    def _compute(self, batches: list[LocalBatch]) -> None:
+        task, train = self._task, self._task.train
+        optimizer, model = self._workspace.optimizer, self._workspace.model
         optimizer.zero_grad()
         size = sum(len(batch.labels) for batch in batches)
         for x, answers, dropout in batches:
@@ -178,28 +267,16 @@ def train_locally(
                 loss = F.cross_entropy(training_scores(model, x, train.precision), answers)
             share = None if len(batches) == 1 else loss.new_tensor(len(answers) / size)
             loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
-            total.add_(loss.detach(), alpha=len(answers))
-        if anchor is not None:
-            optimizer.add_proximal(anchor, task.proximal_mu)
+            self._total.add_(loss.detach(), alpha=len(answers))
+        if self._anchor is not None:
+            optimizer.add_proximal(self._anchor, task.proximal_mu)
         optimizer.step(
             task.learning_rate,
             momentum=train.momentum,
             weight_decay=train.weight_decay,
             clip_norm=train.clip_norm,
-            correction=correction,
+            correction=self._correction,
         )
-    normalizer.end_training(model, _pass_over(model, images, inputs), task.round_)
-    velocity = optimizer.velocity() if train.keep_momentum else {}
-    mean_loss = float(total) / plan.examples if plan.examples else 0.0
-    return LocalUpdate(
-        examples=plan.examples,
-        steps=len(plan.steps),
-        skipped_batches=plan.skipped_batches,
-        skipped_examples=plan.skipped_examples,
-        loss=mean_loss,
-        seconds=time.perf_counter() - started,
-        carried={_MOMENTUM + name: value.clone() for name, value in velocity.items()},
-    )
 
 
 _MOMENTUM = "momentum/"

@@ -19,6 +19,9 @@ class FlatSGD:
     The update is ``torch.optim.SGD``'s (dampening 0, no Nesterov) after
     ``torch.nn.utils.clip_grad_norm_``, equal to float32 rounding.
 
+    Attributes:
+        values, gradients: the vectors. started: whether a step was taken since `restart`.
+
     Raises:
         ValueError: if the trainable parameters differ in dtype or device, or there are none.
     """
@@ -34,7 +37,7 @@ class FlatSGD:
         self.values = torch.empty(size, dtype=dtype, device=device)
         self.gradients = torch.zeros(size, dtype=dtype, device=device)
         self._velocity = torch.zeros(size, dtype=dtype, device=device)
-        self._started = False
+        self.started = False
         self._named_velocity: dict[str, Tensor] = {}
         offset = 0
         for name, parameter in named.items():
@@ -48,14 +51,16 @@ class FlatSGD:
 
     def restart(self, velocity: Mapping[str, Tensor] | None = None) -> None:
         """Begin with a new client: with the `velocity` of all parameters by name, or none."""
-        self._started = bool(velocity)
+        if self.started:
+            self._velocity.zero_()
+        self.started = bool(velocity)
         for name, value in (velocity or {}).items():
             self._named_velocity[name].copy_(value)
         self.zero_grad()
 
     def velocity(self) -> dict[str, Tensor]:
         """Return the momentum's velocity by parameter: views; empty before the first step."""
-        return dict(self._named_velocity) if self._started else {}
+        return dict(self._named_velocity) if self.started else {}
 
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return one tensor per parameter, by name, as a vector laid out as `values` is."""
@@ -78,14 +83,17 @@ class FlatSGD:
     @torch.no_grad()
     def step(
         self,
-        learning_rate: float,
+        learning_rate: float | Tensor,
         *,
         momentum: float,
         weight_decay: float,
         clip_norm: float,
         correction: Tensor | None = None,
     ) -> None:
-        """Take one step; `clip_norm` 0 means no clipping; `correction` is added to the gradient."""
+        """Take one step; `clip_norm` 0 means no clipping; `correction` is added to the gradient.
+
+        A `learning_rate` on the device, without dimensions, is read there when the step is taken.
+        """
         gradient = self.gradients
         if clip_norm:
             norm = torch.linalg.vector_norm(gradient)
@@ -95,13 +103,18 @@ class FlatSGD:
         if correction is not None:
             gradient.add_(correction)
         if momentum:
-            if self._started:
-                self._velocity.mul_(momentum).add_(gradient)
-            else:
-                self._velocity.copy_(gradient)
-                self._started = True
-            gradient = self._velocity
-        self.values.add_(gradient, alpha=-learning_rate)
+            # Zero before the first step: no branch, so that a recorded step can be any of them.
+            gradient = self._velocity.mul_(momentum).add_(gradient)
+        self.started = True
+        if isinstance(learning_rate, Tensor):
+            self.values.addcmul_(gradient, learning_rate, value=-1.0)
+        else:
+            self.values.add_(gradient, alpha=-learning_rate)
+
+    @property
+    def changed(self) -> tuple[Tensor, ...]:
+        """What a step writes to."""
+        return self.values, self.gradients, self._velocity
 
 
 def _laid_out(flat: Tensor, parameter: Tensor) -> Tensor:

@@ -1,0 +1,341 @@
+"""A client's local steps recorded once, as CUDA graphs, and replayed.
+
+Everything that a round's steps read is put on the device beforehand: the examples of all batches
+in the order in which they are taken, and the keys of all dropout calls. A step finds its own by
+two counters on the device, which it moves on. So a step is one launch, and between the first and
+the last the host computes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedkn.config import TrainConfig
+from fedkn.layers.dropout import dropout_keys, dropout_stream, keys_of
+from fedkn.seeds import derive, torch_generator
+from fedkn.training.batches import BatchPlan
+from fedkn.training.captured import Captured
+from fedkn.training.inputs import Inputs
+from fedkn.training.precision import training_scores
+
+if TYPE_CHECKING:
+    from fedkn.training.local import LocalTask, Workspace
+
+__all__ = ["Capture", "PlannedSteps", "RecordedSteps", "StepRecorder"]
+
+_LOG = logging.getLogger("flwr")
+
+
+class Capture(Protocol):
+    """Makes a function of tensors one that can be replayed: `Captured`, or a double of it."""
+
+    def __call__(
+        self, function: Callable[..., None], tensors: Sequence[Tensor], changed: Sequence[Tensor]
+    ) -> Captured:
+        """Return `function`, captured."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedSteps:
+    """A client's steps of one round, and what they are taken on.
+
+    `images` (N, C, H, W) and `labels` (N,) are on the model's device, `correction` is SCAFFOLD's,
+    laid out as the optimizer's values.
+    """
+
+    task: LocalTask
+    plan: BatchPlan
+    images: Tensor
+    labels: Tensor
+    inputs: Inputs
+    correction: Tensor | None
+
+
+class StepRecorder:
+    """Records the local steps of one workspace, and keeps them for all clients and rounds.
+
+    Attributes:
+        refusal: why steps of this model cannot be recorded; empty while that is not known.
+        draws: whether the model draws from the device's own generator. The seed of one step is
+            then that of all which run at the same time.
+    """
+
+    def __init__(self, workspace: Workspace, capture: Capture = Captured) -> None:
+        self.refusal = ""
+        self.draws = False
+        self._workspace = workspace
+        self._capture = capture
+        self._calls: dict[object, int] = {}
+        self._tables: _Tables | None = None
+        self._graphs: dict[object, Captured] = {}
+
+    def begin(self, planned: PlannedSteps) -> RecordedSteps | None:
+        """Return the steps of `planned`, recorded where they were not; None where they cannot be.
+
+        The workspace is as it is to be before the first step, and is left so.
+        """
+        task, plan, images = planned.task, planned.plan, planned.images
+        if self.refusal or not plan.steps:
+            return None
+        modes = tuple(module.training for module in self._workspace.model.modules())
+        corrected = planned.correction is not None
+        setting = (task.train, task.proximal_mu, corrected, modes, planned.inputs)
+        try:
+            if setting not in self._calls:
+                some = images[plan.steps[0][0].to(images.device)]
+                self._calls[setting] = self._trial(planned.inputs(some), task.train)
+            if self.refusal:
+                return None
+            tables = self._with_room(planned, self._calls[setting])
+            steps = RecordedSteps(self._workspace, tables, planned)
+            for sizes in dict.fromkeys(map(_sizes, plan.steps)):
+                if (sizes, setting) not in self._graphs:
+                    if len(self._graphs) >= _MOST_GRAPHS:
+                        self._graphs.clear()
+                    self._graphs[sizes, setting] = self._capture(
+                        _step_of(self._workspace, tables, sizes, planned),
+                        (),
+                        (*self._changed(), *tables.changed),
+                    )
+        except RuntimeError as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            self._refuse((str(error).strip().splitlines() or [type(error).__name__])[0])
+            return None
+        steps.graphs = [self._graphs[_sizes(step), setting] for step in plan.steps]
+        return steps
+
+    def _changed(self) -> tuple[Tensor, ...]:
+        return *self._workspace.optimizer.changed, *self._workspace.model.buffers()
+
+    def _trial(self, x: Tensor, train: TrainConfig) -> int:
+        """Return how many dropout calls a forward pass makes, and see whether it can be recorded.
+
+        What a graph would repeat as it was: draws of the host's generators, numbers that modules
+        count in Python.
+        """
+        model = self._workspace.model
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        host, device = _HostState(model), _device_state(x.device)
+        with dropout_stream(0) as stream, torch.no_grad():
+            training_scores(model, x, train.precision)
+        for buffer, value in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+        if _device_state(x.device) != device:
+            self.draws = True
+        if host.put_back():
+            self._refuse("its forward pass draws on the host, or counts in Python")
+        return stream.calls
+
+    def _refuse(self, reason: str) -> None:
+        self.refusal = reason
+        _LOG.warning(
+            "steps of this model cannot be recorded (%s): they are launched call by call", reason
+        )
+
+    def _with_room(self, planned: PlannedSteps, calls: int) -> _Tables:
+        """Return tables for so much, or for a chunk of it; graphs read them where they are."""
+        images, plan = planned.images, planned.plan
+        largest = max(map(_size, plan.steps))
+        most = max(largest, _BYTES_AT_ONCE // max(1, images[:1].nbytes))
+        room = min(plan.examples, most)
+        known = self._tables
+        if known is None or not known.take(images, room, calls):
+            self._graphs.clear()
+            room = min(max(256, 1 << (room - 1).bit_length()), most)
+            calls = max(calls, 0 if known is None else known.keys.shape[1])
+            self._tables = known = _Tables(self._workspace, images, room, calls)
+        return known
+
+
+class RecordedSteps:
+    """The steps of one client's round, ready to be taken one after another."""
+
+    def __init__(self, workspace: Workspace, tables: _Tables, planned: PlannedSteps) -> None:
+        self.graphs: list[Captured] = []
+        self._workspace = workspace
+        self._tables = tables
+        self._planned = planned
+        self._filled = 0
+        tables.total.zero_()
+        tables.rate.fill_(planned.task.learning_rate)
+        if planned.task.proximal_mu:
+            tables.anchor.copy_(workspace.optimizer.values)
+        if planned.correction is not None:
+            tables.correction.copy_(planned.correction)
+        self._fill(0)
+
+    def take(self, number: int) -> None:
+        """Take step `number`, which follows the one taken before."""
+        if number == self._filled:
+            self._fill(number)
+        self.graphs[number].replay(())
+        self._workspace.optimizer.started = True
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the losses of all examples so far, float64, on the device."""
+        return self._tables.total
+
+    def _fill(self, first: int) -> None:
+        """Put the examples and keys of the next steps into the tables, as many as there is room."""
+        planned, tables = self._planned, self._tables
+        steps, task, inputs = planned.plan.steps, planned.task, planned.inputs
+        end, examples = first, 0
+        while end < len(steps) and examples + _size(steps[end]) <= len(tables.labels):
+            examples += _size(steps[end])
+            end += 1
+        where = torch.cat([batch for step in steps[first:end] for batch in step])
+        where = where.to(planned.images.device)
+        pixels = planned.images.index_select(0, where)
+        if inputs.augments:
+            parts = torch.split(pixels, [_size(step) for step in steps[first:end]])
+            pixels = torch.cat(
+                [
+                    inputs.augmented(part, torch_generator(*_draw(task, "augment", number)))
+                    for number, part in enumerate(parts, first)
+                ]
+            )
+        seeds = [
+            derive(*_draw(task, "dropout", number), *((part,) if part else ()))
+            for number in range(first, end)
+            for part in range(len(steps[number]))
+        ]
+        keys = keys_of(torch.tensor(seeds).to(where.device), tables.keys.shape[1])
+        tables.pixels[:examples].copy_(pixels)
+        tables.labels[:examples].copy_(planned.labels.index_select(0, where))
+        tables.keys[: len(seeds)].copy_(keys)
+        tables.example.zero_()
+        tables.batch.zero_()
+        self._filled = end
+
+
+class _Tables:
+    """What recorded steps read and where they write it, at addresses that do not change."""
+
+    def __init__(self, workspace: Workspace, images: Tensor, room: int, calls: int) -> None:
+        device = workspace.device
+        self.pixels = images.new_empty((room, *images.shape[1:]))
+        self.labels = torch.zeros(room, dtype=torch.int64, device=device)
+        self.keys = torch.zeros((room, calls), dtype=torch.int64, device=device)
+        self.offsets = torch.arange(room, device=device)
+        self.example = torch.zeros(1, dtype=torch.int64, device=device)
+        self.batch = torch.zeros_like(self.example)
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        self.rate = torch.zeros((), dtype=workspace.optimizer.values.dtype, device=device)
+        self.anchor = torch.zeros_like(workspace.optimizer.values)
+        self.correction = torch.zeros_like(workspace.optimizer.values)
+
+    @property
+    def changed(self) -> tuple[Tensor, ...]:
+        """What a step writes to."""
+        return self.example, self.batch, self.total
+
+    def take(self, images: Tensor, room: int, calls: int) -> bool:
+        """Whether so many examples like `images` fit, each a batch with so many dropout calls."""
+        return (
+            self.pixels.shape[1:] == images.shape[1:]
+            and self.pixels.dtype == images.dtype
+            and len(self.labels) >= room
+            and self.keys.shape[1] >= calls
+        )
+
+
+_BYTES_AT_ONCE = 1 << 26
+"""Of pixels in the tables: longer rounds are taken in chunks."""
+_MOST_GRAPHS = 32
+"""Kept for one workspace; each has memory of its own."""
+
+
+def _step_of(
+    workspace: Workspace, tables: _Tables, sizes: tuple[int, ...], planned: PlannedSteps
+) -> Callable[[], None]:
+    """Return a local step over batches of `sizes`, on the tables: `train_locally`'s."""
+    model, optimizer, inputs = workspace.model, workspace.optimizer, planned.inputs
+    train, mu = planned.task.train, planned.task.proximal_mu
+    correction = None if planned.correction is None else tables.correction
+    size = sum(sizes)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        where = tables.example + tables.offsets[:size]
+        pixels = torch.split(inputs(tables.pixels.index_select(0, where)), sizes)
+        answers = torch.split(tables.labels.index_select(0, where), sizes)
+        for x, y in zip(pixels, answers, strict=True):
+            with dropout_keys(tables.keys.index_select(0, tables.batch).squeeze(0)):
+                loss = F.cross_entropy(training_scores(model, x, train.precision), y)
+            share = None if len(sizes) == 1 else torch.full_like(loss, len(y) / size)
+            loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
+            tables.total.add_(loss.detach(), alpha=len(y))
+            tables.batch.add_(1)
+        tables.example.add_(size)
+        if mu:
+            optimizer.add_proximal(tables.anchor, mu)
+        optimizer.step(
+            tables.rate,
+            momentum=train.momentum,
+            weight_decay=train.weight_decay,
+            clip_norm=train.clip_norm,
+            correction=correction,
+        )
+
+    return step
+
+
+def _sizes(step: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(map(len, step))
+
+
+def _size(step: Sequence[Tensor]) -> int:
+    return sum(map(len, step))
+
+
+def _draw(task: LocalTask, purpose: str, step: int) -> tuple[int | str, ...]:
+    return task.seed, purpose, task.round_, task.client, step
+
+
+class _HostState:
+    """What a forward pass may read on the host: generators, and numbers that modules hold."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = [(vars(module), _held(module)) for module in model.modules()]
+        self._drawn = _drawn()
+
+    def put_back(self) -> bool:
+        """Put back what has changed since; return whether anything had."""
+        changed = False
+        for own, before in self._held:
+            if any(own.get(key) != value for key, value in before.items()):
+                own.update(before)
+                changed = True
+        python, numpy, torch_own = self._drawn
+        if pickle.dumps(_drawn()) != pickle.dumps(self._drawn):
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002 - a model's forward may draw from it
+            torch.set_rng_state(torch_own)
+            changed = True
+        return changed
+
+
+def _held(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}
+
+
+def _drawn() -> tuple[Any, Any, Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+
+def _device_state(device: torch.device) -> bytes:
+    if device.type != "cuda":
+        return b""
+    return bytes(torch.cuda.get_rng_state(device).numpy())
