@@ -9,7 +9,6 @@ the last the host computes nothing.
 from __future__ import annotations
 
 import logging
-import pickle
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -308,18 +307,22 @@ class _HostState:
     """What a forward pass may read on the host: generators, and numbers that modules hold."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._held = [(vars(module), _held(module)) for module in model.modules()]
+        self._held = [(module, _held(module)) for module in model.modules()]
         self._drawn = _drawn()
 
     def put_back(self) -> bool:
         """Put back what has changed since; return whether anything had."""
         changed = False
-        for own, before in self._held:
-            if any(own.get(key) != value for key, value in before.items()):
-                own.update(before)
+        for module, before in self._held:
+            now_held = _held(module)
+            if now_held != before:
+                for key in now_held.keys() - before.keys():
+                    del vars(module)[key]
+                vars(module).update(before)
                 changed = True
         python, numpy, torch_own = self._drawn
-        if pickle.dumps(_drawn()) != pickle.dumps(self._drawn):
+        now = _drawn()
+        if now[0] != python or now[1] != numpy or not torch.equal(now[2], torch_own):
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002 - a model's forward may draw from it
             torch.set_rng_state(torch_own)
@@ -332,7 +335,8 @@ def _held(module: nn.Module) -> dict[str, Any]:
 
 
 def _drawn() -> tuple[Any, Any, Tensor]:
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    kind, words, *rest = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), (kind, words.tolist(), *rest), torch.get_rng_state()
 
 
 def _device_state(device: torch.device) -> bytes:
