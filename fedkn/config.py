@@ -165,10 +165,10 @@ class TrainConfig(Section):
     keep_momentum: bool = Field(
         False, description="a client goes on with the momentum of its last round"
     )
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",
-        description="what a training step computes in; parameters, optimizer, statistics and "
-        "evaluation stay float32",
+        description="what a training step computes in (tf32: a GPU's convolutions and products "
+        "with ten bits of mantissa); parameters, optimizer, statistics and evaluation stay float32",
     )
 
 

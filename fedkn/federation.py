@@ -24,6 +24,7 @@ from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.normalizers import TensorRole
 from fedkn.training import LocalUpdate
+from fedkn.training.transfer import moved
 
 __all__ = [
     "ARRAYS",
@@ -134,9 +135,9 @@ def tensors_to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
         UserError: naming a tensor of a dtype that NumPy lacks, such as bfloat16.
     """
     arrays = {}
-    for name, value in tensors.items():
+    for name, value in moved(tensors, torch.device("cpu")).items():
         try:
-            arrays[name] = value.detach().cpu().numpy()
+            arrays[name] = value.numpy()
         except TypeError:
             raise UserError(
                 f"'{name}' is {value.dtype}, which cannot be sent: keep the model in float32"

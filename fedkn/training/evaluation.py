@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkn.training.inputs import Inputs
+from fedkn.training.precision import computing_in
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -40,9 +41,10 @@ def evaluate(
     right = torch.zeros((), dtype=torch.int64, device=images.device)
     loss = torch.zeros((), dtype=torch.float64, device=images.device)
     parts = torch.split(images, batch_size), torch.split(labels, batch_size)
-    for some, answers in zip(*parts, strict=True):
-        scores = model(inputs(some))
-        right += (scores.argmax(1) == answers).sum()
-        loss += F.cross_entropy(scores, answers, reduction="sum").double()
+    with computing_in("float32", images.device):
+        for some, answers in zip(*parts, strict=True):
+            scores = model(inputs(some))
+            right += (scores.argmax(1) == answers).sum()
+            loss += F.cross_entropy(scores, answers, reduction="sum").double()
     model.train(was_training)
     return Evaluation(int(right) / len(images), float(loss) / len(images), len(images))

@@ -16,9 +16,10 @@ from fedkn.normalizers import Forward, Normalizer
 from fedkn.training.batches import plan_batches
 from fedkn.training.inputs import Inputs
 from fedkn.training.optimizer import FlatSGD
-from fedkn.training.precision import training_scores
+from fedkn.training.precision import computing_in, training_scores
 from fedkn.training.recorded import PlannedSteps, StepRecorder
 from fedkn.training.step_batches import LocalBatch, step_batches
+from fedkn.training.transfer import moved
 
 __all__ = [
     "LocalRound",
@@ -123,7 +124,7 @@ class Workspace:
         """
         given: dict[str, Tensor] = {}
         for state in states:
-            given.update(state)
+            given.update(moved(state, self.device))
         if unknown := sorted(given.keys() - self._tensors.keys()):
             raise ValueError(f"the model has no tensors named {', '.join(unknown)}")
         for name, tensor in self._tensors.items():
@@ -216,9 +217,9 @@ class LocalRound:
         normalizer.begin_training(workspace.model, task.round_)
         self._recorded = None
         if workspace.recorder is not None:
-            self._recorded = workspace.recorder.begin(
-                PlannedSteps(task, self._plan, images, labels, inputs, self._correction)
-            )
+            planned = PlannedSteps(task, self._plan, images, labels, inputs, self._correction)
+            with computing_in(train.precision, workspace.device):
+                self._recorded = workspace.recorder.begin(planned)
         draws = (task.seed, task.round_, task.client)
         self._batches = iter(step_batches(images, labels, self._plan.steps, inputs, draws))
 
@@ -234,7 +235,8 @@ class LocalRound:
     def take_step(self, number: int) -> None:
         """Take step `number`, which follows the one taken before."""
         if self._recorded is None:
-            self._compute(next(self._batches))
+            with computing_in(self._task.train.precision, self._workspace.device):
+                self._compute(next(self._batches))
         else:
             self._recorded.take(number)
 
@@ -243,7 +245,8 @@ class LocalRound:
         workspace, plan, task = self._workspace, self._plan, self._task
         model = workspace.model
         forward = _pass_over(model, self._images, self._inputs)
-        self._normalizer.end_training(model, forward, task.round_)
+        with computing_in("float32", workspace.device):
+            self._normalizer.end_training(model, forward, task.round_)
         kept = task.train.keep_momentum
         velocity = workspace.optimizer.velocity() if kept else {}
         total = self._total if self._recorded is None else self._recorded.total

@@ -1,7 +1,9 @@
-"""What a training step computes in: float32, or bfloat16 by autocast."""
+"""What a training step computes in: float32, TF32 on a GPU, or bfloat16 by autocast."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -10,17 +12,17 @@ from torch import Tensor, nn
 
 from fedkn.errors import UserError
 
-__all__ = ["check_precision", "training_scores"]
+__all__ = ["check_precision", "computing_in", "training_scores"]
 
 
 def training_scores(model: nn.Module, x: Tensor, precision: str) -> Tensor:
     """Return ``model(x)``, computed in `precision`.
 
-    ``float32``: in the model's own dtype. ``bfloat16``: convolutions and products of matrices in
-    bfloat16, as PyTorch's autocast has it, and the scores as float32. Parameters, their gradients
-    and running statistics keep their dtype.
+    ``float32``, ``tf32``: in the model's own dtype. ``bfloat16``: convolutions and products of
+    matrices in bfloat16, as PyTorch's autocast has it, and the scores as float32. Parameters, their
+    gradients and running statistics keep their dtype.
     """
-    if precision == "float32":
+    if precision != "bfloat16":
         scores: Tensor = model(x)
         return scores
     with torch.autocast(x.device.type, torch.bfloat16):
@@ -28,9 +30,35 @@ def training_scores(model: nn.Module, x: Tensor, precision: str) -> Tensor:
     return scores.float()
 
 
+@contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Let a GPU compute float32 inside the block as `precision` has it, the same bits each time.
+
+    By itself PyTorch takes TF32 for convolutions, with ten bits of mantissa, and cuDNN may choose
+    algorithms whose sums depend on the order in which threads arrive. On the CPU without effect.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic
+    cudnn.allow_tf32 = products.allow_tf32 = precision == "tf32"
+    cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic = before
+
+
 def check_precision(precision: str, device: torch.device) -> None:
     """Raise UserError if `device` cannot train in `precision`. A slow way is a way."""
-    if precision != "float32" and (reason := _why_not(torch.device(device))):
+    device = torch.device(device)
+    reason = ""
+    if precision == "tf32" and device.type != "cuda":
+        reason = "only NVIDIA's GPUs have it"
+    elif precision == "bfloat16":
+        reason = _why_not(device)
+    if reason:
         raise UserError(
             f"train.precision = '{precision}', which PyTorch cannot compute in on {device} here "
             f"({reason}): set train.precision = 'float32'"

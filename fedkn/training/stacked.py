@@ -29,6 +29,7 @@ from fedkn.training.batches import BatchPlan, plan_batches
 from fedkn.training.captured import Captured
 from fedkn.training.inputs import Inputs
 from fedkn.training.local import LocalTask, LocalUpdate
+from fedkn.training.precision import computing_in
 
 __all__ = ["StackedClient", "StackedWorkspace", "train_stacked"]
 
@@ -76,6 +77,9 @@ class StackedWorkspace:
         self.losses = torch.zeros(size, dtype=torch.float64, device=device)
         self.rate = torch.zeros((), device=device)
         self.steps: dict[tuple[object, ...], Captured] = {}
+
+    def __len__(self) -> int:
+        return self.size
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +142,7 @@ def train_stacked(
     if any(c.task.correction or c.task.carried or c.task.train.keep_momentum for c in clients):
         raise ValueError("clients that train together keep nothing and correct nothing")
     train = clients[0].task.train
-    if train.accumulate > 1 or train.precision != "float32":
+    if train.accumulate > 1 or train.precision == "bfloat16":
         raise ValueError("clients that train together take one batch a step, in float32")
     plans = [_plan(client, minimum_batch) for client in clients]
     # The longest first: whoever has steps left is always the head of the stack.
@@ -149,8 +153,9 @@ def train_stacked(
     workspace.load(members)
     workspace.model.train()
     workspace.rate.fill_(task.learning_rate)
-    for step, batch in enumerate(_batches(members, ordered, inputs)):
-        _take_step(workspace, batch, task.train, task.proximal_mu, first=step == 0)
+    with computing_in(train.precision, workspace.device):
+        for step, batch in enumerate(_batches(members, ordered, inputs)):
+            _take_step(workspace, batch, task.train, task.proximal_mu, first=step == 0)
     losses = workspace.losses.tolist()
     seconds = (time.perf_counter() - started) / len(clients)
     results: dict[int, tuple[LocalUpdate, dict[str, Tensor]]] = {}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 
 from fedkn.config import ExperimentConfig
+from fedkn.errors import UserError
 from fedkn.experiment import device_of, federated_data, normalizer_of, why_alone
 from fedkn.models.catalog import ARCHITECTURES
 
-__all__ = ["engine_of", "gpus_of", "processes_of"]
+__all__ = ["Together", "engine_of", "gpus_of", "processes_of", "together_of"]
+
+Together = Literal["stacked", "concurrent"]
+"""How clients train together: in one pass of the model, or each by its own on its own stream."""
 
 
 def engine_of(config: ExperimentConfig) -> str:
@@ -21,17 +26,38 @@ def engine_of(config: ExperimentConfig) -> str:
     """
     if config.engine != "auto":
         return config.engine
-    if why_alone(config) or config.cohort < _FEWEST:
+    if config.cohort < _FEWEST:
         return "inprocess"
     if device_of(config).type == "cuda":
-        return "batched"
+        return "inprocess" if _never_together(config) else "batched"
+    if why_alone(config):
+        return "inprocess"
     if config.model.name not in ARCHITECTURES:
         return "inprocess"  # where building it says what is wrong
-    channels = config.model.width or ARCHITECTURES[config.model.name].width
+    channels = _width(config)
     _, _, height, width = federated_data(config).train.images.shape
     numbers = config.train.batch_size * channels * height * width
     one_by_one_is_fast = normalizer_of(config).memory_format is torch.channels_last
     return "batched" if numbers <= (_SMALL if one_by_one_is_fast else 2 * _SMALL) else "inprocess"
+
+
+def together_of(config: ExperimentConfig) -> Together:
+    """Return how the engine `batched` trains the clients of `config` together.
+
+    On a GPU every model can: stacked, or concurrently where its layers do not allow that or where
+    it is wide enough to be faster so (docs/performance.md).
+
+    Raises:
+        UserError: the configuration's clients cannot train together.
+    """
+    on_gpu = device_of(config).type == "cuda"
+    if reason := _never_together(config) if on_gpu else why_alone(config):
+        raise UserError(
+            f"engine 'batched' cannot train these clients together: {reason}. Set engine = "
+            "'inprocess'"
+        )
+    concurrent = on_gpu and (why_alone(config) != "" or _width(config) >= _WIDE)
+    return "concurrent" if concurrent else "stacked"
 
 
 def processes_of(config: ExperimentConfig) -> int:
@@ -57,6 +83,20 @@ def gpus_of(config: ExperimentConfig) -> list[str]:
     count = config.workers or len(devices)
     return [devices[place % len(devices)] for place in range(count)]
 
+
+def _never_together(config: ExperimentConfig) -> str:
+    """Return why clients cannot train together on a GPU either; empty if they can."""
+    private = config.privacy.mechanism == "example"
+    return "DP-SGD draws and clips for each of them" if private else ""
+
+
+def _width(config: ExperimentConfig) -> int:
+    known = ARCHITECTURES.get(config.model.name)
+    return config.model.width or (known.width if known else 0)
+
+
+_WIDE = 64
+"""Channels of the first maps from which a GPU trains clients faster each by its own graph."""
 
 _FEWEST = 4
 """Clients of a cohort below which the groups are too small to gain by."""

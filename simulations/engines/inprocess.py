@@ -20,7 +20,7 @@ from simulations.engines.crew import Crew
 from simulations.engines.grid import InProcessGrid
 from simulations.engines.local_host import host_of
 from simulations.engines.outcome import Outcome, outcome_in, server_context
-from simulations.engines.stacked import group_size
+from simulations.engines.together import group_size
 
 __all__ = ["InProcessGrid", "Outcome", "run_experiment"]
 

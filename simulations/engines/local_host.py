@@ -10,7 +10,7 @@ from fedkn.config import ExperimentConfig
 from simulations.engines.allocator import keep_freed_memory
 from simulations.engines.host import ClientHost
 from simulations.engines.identity import assume_server_identity
-from simulations.engines.stacked import train_together
+from simulations.engines.together import train_together
 
 __all__ = ["host_of"]
 

@@ -1,4 +1,4 @@
-"""The batched engine's own part: which clients train together, and how."""
+"""The batched engine's own part: how many clients train together, and by what."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ import torch
 
 from clients.session import Session
 from fedkn.config import ExperimentConfig
-from fedkn.errors import UserError
-from fedkn.experiment import build_model, device_of, federated_data, inputs_of, why_alone
+from fedkn.experiment import build_model, device_of, federated_data, inputs_of
+from fedkn.training.concurrent import ConcurrentWorkspaces, train_concurrently
 from fedkn.training.memory import step_memory
 from fedkn.training.stacked import StackedClient, StackedWorkspace, train_stacked
-from simulations.engines.choice import processes_of
+from simulations.engines.choice import Together, processes_of, together_of
 from simulations.engines.gathering import Trained, Wanted
 
 __all__ = ["group_size", "train_together"]
 
 
 def train_together(wanted: Sequence[Wanted]) -> Sequence[Trained]:
-    """Train clients of one session, stacked."""
+    """Train clients of one session, in the way that its configuration asks for."""
     if not wanted:
         return []
     session = wanted[0].session
     clients = [
         StackedClient(w.task, w.received, *session.client_data(w.task.client)) for w in wanted
     ]
+    room = _room(session, len(clients))
+    if isinstance(room, ConcurrentWorkspaces):
+        return train_concurrently(
+            room, clients, inputs=session.inputs, normalizer=session.normalizer
+        )
     return train_stacked(
-        _workspace(session, len(clients)),
-        clients,
-        inputs=session.inputs,
-        minimum_batch=session.normalizer.minimum_batch,
+        room, clients, inputs=session.inputs, minimum_batch=session.normalizer.minimum_batch
     )
 
 
@@ -48,45 +50,49 @@ def group_size(config: ExperimentConfig) -> int:
     Raises:
         UserError: the configuration's clients cannot train together.
     """
-    if reason := why_alone(config):
-        raise UserError(
-            f"engine 'batched' cannot train these clients together: {reason}. Set engine = "
-            "'inprocess'"
-        )
+    way = together_of(config)
     device = device_of(config)
-    most, least = (_MOST_ON_GPU, 1) if device.type == "cuda" else (_MOST_ON_CPU, 2)
+    most, least = (_MOST_ON_GPU[way], 1) if device.type == "cuda" else (_MOST_ON_CPU, 2)
     groups = max(least, math.ceil(config.cohort / most))
-    room = _free_bytes(device) // (4 * processes_of(config) * _bytes_of_a_client(config, device))
+    each = _bytes_of_a_client(config, device, way)
+    room = _free_bytes(device) // (4 * processes_of(config) * each)
     return max(1, min(math.ceil(config.cohort / groups), room))
 
 
 _MOST_ON_CPU = 10
 """Beyond that little is gained (docs/performance.md), and a cohort makes fewer groups."""
-_MOST_ON_GPU = 256
+_MOST_ON_GPU: dict[Together, int] = {"stacked": 256, "concurrent": 64}
 
 _STACKED = 2
 """Under vmap layers are made of plain operations, which keep about twice as many maps."""
+
+_RECORDED = 3
+"""Graphs of a client, one for each batch size, keep memory of their own; tables beside them."""
 
 _COPIES = 6
 """Of the parameters: values, anchor, momentum, gradients, and two for the update's own work."""
 
 
-def _workspace(session: Session, clients: int) -> StackedWorkspace:
-    """Return a workspace for so many clients: the last one if it is large enough."""
+def _room(session: Session, clients: int) -> StackedWorkspace | ConcurrentWorkspaces:
+    """Return room for so many clients: the last one if it is large enough."""
     known = _known.get(session)
-    if known is None or known.size < clients:
+    if known is None or len(known) < clients:
         session.workspace.load()
-        known = StackedWorkspace(session.workspace.model, clients)
+        model = session.workspace.model
         _known.clear()
+        if together_of(session.config) == "stacked":
+            known = StackedWorkspace(model, clients)
+        else:
+            known = ConcurrentWorkspaces(model, clients)
         _known[session] = known
     return known
 
 
 # Of the session that this process is in.
-_known: dict[Session, StackedWorkspace] = {}
+_known: dict[Session, StackedWorkspace | ConcurrentWorkspaces] = {}
 
 
-def _bytes_of_a_client(config: ExperimentConfig, device: torch.device) -> int:
+def _bytes_of_a_client(config: ExperimentConfig, device: torch.device, way: Together) -> int:
     model = build_model(config).to(device)
     data = federated_data(config).train
     size = config.train.batch_size
@@ -94,7 +100,7 @@ def _bytes_of_a_client(config: ExperimentConfig, device: torch.device) -> int:
     inputs = inputs_of(config, device)
     step = step_memory(model, inputs(some.images), some.labels)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    return max(1, _STACKED * step + _COPIES * parameters)
+    return max(1, (_STACKED if way == "stacked" else _RECORDED) * step + _COPIES * parameters)
 
 
 def _free_bytes(device: torch.device) -> int:
