@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from fedkn.data.images import ImageData
 from fedkn.errors import UserError, unknown_name
 
-__all__ = ["SCALINGS", "augment", "channel_statistics", "scale"]
+__all__ = ["SCALINGS", "augment", "augment_pieces", "channel_statistics", "scale"]
 
 SCALINGS: tuple[str, ...] = ("unit", "centered", "standardized")
 _CHUNK = 4096
@@ -36,21 +38,47 @@ def augment(
     UserError
         `crop_padding` is negative.
     """
+    return augment_pieces(images, [len(images)], [generator], flip=flip, crop_padding=crop_padding)
+
+
+def augment_pieces(
+    images: Tensor,
+    sizes: Sequence[int],
+    generators: Iterable[torch.Generator],
+    *,
+    flip: bool = False,
+    crop_padding: int = 0,
+) -> Tensor:
+    """Do to each piece of `images`, `sizes` long, what `augment` does with its own generator.
+
+    The draws are made piece by piece, the images are moved all at once.
+
+    Raises
+    ------
+    UserError
+        `crop_padding` is negative.
+    """
     if crop_padding < 0:
         raise UserError(f"data.crop_padding must be at least 0, got {crop_padding}")
     if not flip and not crop_padding:
         return images
     count, channels, height, width = images.shape
+    flips, corners = [], []
+    for size, generator in zip(sizes, generators, strict=True):
+        if flip:
+            drawn = torch.rand(size, 1, generator=generator, device=generator.device)
+            flips.append(drawn.cpu() < 0.5)
+        if crop_padding:
+            drawn = torch.randint(
+                2 * crop_padding + 1, (2, size, 1), generator=generator, device=generator.device
+            )
+            corners.append(drawn.cpu())
     rows = torch.arange(height).expand(count, height)
     columns = torch.arange(width).expand(count, width)
     if flip:
-        flipped = torch.rand(count, 1, generator=generator, device=generator.device).cpu() < 0.5
-        columns = torch.where(flipped, width - 1 - columns, columns)
+        columns = torch.where(torch.cat(flips), width - 1 - columns, columns)
     if crop_padding:
-        shape = (2, count, 1)
-        top, left = torch.randint(
-            2 * crop_padding + 1, shape, generator=generator, device=generator.device
-        ).cpu()
+        top, left = torch.cat(corners, 1)
         images = F.pad(images, [crop_padding] * 4)
         rows, columns = rows + top, columns + left
     flat = (rows[:, :, None] * images.shape[3] + columns[:, None, :]).view(count, 1, height * width)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fedkn.normalizers import Normalizer
 from fedkn.training.inputs import Inputs
 from fedkn.training.local import LocalRound, LocalUpdate, Workspace
-from fedkn.training.stacked import StackedClient
+from fedkn.training.stacked_batches import StackedClient
 
 __all__ = ["ConcurrentWorkspaces", "train_concurrently"]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedkn.data.augmentation import augment, scale
+from fedkn.data.augmentation import augment, augment_pieces, scale
 
 __all__ = ["Inputs"]
 
@@ -43,3 +44,11 @@ class Inputs:
     def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return uint8 `images` augmented with `generator`'s draws, not scaled."""
         return augment(images, generator, flip=self.flip, crop_padding=self.crop_padding)
+
+    def augmented_pieces(
+        self, images: Tensor, sizes: Sequence[int], generators: Iterable[torch.Generator]
+    ) -> Tensor:
+        """Return uint8 `images` as `augmented` does each piece, `sizes` long, by its generator."""
+        return augment_pieces(
+            images, sizes, generators, flip=self.flip, crop_padding=self.crop_padding
+        )

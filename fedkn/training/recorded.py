@@ -198,13 +198,10 @@ class RecordedSteps:
         where = where.to(planned.images.device)
         pixels = planned.images.index_select(0, where)
         if inputs.augments:
-            parts = torch.split(pixels, [_size(step) for step in steps[first:end]])
-            pixels = torch.cat(
-                [
-                    inputs.augmented(part, torch_generator(*_draw(task, "augment", number)))
-                    for number, part in enumerate(parts, first)
-                ]
+            generators = (
+                torch_generator(*_draw(task, "augment", number)) for number in range(first, end)
             )
+            pixels = inputs.augmented_pieces(pixels, list(map(_size, steps[first:end])), generators)
         seeds = [
             derive(*_draw(task, "dropout", number), *((part,) if part else ()))
             for number in range(first, end)

@@ -12,8 +12,7 @@ steps are the same: the results differ by float rounding alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,31 +20,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedkn.config import TrainConfig
-from fedkn.data.augmentation import augment
 from fedkn.errors import UserError
-from fedkn.layers import dropout_stream
-from fedkn.seeds import derive, torch_generator
+from fedkn.layers.dropout import dropout_keys, dropout_stream
 from fedkn.training.batches import BatchPlan, plan_batches
 from fedkn.training.captured import Captured
 from fedkn.training.inputs import Inputs
 from fedkn.training.local import LocalTask, LocalUpdate
 from fedkn.training.precision import computing_in
+from fedkn.training.recorded import Capture
+from fedkn.training.stacked_batches import Batch, StackedBatches, StackedClient
+from fedkn.training.transfer import moved
 
-__all__ = ["StackedClient", "StackedWorkspace", "train_stacked"]
-
-
-@dataclass(frozen=True, eq=False)
-class StackedClient:
-    """One of the clients: its task, the tensors it starts from, and its examples.
-
-    Tensors of the model that are not in `received` start as initialised. `images` (N, C, H, W) are
-    uint8, `labels` (N,) int64, both on the model's device.
-    """
-
-    task: LocalTask
-    received: Mapping[str, Tensor]
-    images: Tensor
-    labels: Tensor
+__all__ = ["StackedWorkspace", "train_stacked"]
 
 
 class StackedWorkspace:
@@ -77,6 +63,9 @@ class StackedWorkspace:
         self.losses = torch.zeros(size, dtype=torch.float64, device=device)
         self.rate = torch.zeros((), device=device)
         self.steps: dict[tuple[object, ...], Captured] = {}
+        self.tables: dict[tuple[int, ...], _Tables] = {}
+        self.capture: Capture | None = Captured if device.type == "cuda" else None
+        self._calls: int | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -97,8 +86,9 @@ class StackedWorkspace:
         for place, client in enumerate(clients):
             if unknown := sorted(client.received.keys() - self.initial.keys()):
                 raise ValueError(f"the model has no tensors named {', '.join(unknown)}")
+            received = moved(client.received, self.device)
             for (name, initial), stacked in zip(self.initial.items(), self.values, strict=True):
-                value = client.received.get(name, initial)
+                value = received.get(name, initial)
                 if value.shape != initial.shape or value.dtype != initial.dtype:
                     raise ValueError(
                         f"'{name}' is {value.dtype} {tuple(value.shape)}, "
@@ -107,7 +97,18 @@ class StackedWorkspace:
                 stacked[place].copy_(value)
         for anchor, value in zip(self.anchor, self.values, strict=True):
             anchor.copy_(value)
+        for velocity in self.velocity:
+            velocity.zero_()
         self.losses.zero_()
+
+    def calls(self, client: StackedClient, inputs: Inputs) -> int:
+        """Return how many dropout calls a forward pass makes."""
+        if self._calls is None:
+            some = inputs(client.images[:2]).contiguous()
+            with dropout_stream(0) as stream, torch.no_grad():
+                functional_call(self.model, self.initial, (some,))
+            self._calls = stream.calls
+        return self._calls
 
     def state(self, place: int) -> dict[str, Tensor]:
         """Return the tensors of the client at `place`: views, which the next `load` overwrites."""
@@ -154,8 +155,15 @@ def train_stacked(
     workspace.model.train()
     workspace.rate.fill_(task.learning_rate)
     with computing_in(train.precision, workspace.device):
-        for step, batch in enumerate(_batches(members, ordered, inputs)):
-            _take_step(workspace, batch, task.train, task.proximal_mu, first=step == 0)
+        calls = workspace.calls(members[0], inputs) if ordered[0].steps else 0
+        batches = StackedBatches(members, ordered, inputs, calls)
+        if workspace.capture is not None:
+            replayed = _Replayed(workspace, batches, task, workspace.capture)
+            for step in range(len(batches)):
+                replayed.take(step)
+        else:
+            for batch in batches.one_by_one():
+                _step(workspace, batch, train, task.proximal_mu, partly=False)
     losses = workspace.losses.tolist()
     seconds = (time.perf_counter() - started) / len(clients)
     results: dict[int, tuple[LocalUpdate, dict[str, Tensor]]] = {}
@@ -170,19 +178,6 @@ def train_stacked(
         )
         results[original] = (update, workspace.state(place))
     return [results[i] for i in range(len(clients))]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """One step's batches of the clients that have one: images (K, B, C, H, W), labels (K, B).
-
-    `weights` (K, B) are 1 for examples, 0 for what fills up; `seeds` (K,) are the dropout's.
-    """
-
-    images: Tensor
-    labels: Tensor
-    weights: Tensor
-    seeds: Tensor
 
 
 def _stacked(parameter: Tensor, size: int) -> Tensor:
@@ -201,93 +196,135 @@ def _plan(client: StackedClient, minimum_batch: int) -> BatchPlan:
     )
 
 
-def _batches(
-    clients: Sequence[StackedClient], plans: Sequence[BatchPlan], inputs: Inputs
-) -> Iterator[_Batch]:
-    device = clients[0].labels.device
-    images = torch.cat([client.images for client in clients])
-    labels = torch.cat([client.labels for client in clients])
-    starts = [0]
-    for client in clients:
-        starts.append(starts[-1] + len(client.labels))
-    for step in range(len(plans[0].steps)):
-        active = sum(len(plan.steps) > step for plan in plans)
-        chosen = [plans[k].steps[step][0] for k in range(active)]
-        longest = max(map(len, chosen))
-        where = torch.stack([_filled(b, longest) + starts[k] for k, b in enumerate(chosen)])
-        weights = torch.tensor([[float(i < len(b)) for i in range(longest)] for b in chosen])
-        tasks = [client.task for client in clients[:active]]
-        seeds = [derive(t.seed, "dropout", t.round_, t.client, step) for t in tasks]
-        rows = where.to(device).flatten()
-        some = images[rows]
-        if inputs.augments:
-            pieces = torch.split(some, longest)
-            some = torch.cat(
-                [
-                    _augmented(piece, len(batch), t, step, inputs)
-                    for piece, batch, t in zip(pieces, chosen, tasks, strict=True)
-                ]
+class _Replayed:
+    """The steps of one round as graphs, whose tensors lie where they are for all rounds.
+
+    Graphs are recorded for a few sizes of the stack alone: clients that have no more steps stay in
+    it, and their tensors as they are, until half of the stack is done.
+    """
+
+    def __init__(
+        self,
+        workspace: StackedWorkspace,
+        batches: StackedBatches,
+        task: LocalTask,
+        capture: Capture,
+    ) -> None:
+        self._workspace = workspace
+        self._batches = batches
+        self._task = task
+        self._capture = capture
+        self._tables = _Tables.of(workspace, batches)
+        self._filled = 0
+
+    def take(self, step: int) -> None:
+        workspace, task = self._workspace, self._task
+        if step == self._filled:
+            self._fill(step)
+        active, stack = self._batches.active(step), workspace.size
+        while stack // 2 >= active:
+            stack //= 2
+        key = (stack, self._tables.shape, task.train, task.proximal_mu)
+        if key not in workspace.steps:
+            changed = (*workspace.values, *workspace.velocity, workspace.losses)
+            tables, inputs = self._tables, self._batches.inputs
+            workspace.steps[key] = self._capture(
+                lambda: _step(
+                    workspace,
+                    tables.batch(stack, inputs),
+                    task.train,
+                    task.proximal_mu,
+                    partly=True,
+                ),
+                (),
+                (*changed, tables.place),
             )
-        x = inputs(some).contiguous()
-        yield _Batch(
-            images=x.view(active, longest, *x.shape[1:]),
-            labels=labels[rows].view(active, longest),
-            weights=weights.to(device),
-            seeds=torch.tensor(seeds, dtype=torch.int64, device=device),
+        workspace.steps[key].replay(())
+
+    def _fill(self, first: int) -> None:
+        batches = self._batches
+        tables = self._tables
+        self._filled = end = min(len(batches), first + tables.room)
+        images, labels = batches.taken(first, end)
+        here = slice(0, end - first), slice(0, images.shape[1])
+        for table, values in (
+            (tables.images, images),
+            (tables.labels, labels),
+            (tables.weights, batches.weights[first:end]),
+            (tables.keys, batches.keys[first:end]),
+        ):
+            table[here].copy_(values)
+        tables.weights[: end - first, images.shape[1] :].zero_()
+        tables.place.zero_()
+
+
+class _Tables:
+    """What recorded steps read, at addresses that do not change: `room` steps of all clients."""
+
+    def __init__(self, room: int, size: int, images: Tensor, calls: int) -> None:
+        """`images` are one step's, (K, B, C, H, W)."""
+        self.room = room
+        self.images = images.new_zeros((room, size, *images.shape[1:]))
+        shape = self.images.shape[:3]
+        self.labels = torch.zeros(shape, dtype=torch.int64, device=images.device)
+        self.weights = torch.zeros(shape, device=images.device)
+        self.keys = torch.zeros((*shape[:2], calls), dtype=torch.int64, device=images.device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=images.device)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.images.shape, self.keys.shape[-1]
+
+    @staticmethod
+    def of(workspace: StackedWorkspace, batches: StackedBatches) -> _Tables:
+        """Return the workspace's tables for batches of that kind, made where there are none."""
+        some, _ = batches.taken(0, 1)
+        kind = (*some.shape[2:], batches.keys.shape[-1])
+        if kind not in workspace.tables:
+            room = _BYTES_AT_ONCE // max(1, some[:, :1].nbytes * workspace.size)
+            room = max(1, min(room, _MOST_STEPS))
+            workspace.tables[kind] = _Tables(room, workspace.size, some[0], kind[-1])
+        return workspace.tables[kind]
+
+    def batch(self, clients: int, inputs: Inputs) -> Batch:
+        """Return the batch of the step whose turn it is, and move on to the next."""
+        images, labels, weights, keys = (
+            table[:, :clients].index_select(0, self.place).squeeze(0)
+            for table in (self.images, self.labels, self.weights, self.keys)
         )
+        x = inputs(images.flatten(0, 1)).contiguous()
+        self.place.add_(1)
+        return Batch(x.view(*images.shape[:2], *x.shape[1:]), labels, weights, keys)
 
 
-def _filled(batch: Tensor, length: int) -> Tensor:
-    missing = length - len(batch)
-    return torch.cat((batch, batch[:1].expand(missing))) if missing else batch
-
-
-def _augmented(images: Tensor, size: int, task: LocalTask, step: int, inputs: Inputs) -> Tensor:
-    # Drawn for the true batch: what fills it up must not change the draws.
-    generator = torch_generator(task.seed, "augment", task.round_, task.client, step)
-    own = augment(images[:size], generator, flip=inputs.flip, crop_padding=inputs.crop_padding)
-    return torch.cat((own, images[size:]))
-
-
-def _take_step(
-    workspace: StackedWorkspace, batch: _Batch, train: TrainConfig, mu: float, *, first: bool
-) -> None:
-    tensors = (batch.images, batch.labels, batch.weights, batch.seeds)
-    active = len(batch.seeds)
-
-    def step(images: Tensor, labels: Tensor, weights: Tensor, seeds: Tensor) -> None:
-        _step(workspace, _Batch(images, labels, weights, seeds), train, mu, first=first)
-
-    if workspace.device.type != "cuda":
-        step(*tensors)
-        return
-    key = (active, batch.images.shape, train, mu, first)
-    if key not in workspace.steps:
-        changed = (*workspace.values, *workspace.velocity, workspace.losses)
-        workspace.steps[key] = Captured(step, tensors, changed)
-    workspace.steps[key].replay(tensors)
+_BYTES_AT_ONCE = 1 << 26
+"""Of pixels in the tables: longer rounds are taken in chunks."""
+_MOST_STEPS = 256
 
 
 def _step(
-    workspace: StackedWorkspace, batch: _Batch, train: TrainConfig, mu: float, *, first: bool
+    workspace: StackedWorkspace, batch: Batch, train: TrainConfig, mu: float, *, partly: bool
 ) -> None:
-    active = len(batch.seeds)
+    """Take a step; `partly`: some of the clients may have no example in the batch."""
+    active = len(batch.keys)
     # New leaves on the same memory: only the head of the stack has a step to take.
     values = [value.detach()[:active].requires_grad_() for value in workspace.values]
     named = dict(zip(workspace.initial, values, strict=True))
-    scores = torch.func.vmap(_forward(workspace.model))(named, batch.images, batch.seeds)
+    scores = torch.func.vmap(_forward(workspace.model))(named, batch.images, batch.keys)
     losses = F.cross_entropy(scores.flatten(0, 1), batch.labels.flatten(), reduction="none")
     sums = (losses.view_as(batch.labels) * batch.weights).sum(1)
     sizes = batch.weights.sum(1)
-    gradients = list(torch.autograd.grad((sums / sizes).sum(), values))
+    # A client without such a step has no examples in it.
+    gradients = list(torch.autograd.grad((sums / sizes.clamp_min(1.0)).sum(), values))
     with torch.no_grad():
         workspace.losses[:active] += sums.double()
-        _update(workspace, gradients, train, mu, first=first)
+        taking = sizes.clamp_max(1.0) if partly else None
+        _update(workspace, gradients, train, mu, taking=taking)
 
 
 def _forward(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
-    def forward(parameters: dict[str, Tensor], images: Tensor, seed: Tensor) -> Tensor:
-        with dropout_stream(seed):
+    def forward(parameters: dict[str, Tensor], images: Tensor, keys: Tensor) -> Tensor:
+        with dropout_keys(keys):
             out: Tensor = functional_call(model, parameters, (images,))
         return out
 
@@ -300,9 +337,12 @@ def _update(
     train: TrainConfig,
     mu: float,
     *,
-    first: bool,
+    taking: Tensor | None,
 ) -> None:
-    """FlatSGD's step for the clients at the head of the stack, each with its own norm."""
+    """FlatSGD's step for the clients at the head of the stack, each with its own norm.
+
+    `taking` (K,) is 1 for those that take it, 0 for those whose values stay; None: all take it.
+    """
     active = len(gradients[0])
     values = [value[:active] for value in workspace.values]
     if mu:
@@ -318,10 +358,12 @@ def _update(
         torch._foreach_add_(gradients, values, alpha=train.weight_decay)
     if train.momentum:
         velocity = [v[:active] for v in workspace.velocity]
-        if first:
-            torch._foreach_copy_(velocity, gradients)
-        else:
-            torch._foreach_mul_(velocity, train.momentum)
-            torch._foreach_add_(velocity, gradients)
+        torch._foreach_mul_(velocity, train.momentum)
+        torch._foreach_add_(velocity, gradients)
         gradients = velocity
-    torch._foreach_sub_(values, torch._foreach_mul(gradients, workspace.rate))
+    steps = torch._foreach_mul(gradients, workspace.rate)
+    if taking is not None and (train.weight_decay or train.momentum):
+        # Without either, a client whose examples have no weight has no gradient.
+        for step in steps:
+            step.mul_(taking.view(-1, *[1] * (step.dim() - 1)))
+    torch._foreach_sub_(values, steps)

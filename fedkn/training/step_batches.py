@@ -50,17 +50,12 @@ def step_batches(
         where = torch.cat(batches).to(images.device)
         pixels = images.index_select(0, where)
         if inputs.augments:
-            parts = torch.split(pixels, [sum(map(len, step)) for step in steps[begin:end]])
+            sizes = [sum(map(len, step)) for step in steps[begin:end]]
             generators = (
                 torch_generator(seed, "augment", *place, first + number)
                 for number in range(begin, end)
             )
-            pixels = torch.cat(
-                [
-                    inputs.augmented(part, generator)
-                    for part, generator in zip(parts, generators, strict=True)
-                ]
-            )
+            pixels = inputs.augmented_pieces(pixels, sizes, generators)
         sizes = [len(batch) for batch in batches]
         scaled = iter(torch.split(inputs(pixels), sizes))
         answers = iter(torch.split(labels.index_select(0, where), sizes))

@@ -13,7 +13,7 @@ from fedkn.config import TrainConfig
 from fedkn.training import Inputs, LocalTask, Workspace, train_locally
 from fedkn.training.concurrent import ConcurrentWorkspaces, train_concurrently
 from fedkn.training.recorded import StepRecorder
-from fedkn.training.stacked import StackedClient
+from fedkn.training.stacked_batches import StackedClient
 from tests.fedkn.training.test_recorded import Double
 
 TRAIN = TrainConfig(batch_size=2, momentum=0.9, keep_momentum=True)

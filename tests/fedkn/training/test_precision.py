@@ -21,7 +21,8 @@ from fedkn.training import (
     train_privately,
     training_scores,
 )
-from fedkn.training.stacked import StackedClient, StackedWorkspace, train_stacked
+from fedkn.training.stacked import StackedWorkspace, train_stacked
+from fedkn.training.stacked_batches import StackedClient
 
 TRAIN = TrainConfig(batch_size=4, momentum=0.5, precision="bfloat16")
 PRECISIONS = ("bfloat16", "float32")

@@ -12,7 +12,8 @@ from fedkn import models, normalizers
 from fedkn.config import TrainConfig
 from fedkn.errors import UserError
 from fedkn.training import Inputs, LocalTask, LocalUpdate, Workspace, train_locally
-from fedkn.training.stacked import StackedClient, StackedWorkspace, train_stacked
+from fedkn.training.stacked import StackedWorkspace, train_stacked
+from fedkn.training.stacked_batches import StackedClient
 
 TOGETHER = [n for n in normalizers.names() if normalizers.create(n).together]
 PLAIN = TrainConfig(batch_size=4, learning_rate=0.05, clip_norm=0)
