@@ -15,6 +15,7 @@ import typer
 
 from fedkn.errors import UserError, unknown_name
 from simulations.commands.bench_engines import engines
+from simulations.commands.bench_gpu import gpu
 from simulations.commands.options import Debug, Json
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ bench = typer.Typer(
     no_args_is_help=True,
 )
 bench.command()(engines)
+bench.command()(gpu)
 
 Batches = Annotated[
     str, typer.Option("--batch-size", metavar="N,…", help="Batch sizes, separated by commas.")

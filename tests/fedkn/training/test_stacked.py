@@ -11,9 +11,10 @@ from torch import Tensor
 from fedkn import models, normalizers
 from fedkn.config import TrainConfig
 from fedkn.errors import UserError
-from fedkn.training import Inputs, LocalTask, LocalUpdate, Workspace, train_locally
+from fedkn.training import Inputs, LocalTask, LocalUpdate, Workspace, stacked, train_locally
 from fedkn.training.stacked import StackedWorkspace, train_stacked
 from fedkn.training.stacked_batches import StackedClient
+from tests.fedkn.training.test_recorded import Double
 
 TOGETHER = [n for n in normalizers.names() if normalizers.create(n).together]
 PLAIN = TrainConfig(batch_size=4, learning_rate=0.05, clip_norm=0)
@@ -152,3 +153,28 @@ def test_bad_weights_and_mixed_tasks_are_refused() -> None:
     mixed = [clients[0], dataclasses.replace(clients[1], task=other)]
     with pytest.raises(ValueError, match="same training"):
         train_stacked(workspace, mixed, inputs=Inputs("unit"), minimum_batch=1)
+
+
+@pytest.mark.parametrize("train", [PLAIN, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("mu", [0.0, 0.3])
+def test_replayed_steps_are_those_computed_as_they_come(
+    train: TrainConfig, mu: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a double of the CUDA graph: padded stacks, tables in chunks, one recording for all."""
+    monkeypatch.setattr(stacked, "_MOST_STEPS", 3)
+    inputs = Inputs("unit", flip=True, crop_padding=1)
+    replaying = StackedWorkspace(_model("kernel"), 6)
+    replaying.capture = Double
+    for sizes in ((11, 3, 0, 25), (4, 9)):
+        clients = _clients("kernel", train, sizes, mu)
+        computed = train_stacked(
+            StackedWorkspace(_model("kernel"), 6), clients, inputs=inputs, minimum_batch=2
+        )
+        expected = [(u, {k: v.clone() for k, v in state.items()}) for u, state in computed]
+        replayed = train_stacked(replaying, clients, inputs=inputs, minimum_batch=2)
+        _compare(expected, replayed)
+    recorded = len(replaying.steps)
+    train_stacked(
+        replaying, _clients("kernel", train, (5, 18, 7), mu), inputs=inputs, minimum_batch=2
+    )
+    assert len(replaying.steps) == recorded
