@@ -362,8 +362,8 @@ def _update(
         torch._foreach_add_(velocity, gradients)
         gradients = velocity
     steps = torch._foreach_mul(gradients, workspace.rate)
-    if taking is not None and (train.weight_decay or train.momentum):
-        # Without either, a client whose examples have no weight has no gradient.
+    if taking is not None and (mu or train.weight_decay or train.momentum):
+        # Without any of them, a client whose examples have no weight has no gradient.
         for step in steps:
             step.mul_(taking.view(-1, *[1] * (step.dim() - 1)))
     torch._foreach_sub_(values, steps)
