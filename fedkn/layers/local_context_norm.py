@@ -85,4 +85,23 @@ class LocalContextNorm2d(nn.Module):
         p, q = (min(self.window, side) for side in statistic.shape[2:])
         inner = F.avg_pool2d(F.avg_pool2d(statistic, (p, 1), stride=1), (1, q), stride=1)
         top, left = (p - 1) // 2, (q - 1) // 2
-        return F.pad(inner, (left, q - 1 - left, top, p - 1 - top), mode="replicate")
+        bottom, right = p - 1 - top, q - 1 - left
+        if not inner.is_cuda:
+            return F.pad(inner, (left, right, top, bottom), mode="replicate")
+        # There the gradient of that padding is summed in whatever order threads arrive.
+        rows = torch.cat(
+            (
+                inner[:, :, :1].expand(-1, -1, top, -1),
+                inner,
+                inner[:, :, -1:].expand(-1, -1, bottom, -1),
+            ),
+            2,
+        )
+        return torch.cat(
+            (
+                rows[..., :1].expand(-1, -1, -1, left),
+                rows,
+                rows[..., -1:].expand(-1, -1, -1, right),
+            ),
+            3,
+        )

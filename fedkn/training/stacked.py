@@ -22,6 +22,7 @@ from torch.func import functional_call
 from fedkn.config import TrainConfig
 from fedkn.errors import UserError
 from fedkn.layers.dropout import dropout_keys, dropout_stream
+from fedkn.layers.stacked_convolution import StackedConvolutions
 from fedkn.training.batches import BatchPlan, plan_batches
 from fedkn.training.captured import Captured
 from fedkn.training.inputs import Inputs
@@ -310,7 +311,8 @@ def _step(
     # New leaves on the same memory: only the head of the stack has a step to take.
     values = [value.detach()[:active].requires_grad_() for value in workspace.values]
     named = dict(zip(workspace.initial, values, strict=True))
-    scores = torch.func.vmap(_forward(workspace.model))(named, batch.images, batch.keys)
+    with StackedConvolutions():
+        scores = torch.func.vmap(_forward(workspace.model))(named, batch.images, batch.keys)
     losses = F.cross_entropy(scores.flatten(0, 1), batch.labels.flatten(), reduction="none")
     sums = (losses.view_as(batch.labels) * batch.weights).sum(1)
     sizes = batch.weights.sum(1)

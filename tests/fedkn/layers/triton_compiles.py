@@ -8,6 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fedkn.layers import convolution_kernels as convolutions
 from fedkn.layers import triton_kernels as kernels
 
 FLOAT, DOUBLE = "*fp32", "*fp64"
@@ -54,3 +55,12 @@ for masked in (True, False):
         {"sums": DOUBLE, "mean": FLOAT, "scale": FLOAT},
         TAPS | {"MASKED": masked, "SPLITS": 2, "BLOCK_P": 128},
     )
+for precision, transposed in itertools.product(("ieee", "tf32"), (True, False)):
+    maps = dict.fromkeys(("x", "w", "bias", "y", "g", "parts"), FLOAT)
+    common = TAPS | {"PRECISION": precision, "BLOCK_O": 32, "BLOCK_C": 32, "BLOCK_M": 64}
+    compile_(
+        convolutions.gather_product,
+        maps,
+        common | {"TRANSPOSED": transposed, "BIAS": not transposed},
+    )
+    compile_(convolutions.weight_product, maps, common | {"SPLITS": 4})

@@ -1,0 +1,229 @@
+"""The convolution of several clients' maps, each by its own filters, on a GPU.
+
+cuDNN takes it for a convolution of as many groups as there are clients, and where the sums have
+to be in float32, or in the same order each time, it launches a kernel or more for every group.
+Here one launch serves all of them (`fedkn.layers.convolution_kernels`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.overrides import TorchFunctionMode
+
+from fedkn.layers.statistics import Geometry
+
+__all__ = ["StackedConvolutions", "convolve_stacked"]
+
+
+class StackedConvolutions(TorchFunctionMode):
+    """Inside the context, convolutions under a vmap over clients are those of this module.
+
+    Whatever else calls ``torch.conv2d``, or with settings that these kernels do not serve, gets
+    PyTorch's. `interpreted` is for tests without a device, in Triton's interpreter.
+    """
+
+    def __init__(self, *, interpreted: bool = False) -> None:
+        super().__init__()
+        self._interpreted = interpreted
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Do `func`."""
+        if func is torch.conv2d:
+            call = _Call.of(*args, **(kwargs or {}))
+            if call is not None and call.served(self._interpreted):
+                return call.answer()
+        return func(*args, **(kwargs or {}))
+
+
+def convolve_stacked(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Return each client's convolution of its maps by its filters.
+
+    `x` is (K, N, C, H, W), `weight` (K, O, C, KH, KW), `bias` (K, O) or None, all float32; the
+    result is (K, N, O, OH, OW), contiguous. Products are TF32 where cuDNN's may be
+    (``torch.backends.cudnn.allow_tf32``), else float32. Differentiable once.
+    """
+    y: Tensor = _Convolution.apply(x.contiguous(), weight.contiguous(), bias, geometry)  # type: ignore[no-untyped-call] # torch's
+    return y
+
+
+class _Call(NamedTuple):
+    """A call of torch.conv2d."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    geometry: Geometry
+
+    @staticmethod
+    def of(  # noqa: PLR0917 - torch.conv2d's own order
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | str | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+    ) -> _Call | None:
+        if isinstance(padding, str):
+            return None
+        kernel = (weight.shape[-2], weight.shape[-1])
+        geometry = Geometry(kernel, _pair(stride), _pair(padding), _pair(dilation), groups)
+        return _Call(input, weight, bias, geometry)
+
+    def served(self, interpreted: bool) -> bool:
+        stack = _functorch.get_interpreter_stack()
+        return (
+            stack is not None
+            and len(stack) == 1
+            and self.geometry.groups == 1
+            and _functorch.is_batchedtensor(self.weight)
+            and (self.weight.is_cuda or interpreted)
+            and self.x.dtype == self.weight.dtype == torch.float32
+            and self.x.dim() == 4
+            and self.x.numel() > 0
+            and not torch.is_autocast_enabled("cuda")
+            and _has_triton()
+        )
+
+    def answer(self) -> Tensor:
+        inner = _functorch.get_unwrapped(self.weight)
+        clients = inner.shape[_functorch.maybe_get_bdim(self.weight)]
+        level = _functorch.peek_interpreter_stack().level()
+        with temporarily_pop_interpreter_stack():
+            x, weight = _first(self.x, clients), _first(self.weight, clients)
+            bias = None if self.bias is None else _first(self.bias, clients)
+            y = convolve_stacked(x, weight, bias, self.geometry)
+        own: Tensor = _functorch._add_batch_dim(y, 0, level)
+        return own
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = geometry
+        size = _output_size(x, geometry)
+        y = x.new_empty((*x.shape[:2], weight.shape[1], *size))
+        taps = weight[0, 0, 0].numel()
+        strides = (weight.shape[2] * taps, taps)
+        _gather((x, weight, bias), y, geometry, strides, transposed=False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        g = g.contiguous()
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            taps = weight[0, 0, 0].numel()
+            strides = (taps, weight.shape[2] * taps)
+            _gather((g, weight, None), dx, ctx.geometry, strides, transposed=True)
+        if ctx.needs_input_grad[1]:
+            dw = _weight_gradient(x, g, weight, ctx.geometry)
+        if ctx.needs_input_grad[2]:
+            db = g.sum((1, 3, 4))
+        return dx, dw, db, None
+
+
+def _gather(
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    y: Tensor,
+    geometry: Geometry,
+    strides: tuple[int, int],
+    *,
+    transposed: bool,
+) -> None:
+    """Write into `y`; `strides` are the weights' from one of y's channels, and of x's, to the next."""
+    from fedkn.layers import convolution_kernels as kernels  # noqa: PLC0415 - Triton is optional
+
+    x, weight, bias = tensors
+    clients, samples, channels, height, width = x.shape
+    outputs, rows, columns = y.shape[2:]
+    block_o, block_c = _block(outputs, 64), _block(channels, 32)
+    block_m = 64 if block_o == 64 else 128
+    grid = (-(-samples * rows * columns // block_m), -(-outputs // block_o), clients)
+    kernels.gather_product[grid](
+        x, weight, weight if bias is None else bias.contiguous(), y,
+        samples, channels, height, width, outputs, rows, columns, *strides,
+        **_taps(geometry), TRANSPOSED=transposed, BIAS=bias is not None, PRECISION=_precision(),
+        BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_C=block_c,
+    )  # fmt: skip
+
+
+def _weight_gradient(x: Tensor, g: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    from fedkn.layers import convolution_kernels as kernels  # noqa: PLC0415 - Triton is optional
+
+    clients, samples, channels, height, width = x.shape
+    outputs, rows, columns = g.shape[2:]
+    inner = channels * geometry.kernel[0] * geometry.kernel[1]
+    block_o, block_c, block_m = _block(outputs, 32), _block(inner, 64), 64
+    tiles = -(-outputs // block_o) * -(-inner // block_c)
+    pixels = -(-samples * rows * columns // block_m)
+    splits = max(1, min(pixels // 4, _PROGRAMS // (tiles * clients), 16))
+    parts = x.new_empty((splits, clients, outputs, inner))
+    kernels.weight_product[tiles, splits, clients](
+        x, g, parts, samples, channels, height, width, outputs, rows, columns,
+        **_taps(geometry), SPLITS=splits, PRECISION=_precision(),
+        BLOCK_O=block_o, BLOCK_C=block_c, BLOCK_M=block_m,
+    )  # fmt: skip
+    whole = parts[0] if splits == 1 else parts.sum(0)
+    return whole.view(weight.shape)
+
+
+_PROGRAMS = 1024  # several for every multiprocessor
+
+
+def _output_size(x: Tensor, geometry: Geometry) -> tuple[int, int]:
+    height, width = (
+        (x.shape[3 + d] + 2 * geometry.padding[d] - geometry.dilation[d] * (geometry.kernel[d] - 1))
+        for d in range(2)
+    )
+    return (height - 1) // geometry.stride[0] + 1, (width - 1) // geometry.stride[1] + 1
+
+
+def _block(size: int, most: int) -> int:
+    """Return a power of two from 16, the least that a product takes, to `most`."""
+    return min(most, max(16, 1 << (size - 1).bit_length()))
+
+
+def _taps(geometry: Geometry) -> dict[str, int]:
+    sizes = zip(("K", "S", "P", "D"), geometry[:4], strict=True)
+    return {name + axis: size[d] for name, size in sizes for d, axis in enumerate("HW")}
+
+
+def _precision() -> str:
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _first(tensor: Tensor, clients: int) -> Tensor:
+    """Return `tensor` with the clients as its first dimension; repeated where it is everybody's."""
+    if _functorch.is_batchedtensor(tensor):
+        inner: Tensor = _functorch.get_unwrapped(tensor)
+        return inner.movedim(_functorch.maybe_get_bdim(tensor), 0)
+    return tensor.unsqueeze(0).expand(clients, *tensor.shape)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
