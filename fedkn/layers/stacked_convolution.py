@@ -150,7 +150,7 @@ def _gather(
     *,
     transposed: bool,
 ) -> None:
-    """Write into `y`; `strides` are the weights' from one of y's channels, and of x's, to the next."""
+    """Write into `y`; `strides` are between the weights of y's channels, and of x's."""
     from fedkn.layers import convolution_kernels as kernels  # noqa: PLC0415 - Triton is optional
 
     x, weight, bias = tensors
