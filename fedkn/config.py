@@ -165,10 +165,11 @@ class TrainConfig(Section):
     keep_momentum: bool = Field(
         False, description="a client goes on with the momentum of its last round"
     )
-    precision: Literal["float32", "tf32", "bfloat16"] = Field(
-        "float32",
-        description="what a training step computes in (tf32: a GPU's convolutions and products "
-        "with ten bits of mantissa); parameters, optimizer, statistics and evaluation stay float32",
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
+        "auto",
+        description="what a training step computes in; auto is tf32 on an NVIDIA GPU (products of "
+        "convolutions with ten bits of mantissa, PyTorch's own default), float32 elsewhere; "
+        "parameters, optimizer, statistics and evaluation stay float32",
     )
 
 

@@ -44,7 +44,9 @@ class Profile(Section):
         asked = config.train
         return config.overlay(
             train__local_steps=min(filter(None, (self.local_steps, asked.local_steps)), default=0),
-            train__precision="float32" if self.float32 else asked.precision,
+            train__precision=(
+                "float32" if self.float32 and asked.precision == "bfloat16" else asked.precision
+            ),
         )
 
     def largest_batch(self, asked: int) -> int:

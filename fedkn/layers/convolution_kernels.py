@@ -5,8 +5,8 @@
 
 Each is a product of matrices per client that is never written down: rows are the pixels of all the
 client's maps, columns its filters, and the inner dimension runs over channels and taps. Sums are
-taken in one order whatever the device does beside, so the same tensors give the same bits. Maps and
-filters are contiguous, (K, N, C, H, W) and (K, O, C, KH, KW).
+taken in one order whatever the device does beside, so the same tensors give the same bits. Maps
+(K, N, C, H, W) and filters (K, O, C, KH, KW) are contiguous and float32, as are products and sums.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def gather_product(
     N, C, H, W, O, OH, OW, stride_wo, stride_wc,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y (K, N, O, OH, OW): the convolution of x (K, N, C, H, W), or its transpose.
@@ -66,7 +66,7 @@ def gather_product(
                 (o[None, :] < O) & (c[:, None] < C),
                 0.0,
             )
-            total = tl.dot(maps, filters, total, input_precision=PRECISION)
+            total = tl.dot(maps, filters, total, input_precision="ieee")
     if BIAS:
         total += tl.load(bias + client * O + o, o < O, 0.0)[None, :]
     y += client.to(tl.int64) * N * O * positions
@@ -83,7 +83,7 @@ def weight_product(
     N, C, H, W, O, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """parts (SPLITS, K, O, C * KH * KW): the filters' gradient, over a share of the pixels each.
@@ -122,7 +122,7 @@ def weight_product(
         maps = tl.load(
             x + (n * C * H * W)[:, None] + (c * (H * W))[None, :] + h * W + wide, inside, 0.0
         )
-        total = tl.dot(upstream, maps, total, input_precision=PRECISION)
+        total = tl.dot(upstream, maps, total, input_precision="ieee")
     out = parts + (split * tl.num_programs(2) + client).to(tl.int64) * O * columns
     tl.store(
         out + o[:, None] * columns + column[None, :],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedkn.errors import UserError
-from fedkn.layers import host_masks
+from fedkn.layers import device_masks, host_masks
 from fedkn.layers.dtypes import cast
 from fedkn.layers.host_masks import LEVELS
 
@@ -162,6 +162,8 @@ def keep_mask(
     words = _words(shape)
     if isinstance(key, int) and device.type == "cpu":
         keep = cast(host_masks.draw_lanes(key, words, level), dtype)
+    elif device_masks.serves(key, device):
+        keep = device_masks.draw_lanes(key, words, level, dtype, device)
     else:
         counter = torch.arange(1, words + 1, dtype=torch.int64, device=device)
         # Not in place: under vmap the key has a batch dimension that the counter lacks.

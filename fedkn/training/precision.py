@@ -18,9 +18,9 @@ __all__ = ["check_precision", "computing_in", "training_scores"]
 def training_scores(model: nn.Module, x: Tensor, precision: str) -> Tensor:
     """Return ``model(x)``, computed in `precision`.
 
-    ``float32``, ``tf32``: in the model's own dtype. ``bfloat16``: convolutions and products of
-    matrices in bfloat16, as PyTorch's autocast has it, and the scores as float32. Parameters, their
-    gradients and running statistics keep their dtype.
+    ``auto``, ``float32``, ``tf32``: in the model's own dtype. ``bfloat16``: convolutions and
+    products of matrices in bfloat16, as PyTorch's autocast has it, and the scores as float32.
+    Parameters, their gradients and running statistics keep their dtype.
     """
     if precision != "bfloat16":
         scores: Tensor = model(x)
@@ -42,7 +42,7 @@ def computing_in(precision: str, device: torch.device) -> Iterator[None]:
         return
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic
-    cudnn.allow_tf32 = products.allow_tf32 = precision == "tf32"
+    cudnn.allow_tf32 = products.allow_tf32 = precision in ("auto", "tf32")
     cudnn.deterministic = True
     try:
         yield

@@ -140,7 +140,7 @@ def train_privately(
 
 def refuse_unprivate(normalizer: Normalizer, model: nn.Module, precision: str) -> None:
     """Raise UserError if `model`, built with `normalizer`, cannot be trained so by DP-SGD."""
-    if precision != "float32":
+    if precision == "bfloat16":
         raise UserError(
             "privacy.mechanism = 'example' clips every example's gradient, which "
             f"train.precision = '{precision}' would round: set train.precision = 'float32'"

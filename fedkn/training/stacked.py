@@ -84,18 +84,29 @@ class StackedWorkspace:
         """
         if len(clients) > self.size:
             raise ValueError(f"{len(clients)} clients in a workspace for {self.size}")
-        for place, client in enumerate(clients):
+        for client in clients:
             if unknown := sorted(client.received.keys() - self.initial.keys()):
                 raise ValueError(f"the model has no tensors named {', '.join(unknown)}")
-            received = moved(client.received, self.device)
-            for (name, initial), stacked in zip(self.initial.items(), self.values, strict=True):
-                value = received.get(name, initial)
-                if value.shape != initial.shape or value.dtype != initial.dtype:
+        loaded: dict[str, Tensor] = {}
+        for name, initial in self.initial.items():
+            given = [client.received.get(name) for client in clients]
+            if all(value is None for value in given):
+                loaded[name] = initial.expand(len(clients), *initial.shape)
+                continue
+            for value in given:
+                if value is not None and (value.shape, value.dtype) != (
+                    initial.shape,
+                    initial.dtype,
+                ):
                     raise ValueError(
                         f"'{name}' is {value.dtype} {tuple(value.shape)}, "
                         f"the model's is {initial.dtype} {tuple(initial.shape)}"
                     )
-                stacked[place].copy_(value)
+            device = next(value.device for value in given if value is not None)
+            own = initial.to(device) if any(value is None for value in given) else initial
+            loaded[name] = torch.stack([own if value is None else value for value in given])
+        for stacked, value in zip(self.values, moved(loaded, self.device).values(), strict=True):
+            stacked[: len(clients)].copy_(value)
         for anchor, value in zip(self.anchor, self.values, strict=True):
             anchor.copy_(value)
         for velocity in self.velocity:
@@ -111,11 +122,14 @@ class StackedWorkspace:
             self._calls = stream.calls
         return self._calls
 
-    def state(self, place: int) -> dict[str, Tensor]:
-        """Return the tensors of the client at `place`: views, which the next `load` overwrites."""
-        return {
-            name: stacked[place] for name, stacked in zip(self.initial, self.values, strict=True)
-        }
+    def states(self, clients: int) -> list[dict[str, Tensor]]:
+        """Return the tensors of each of the first `clients` clients, on the CPU.
+
+        There they are views, which the next `load` overwrites.
+        """
+        values = zip(self.initial, self.values, strict=True)
+        here = moved({name: value[:clients] for name, value in values}, torch.device("cpu"))
+        return [{name: value[place] for name, value in here.items()} for place in range(clients)]
 
 
 def train_stacked(
@@ -165,8 +179,9 @@ def train_stacked(
         else:
             for batch in batches.one_by_one():
                 _step(workspace, batch, train, task.proximal_mu, partly=False)
-    losses = workspace.losses.tolist()
+    losses = workspace.losses.tolist()  # waits for the device
     seconds = (time.perf_counter() - started) / len(clients)
+    states = workspace.states(len(clients))
     results: dict[int, tuple[LocalUpdate, dict[str, Tensor]]] = {}
     for place, (original, plan) in enumerate(zip(order, ordered, strict=True)):
         update = LocalUpdate(
@@ -177,7 +192,7 @@ def train_stacked(
             loss=losses[place] / plan.examples if plan.examples else 0.0,
             seconds=seconds,
         )
-        results[original] = (update, workspace.state(place))
+        results[original] = (update, states[place])
     return [results[i] for i in range(len(clients))]
 
 

@@ -50,7 +50,7 @@ def check_normalizer(name: str, device: torch.device, *, width: int = 16, side: 
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (_IMAGES, 3, side, side), dtype=torch.uint8, generator=draw)
     labels = torch.randint(10, (_IMAGES,), generator=draw)
-    train = TrainConfig(batch_size=2, momentum=0.9)
+    train = TrainConfig(batch_size=2, momentum=0.9, precision="float32")
     clients = [
         StackedClient(LocalTask(1, 2, place, train, 0.01), {}, images.to(device), labels.to(device))
         for place in range(_CLIENTS)

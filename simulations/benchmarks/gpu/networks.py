@@ -41,7 +41,7 @@ class NetworkTime:
 
 def network_cases(quick: bool) -> Iterator[NetworkCase]:
     """Yield the cases of the table, BatchNorm's in both layouts first of each kind."""
-    for precision, batches in (("float32", (2, 8, 32)), ("bfloat16", (2, 32))):
+    for precision, batches in (("tf32", (2, 8, 32)), ("bfloat16", (2, 32)), ("float32", (2,))):
         for batch in batches if not quick else batches[:1]:
             for name in ("batch", "kernel") if quick else ("batch", "kernel", "group", "none"):
                 yield NetworkCase(name, batch, precision)

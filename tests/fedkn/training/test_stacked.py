@@ -133,7 +133,7 @@ def test_what_was_not_received_starts_as_initialised() -> None:
     client = dataclasses.replace(_clients("group", PLAIN, (4,))[0], received={})
     workspace = StackedWorkspace(model, 1)
     workspace.load([client])
-    assert all(torch.equal(workspace.state(0)[k], v) for k, v in model.state_dict().items())
+    assert all(torch.equal(workspace.states(1)[0][k], v) for k, v in model.state_dict().items())
 
 
 def test_a_model_with_running_statistics_is_refused() -> None:

@@ -49,7 +49,7 @@ def test_rounds_are_those_of_the_metrics_log() -> None:
 def test_every_case_can_be_made() -> None:
     for quick in (True, False):
         assert len({str(case) for case in step_cases(quick)}) > 10
-        assert {case.precision for case in network_cases(quick)} == {"float32", "bfloat16"}
+        assert {case.precision for case in network_cases(quick)} == {"tf32", "float32", "bfloat16"}
         assert any("batch" in case.title for case in round_cases(quick))
     assert all(case.batch for case in step_cases(False))
 
