@@ -44,11 +44,13 @@ def gpu(
     from fedkn.experiment import device_of
     from simulations.benchmarks.gpu.everything import PARTS, measure_everything
     from simulations.benchmarks.gpu.page import Results
+    from simulations.engines.device_queues import open_queues
 
     parts = [name.strip() for name in part.split(",")]
     for name in parts:
         if name not in PARTS:
             raise unknown_name("part of this benchmark", name, PARTS)
+    open_queues()
     where = device_of(ExperimentConfig.resolve({"device": device}))
     if where.type != "cuda":
         raise UserError(f"--device {device}: this benchmark is of a GPU, give cuda or cuda:N")

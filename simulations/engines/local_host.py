@@ -9,6 +9,7 @@ from clients.local_state import folder_in_run
 from fedkn.config import ExperimentConfig
 from simulations.engines.allocator import keep_freed_memory
 from simulations.engines.host import ClientHost
+from simulations.engines.device_queues import open_queues
 from simulations.engines.identity import assume_server_identity
 from simulations.engines.together import train_together
 
@@ -22,6 +23,7 @@ def host_of(config: ExperimentConfig, *, together: bool) -> ClientHost:
     """
     assume_server_identity()
     keep_freed_memory()
+    open_queues()
     torch.set_num_threads(1)
     train = train_together if together else None
     return ClientHost(
