@@ -121,8 +121,7 @@ class _Call(NamedTuple):
         filters = weight.flatten(0, 1).contiguous(memory_format=last)
         shift = None if bias is None else bias.flatten()
         _, stride, padding, dilation, _ = self.geometry
-        with torch.overrides._no_torch_function():
-            y = torch.conv2d(maps, filters, shift, stride, padding, dilation, clients)
+        y = torch.conv2d(maps, filters, shift, stride, padding, dilation, clients)
         return y.unflatten(1, (clients, weight.shape[1]))
 
 

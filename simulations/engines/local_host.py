@@ -8,8 +8,8 @@ from clients.app import app as client_app
 from clients.local_state import folder_in_run
 from fedkn.config import ExperimentConfig
 from simulations.engines.allocator import keep_freed_memory
-from simulations.engines.host import ClientHost
 from simulations.engines.device_queues import open_queues
+from simulations.engines.host import ClientHost
 from simulations.engines.identity import assume_server_identity
 from simulations.engines.together import train_together
 
