@@ -14,10 +14,12 @@ from torch import Tensor
 
 from fedkn.training import sampled_gaussian
 
-__all__ = ["PrivacySpent"]
+__all__ = ["PRIVACY", "PrivacySpent"]
 
-_PREFIX = "privacy/"
-_NOISE, _RATE, _STEPS = (_PREFIX + name for name in ("noise_multiplier", "sample_rate", "steps"))
+PRIVACY = "privacy/"
+"""What the names of its tensors begin with."""
+
+_NOISE, _RATE, _STEPS = (PRIVACY + name for name in ("noise_multiplier", "sample_rate", "steps"))
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def renyi_of_a_step(noise_multiplier: float, sample_rate: float) -> Array:
 
 
 def gaussian_epsilon(signal: float, delta: float) -> float:
-    """Return the epsilon at `delta` of Gaussian noise of deviation 1 on a sum that moves by `signal`.
+    """Return the epsilon at `delta` of noise of deviation 1 on a sum that moves by `signal`.
 
     Exact to 1e-9 and rounded upwards; infinite where double precision cannot tell.
     """
