@@ -1,0 +1,134 @@
+"""Upper bounds of epsilon: against closed forms, Opacus' accountants and sums of integer orders."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from fedkn.training.sampled_gaussian import ORDERS, epsilon, gaussian_epsilon, renyi_of_a_step
+
+DELTA = 1e-5
+STEPS = [
+    (1.0, 0.08, 130),
+    (1.0, 0.016, 63),
+    (2.0, 0.016, 630),
+    (0.6, 0.3, 20),
+    (10.0, 0.01, 10),
+    (30.0, 0.05, 10),
+    (100.0, 0.1, 5),
+    (5.0, 0.001, 1000),
+]
+
+
+def closed_form(order: int, noise: float, rate: float) -> float:
+    """Return the divergence at an integer order (arXiv 1908.10530, sec. 3.3), less one exactly."""
+    q = Fraction(rate)
+    total = 0.0
+    for k in range(2, order + 1):
+        weight = math.comb(order, k) * (1 - q) ** (order - k) * q**k
+        total += float(weight) * math.expm1((k * k - k) / (2 * noise**2))
+    return math.log1p(total) / (order - 1)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("rate", [1e-5, 0.01, 0.3, 0.999])
+def test_integer_orders_have_a_closed_form(noise, rate):
+    found = renyi_of_a_step(noise, rate)
+    for order in (2, 3, 11, 30):
+        (place,) = np.flatnonzero(np.isclose(ORDERS, order, rtol=1e-12))
+        if order**2 / (2 * noise**2) < 700:  # or a float overflows
+            # The divergence is a sum of 2 terms about 1: below 1e-13 nothing of it can be told.
+            expected = closed_form(order, noise, rate)
+            assert found[place] == pytest.approx(expected, rel=1e-7, abs=1e-14)
+
+
+@pytest.mark.parametrize(("noise", "rate"), [(0.5, 0.3), (1.0, 0.08), (2.0, 0.01), (4.0, 0.5)])
+def test_the_other_orders_are_those_of_opacus(noise, rate):
+    rdp = pytest.importorskip("opacus.accountants.analysis.rdp")
+    some = ORDERS <= 63
+    theirs = rdp.compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=ORDERS[some].tolist())
+    np.testing.assert_allclose(renyi_of_a_step(noise, rate)[some], theirs, rtol=1e-6)
+
+
+def test_divergences_do_not_fall_with_the_order_nor_exceed_the_whole_mechanism():
+    for noise in (0.04, 0.3, 1.0, 20.0):
+        for rate in (1e-4, 0.1, 0.7, 1.0):
+            found = renyi_of_a_step(noise, rate)
+            assert (np.diff(found) >= -1e-12 * found[1:]).all()
+            assert (found <= ORDERS / (2 * noise**2) * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("run", STEPS, ids=str)
+def test_epsilon_lies_between_the_truth_and_opacus_rdp(run):
+    """Opacus' PRV accountant is exact within an error that it is told."""
+    accountants = pytest.importorskip("opacus.accountants")
+    coarse, exact = accountants.RDPAccountant(), accountants.PRVAccountant()
+    coarse.history = exact.history = [run]
+    ours, error = epsilon([run], DELTA), 1e-3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: None)
+        assert ours <= coarse.get_epsilon(delta=DELTA) * (1 + 1e-9)
+        truth = exact.get_epsilon(delta=DELTA, eps_error=error) - 2 * error
+    assert truth <= ours
+
+
+def test_low_losses_are_not_overstated():
+    """Opacus' orders end at 63, which makes these 0.103."""
+    exact = gaussian_epsilon(1 / 800, DELTA)
+    assert exact == pytest.approx(0.00253, rel=0.01)
+    assert epsilon([(800.0, 1.0, 1)], DELTA) == exact
+    assert epsilon([(800.0, 0.5, 1)], DELTA) <= exact
+    assert epsilon([(20.0, 0.001, 100)], DELTA) < 0.0011
+    assert epsilon([(10.0, 0.01, 10)], DELTA) < 0.0095
+
+
+@pytest.mark.parametrize("signal", [1e-4, 0.01, 0.3, 1.0, 5.0, 20.0])
+@pytest.mark.parametrize("delta", [1e-9, 1e-5, 1e-2])
+def test_the_gaussian_mechanism_is_exact(signal, delta):
+    """Delta at the epsilon found, by SciPy, in the two terms of Balle and Wang."""
+    found = gaussian_epsilon(signal, delta)
+
+    def delta_at(e: float) -> float:
+        lower = math.exp(e + norm.logcdf(-signal / 2 - e / signal))
+        return norm.cdf(signal / 2 - e / signal) - lower
+
+    if not found:
+        assert delta_at(0.0) <= delta
+        return
+    assert delta_at(found) <= delta * (1 + 1e-9)
+    assert delta_at(found * (1 - 1e-3)) > delta
+
+
+def test_full_batches_are_one_gaussian_mechanism():
+    history = [(3.0, 1.0, 12), (5.0, 1.0, 7)]
+    signal = math.sqrt(12 / 9 + 7 / 25)
+    assert epsilon(history, DELTA) == gaussian_epsilon(signal, DELTA)
+
+
+def test_what_double_precision_cannot_tell_is_bounded_by_the_other():
+    assert gaussian_epsilon(100.0, DELTA) == math.inf
+    assert 5000 < epsilon([(0.01, 1.0, 1)], DELTA) < 6000
+    assert epsilon([(0.01, 0.5, 10)], DELTA) < math.inf
+    # Each tail is right to its last digits, however small: 1e-30 is no limit.
+    found = gaussian_epsilon(1.0, 1e-30)
+    assert norm.logcdf(0.5 - found) > math.log(1e-30)
+    assert norm.logcdf(0.5 - found) < math.log(1e-28)
+
+
+def test_more_steps_less_noise_and_larger_batches_cost_more():
+    base = epsilon([(1.0, 0.1, 10)], DELTA)
+    assert epsilon([(1.0, 0.1, 11)], DELTA) > base
+    assert epsilon([(0.9, 0.1, 10)], DELTA) > base
+    assert epsilon([(1.0, 0.11, 10)], DELTA) > base
+    assert epsilon([(1.0, 0.1, 10)], DELTA / 10) > base
+    assert epsilon([(1.0, 0.1, 5), (1.0, 0.1, 5)], DELTA) == pytest.approx(base, rel=1e-12)
+
+
+def test_nothing_and_no_noise():
+    assert epsilon([], DELTA) == 0.0
+    assert epsilon([(1.0, 0.5, 0), (0.0, 0.0, 3)], DELTA) == 0.0
+    assert epsilon([(1.0, 0.5, 1), (0.0, 0.5, 1)], DELTA) == math.inf
