@@ -90,7 +90,13 @@ def train(message: Message, context: Context) -> Message:
     arrays = tensors_to_arrays(_sent(session, state, received, told))
     if account:
         # Before anything is kept or sent: what the account lacks must not leave the device.
-        spent = account.charge(run, round_, PrivacySpent.restored(update.carried), _bytes(arrays))
+        spent = account.charge(
+            run,
+            round_,
+            PrivacySpent.restored(update.carried),
+            _bytes(arrays),
+            allow=node_consent(context.node_config).allow_spending,
+        )
         update = replace(update, epsilon=spent.epsilon(session.config.privacy.delta))
     keep = {_MODEL + name: state[name] for name in session.local_tensors}
     keep |= {n: value for n, value in update.carried.items() if not n.startswith(PRIVACY)}
@@ -172,7 +178,7 @@ def _account(
     account.spent(_told(told, RUN_TOKEN, str), _told(told, STATE_ROUND, int))
     config = session.config
     cost = steps_of_a_round(len(session.parts[partition]), config.train, config.privacy)
-    node_consent(context.node_config).allow_round(account.lifetime(), cost)
+    node_consent(context.node_config).allow_spending(account.lifetime().after(*cost))
     return account
 
 

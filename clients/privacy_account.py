@@ -7,11 +7,13 @@ whatever becomes of it: refused, late, lost, or forgotten by a server that resum
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -67,7 +69,16 @@ class PrivacyAccount(ABC):
         Raises:
             UserError: the account is damaged, or lacks what the server knows.
         """
-        return self._entries(run, accepted).get(run, _OfRun()).spent
+        entries, problem = self._known()
+        of = entries.get(run, _OfRun())
+        if not problem and of.last_round < accepted:
+            known = f"ends with round {of.last_round}" if of.last_round else "has no entry"
+            problem = f"{known} of this run, and the server has an update of round {accepted}"
+        if problem:
+            with self._locked():
+                self._agree_to_begin_anew(problem)
+                self._write(_text({**entries, run: replace(of, last_round=accepted)}))
+        return of.spent
 
     def lifetime(self) -> PrivacySpent:
         """Return what the updates of all runs have cost together.
@@ -75,13 +86,17 @@ class PrivacyAccount(ABC):
         Raises:
             UserError: the account is damaged.
         """
-        total = PrivacySpent()
-        for of in self._entries().values():
-            for steps in of.spent.history:
-                total = total.after(*steps)
-        return total
+        return _together(self._intact())
 
-    def charge(self, run: str, round_: int, cost: PrivacySpent, update: bytes) -> PrivacySpent:
+    def charge(
+        self,
+        run: str,
+        round_: int,
+        cost: PrivacySpent,
+        update: bytes,
+        *,
+        allow: Callable[[PrivacySpent], None] | None = None,
+    ) -> PrivacySpent:
         """Enter what an update that is about to be sent costs; return what `run` cost until now.
 
         An update that was sent before in this round, to the last bit, tells nothing new: with the
@@ -90,40 +105,47 @@ class PrivacyAccount(ABC):
 
         Args:
             update: all bytes that the guarantee covers.
+            allow: raises an error if what all runs will have cost is too much; then nothing is
+                entered. Runs may be under way at once, in other processes.
 
         Raises:
             UserError: the account is damaged, or cannot be written: then nothing may be sent.
         """
-        entries = self._entries()
-        of = entries.get(run, _OfRun())
         digest = hashlib.sha256(b"%d:" % round_ + update).hexdigest()
-        if digest in of.sent:
-            return of.spent
-        spent = of.spent
-        for steps in cost.history:
-            spent = spent.after(*steps)
-        now = _OfRun(spent, max(of.last_round, round_), (*of.sent, digest)[-_SENT_KEPT:])
-        others = {name: replace(other, sent=()) for name, other in entries.items()}
-        self._write(_text({**others, run: now}))
+        with self._locked():
+            entries = self._intact()
+            of = entries.get(run, _OfRun())
+            if digest in of.sent:
+                return of.spent
+            spent = of.spent.plus(cost)
+            now = _OfRun(spent, max(of.last_round, round_), (*of.sent, digest)[-_SENT_KEPT:])
+            others = {name: replace(other, sent=()) for name, other in entries.items()}
+            following = {**others, run: now}
+            if allow:
+                allow(_together(following))
+            self._write(_text(following))
         return spent
 
-    def _entries(self, run: str = "", accepted: int = 0) -> _Entries:
-        entries: dict[str, _OfRun] = {}
-        problem = ""
+    def _known(self) -> tuple[_Entries, str]:
+        """Return the entries, and what is wrong with them: then there are none."""
         try:
-            entries.update(_entries_of(self._read()))
+            return _entries_of(self._read()), ""
         except ValueError as error:
-            problem = f"is damaged ({error})"
-        of = entries.get(run, _OfRun())
-        if not problem and of.last_round < accepted:
-            known = f"ends with round {of.last_round}" if of.last_round else "has no entry"
-            problem = f"{known} of this run, and the server has an update of round {accepted}"
+            return {}, f"is damaged ({error})"
+
+    def _intact(self) -> _Entries:
+        entries, problem = self._known()
         if problem:
-            self._agree_to_begin_anew(problem)
-            if run:
-                entries[run] = replace(of, last_round=accepted)
-            self._write(_text(entries))
+            raise self._lost(problem)
         return entries
+
+    @abstractmethod
+    def _lost(self, problem: str) -> UserError:
+        """Return the error that says what is wrong, and what the owner can do."""
+
+    @abstractmethod
+    def _locked(self) -> AbstractContextManager[None]:
+        """Return the context in which no other process writes."""
 
     @abstractmethod
     def _agree_to_begin_anew(self, problem: str) -> None:
@@ -156,14 +178,29 @@ class _OnDisk(PrivacyAccount):
         self._path = path
         self._decision = path.with_name(f"{path.name}.begin-anew")
 
+    def _lost(self, problem: str) -> UserError:
+        return UserError(
+            f"the privacy account '{self._path}' {problem}: what this client's images have "
+            "spent is unknown, so it does not train. Put the file back from a copy; or, if "
+            "what was sent before shall not count, create an empty file "
+            f"'{self._decision.name}' beside it"
+        )
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = self._path.with_name(f".{self._path.name}.lock").open("w")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with lock:
+            # The lock goes with its process, however that ends.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def _agree_to_begin_anew(self, problem: str) -> None:
         if not self._decision.is_file():
-            raise UserError(
-                f"the privacy account '{self._path}' {problem}: what this client's images have "
-                "spent is unknown, so it does not train. Put the file back from a copy; or, if "
-                "what was sent before shall not count, create an empty file "
-                f"'{self._decision.name}' beside it"
-            )
+            raise self._lost(problem)
         _LOG.warning(
             "the privacy account '%s' %s: begun anew as its owner decided; epsilon leaves out "
             "what was sent before",
@@ -193,14 +230,16 @@ class _OnDisk(PrivacyAccount):
         content = text.encode()
         digest = hashlib.sha256(content).hexdigest().encode()
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, digest + b"\n" + content, mode=0o600)
         except OSError as error:
-            raise UserError(
-                f"the privacy account '{self._path}' cannot be written "
-                f"({error.strerror or error}), so no update is sent: free space, or give the node "
-                "another state-folder"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"the privacy account '{self._path}' cannot be written "
+            f"({error.strerror or error}), so no update is sent: free space, or give the node "
+            "another state-folder"
+        )
 
 
 class _InMemory(PrivacyAccount):
@@ -209,8 +248,14 @@ class _InMemory(PrivacyAccount):
     def __init__(self, context: Context) -> None:
         self._records = context.state.config_records
 
+    def _locked(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def _agree_to_begin_anew(self, problem: str) -> None:
-        raise UserError(
+        raise self._lost(problem)
+
+    def _lost(self, problem: str) -> UserError:
+        return UserError(
             f"this client's privacy account {problem}: what its images have spent is unknown, so "
             "it trains no more in this run. It was in memory: give the node a state-folder"
         )
@@ -220,6 +265,13 @@ class _InMemory(PrivacyAccount):
 
     def _write(self, text: str) -> None:
         self._records[_RECORD] = ConfigRecord({_TEXT: text})
+
+
+def _together(entries: _Entries) -> PrivacySpent:
+    total = PrivacySpent()
+    for of in entries.values():
+        total = total.plus(of.spent)
+    return total
 
 
 _RECORD, _TEXT = "privacy-account", "text"

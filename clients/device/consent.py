@@ -12,7 +12,6 @@ from fedkn.errors import UserError, unknown_name
 from fedkn.models import names as model_names
 from fedkn.text import printable
 from fedkn.training.privacy_spent import PrivacySpent
-from fedkn.training.sampled_gaussian import Run
 
 __all__ = ["Consent", "node_consent"]
 
@@ -83,21 +82,20 @@ class Consent(Section):
                 "evaluation.client_fraction = 0",
             )
 
-    def allow_round(self, spent: PrivacySpent, cost: Run) -> None:
-        """Raise UserError if a round of `cost` would spend more than the owner's `max_epsilon`.
+    def allow_spending(self, after: PrivacySpent) -> None:
+        """Raise UserError if that is more than the owner's `max_epsilon`.
 
         Args:
-            spent: what all runs have spent so far.
+            after: what all runs will have spent with the next update.
         """
         if not self.max_epsilon:
             return
-        after = spent.after(*cost).epsilon(self.delta)
-        if after > self.max_epsilon:
+        epsilon = after.epsilon(self.delta)
+        if epsilon > self.max_epsilon:
             raise _refused(
                 "max_epsilon",
-                f"its images have spent epsilon {spent.epsilon(self.delta):.4g} of "
-                f"{self.max_epsilon:g} at delta {self.delta:g}, and this round would make it "
-                f"{after:.4g}",
+                f"with this round all runs would have spent epsilon {epsilon:.4g} at delta "
+                f"{self.delta:g} on its images, and no more than {self.max_epsilon:g} may ever be",
                 "more privacy.noise_multiplier, a smaller batch or fewer steps",
             )
 

@@ -74,6 +74,13 @@ class PrivacySpent:
         runs[kind] = runs.get(kind, 0) + steps
         return PrivacySpent(tuple((*key, count) for key, count in runs.items()))
 
+    def plus(self, other: PrivacySpent) -> PrivacySpent:
+        """Return what both have spent together."""
+        total = self
+        for noise, rate, steps in other.history:
+            total = total.after(noise, rate, steps)
+        return total
+
     def epsilon(self, delta: float) -> float:
         """Return the epsilon of (epsilon, `delta`)-differential privacy of all steps together.
 

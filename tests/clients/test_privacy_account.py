@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,36 @@ def test_the_file_grows_by_runs_not_by_rounds(tmp_path):
         sizes.append(file_in(tmp_path).stat().st_size)
     assert sizes[-1] < sizes[69] + 20
     assert file_in(tmp_path).stat().st_mode & 0o777 == 0o600
+
+
+def _charge_often(folder: Path, run: str) -> None:
+    account = account_in(folder, 0)
+    for round_ in range(1, 21):
+        account.charge(run, round_, COST, b"%d" % round_)
+
+
+def test_runs_that_go_on_at_once_lose_nothing_of_each_other(tmp_path):
+    spawn = multiprocessing.get_context("fork")
+    workers = [spawn.Process(target=_charge_often, args=(tmp_path, r)) for r in (RUN, OTHER)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert account_in(tmp_path, 0).lifetime().history == ((1.0, 0.1, 200),)
+
+
+def test_what_is_not_allowed_is_not_entered(context):
+    account = privacy_account(context, 3)
+    account.charge(RUN, 1, COST, b"a")
+
+    def refuse(after: PrivacySpent) -> None:
+        assert after.history == ((1.0, 0.1, 10),)
+        raise UserError("too much")
+
+    with pytest.raises(UserError, match="too much"):
+        account.charge(OTHER, 1, COST, b"b", allow=refuse)
+    assert account.lifetime() == COST
 
 
 def test_clients_do_not_share_an_account(tmp_path):
