@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from fedkn.config import PrivacyConfig
 from fedkn.errors import UserError
-from fedkn.layers import dropout_stream
 from fedkn.layers.opacus import register
 from fedkn.normalizers import Normalizer
-from fedkn.seeds import numpy_generator
+from fedkn.seeds import derive, numpy_generator
 from fedkn.training.batches import plan_batches
+from fedkn.training.draws import own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.local import LocalTask, LocalUpdate, Workspace, carried_part
 from fedkn.training.optimizer import FlatSGD
@@ -71,7 +71,7 @@ def train_privately(
     """
     started = time.perf_counter()
     refuse_unprivate(normalizer, workspace.model, task.train.precision)
-    train, optimizer, model = task.train, workspace.optimizer, workspace.model
+    train, optimizer, model = task.train, workspace.attached(), workspace.model
     size, seed, round_, client = len(labels), task.seed, task.round_, task.client
     plan = plan_batches(
         size, train, normalizer.minimum_batch, seed=seed, round_=round_, client=client
@@ -91,7 +91,8 @@ def train_privately(
     # Not completed by end_training, which looks at all images without noise: only layers with
     # buffers need it, and those are refused.
     normalizer.begin_training(model, round_)
-    with _gradients_by_example(model):
+    own = own_draws(workspace.device, derive(seed, "network", round_, client))
+    with _gradients_by_example(model), own as draws:
         for step in range(len(plan.steps)):
             draw, noise = (_generator(task, what, step, privacy) for what in ("poisson", "noise"))
             batch = poisson_batch(size, expected / size, draw)
@@ -99,11 +100,11 @@ def train_privately(
             # A drawn batch may be larger than expected, the parts that are borne may not.
             count = max(parts, -(-len(batch) // bearable)) if task.largest_batch else parts
             chosen = [part for part in torch.tensor_split(batch, count) if len(part)]
-            steps, draws = ([chosen] if chosen else []), (seed, round_, client)
+            steps, place = ([chosen] if chosen else []), (seed, round_, client)
             summed.zero_()
-            for batches in step_batches(images, labels, steps, inputs, draws, first=step):
+            for batches in step_batches(images, labels, steps, inputs, place, first=step):
                 for x, answers, dropout in batches:
-                    with dropout_stream(dropout):
+                    with draws.seeded(dropout):
                         loss = F.cross_entropy(model(x), answers, reduction="sum")
                     loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
                     _sum_clipped(optimizer, privacy.clip_norm)
