@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from fedkn.config import PrivacyConfig, TrainConfig
 from fedkn.errors import UserError
-from fedkn.layers import dropout_stream
 from fedkn.normalizers import Normalizer
 from fedkn.seeds import derive, numpy_generator, torch_generator
 from fedkn.training.batches import plan_batches
+from fedkn.training.draws import own_draws
 from fedkn.training.example_draws import example_names
 from fedkn.training.inputs import Inputs
 from fedkn.training.local import LocalTask, LocalUpdate, Workspace, carried_part
@@ -75,7 +75,7 @@ def train_privately(
     """
     started = time.perf_counter()
     refuse_unprivate(normalizer, workspace.model, task.train.precision)
-    train, optimizer, model = task.train, workspace.optimizer, workspace.model
+    train, optimizer, model = task.train, workspace.attached(), workspace.model
     size, seed, round_, client = len(labels), task.seed, task.round_, task.client
     plan = plan_batches(
         size, train, normalizer.minimum_batch, seed=seed, round_=round_, client=client
@@ -94,30 +94,29 @@ def train_privately(
     total = torch.zeros((), dtype=torch.float64, device=workspace.device)
     summed = torch.zeros_like(optimizer.gradients)
     seen = 0
-    with _own_generator(workspace.device):
-        examples.refuse_mixing()
-        for step in range(len(plan.steps)):
-            draw, noise = (_generator(task, what, step, privacy) for what in ("poisson", "noise"))
-            batch = poisson_batch(size, expected / size, draw).tolist()
-            # Without examples the sum is zero and the step is noise alone.
-            summed.zero_()
-            for example in batch:
-                total += examples.differentiate(example, step)
-                _add_clipped(summed, optimizer.gradients, privacy.clip_norm)
-            seen += len(batch)
-            optimizer.gradients.copy_(summed)
-            _add_noise(optimizer, privacy.noise_multiplier * privacy.clip_norm, noise)
-            # By what was expected: what was drawn would tell of single examples.
-            optimizer.gradients.div_(expected)
-            if anchor is not None:
-                optimizer.add_proximal(anchor, task.proximal_mu)
-            optimizer.step(
-                task.learning_rate,
-                momentum=train.momentum,
-                weight_decay=train.weight_decay,
-                clip_norm=0.0,
-                correction=correction,
-            )
+    examples.refuse_mixing()
+    for step in range(len(plan.steps)):
+        draw, noise = (_generator(task, what, step, privacy) for what in ("poisson", "noise"))
+        batch = poisson_batch(size, expected / size, draw).tolist()
+        # Without examples the sum is zero and the step is noise alone.
+        summed.zero_()
+        for example in batch:
+            total += examples.differentiate(example, step)
+            _add_clipped(summed, optimizer.gradients, privacy.clip_norm)
+        seen += len(batch)
+        optimizer.gradients.copy_(summed)
+        _add_noise(optimizer, privacy.noise_multiplier * privacy.clip_norm, noise)
+        # By what was expected: what was drawn would tell of single examples.
+        optimizer.gradients.div_(expected)
+        if anchor is not None:
+            optimizer.add_proximal(anchor, task.proximal_mu)
+        optimizer.step(
+            task.learning_rate,
+            momentum=train.momentum,
+            weight_decay=train.weight_decay,
+            clip_norm=0.0,
+            correction=correction,
+        )
     spent = spent.after(privacy.noise_multiplier, expected / size if size else 0.0, len(plan.steps))
     velocity = optimizer.velocity() if train.keep_momentum else {}
     return LocalUpdate(
@@ -181,13 +180,6 @@ def _generator(
     return numpy_generator(task.seed, what, task.round_, task.client, step)
 
 
-@contextmanager
-def _own_generator(device: torch.device) -> Iterator[None]:
-    """Give torch's global generator back as it was: networks that are not ours draw from it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-
-
 class _Examples:
     """A client's examples, each differentiated alone, with draws of its own."""
 
@@ -212,7 +204,7 @@ class _Examples:
         if self._inputs.augments:
             image = self._inputs.augmented(image, torch_generator(key, "augment"))
         self._workspace.optimizer.zero_grad()
-        with _seeded(derive(key, "dropout")):
+        with _seeded(self._workspace.device, derive(key, "network")):
             scores = self._workspace.model(self._inputs(image))
             loss = F.cross_entropy(scores, self._labels[example : example + 1])
         loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
@@ -229,7 +221,7 @@ class _Examples:
             return self._workspace.optimizer.gradients.clone()
 
         few = self._inputs(self._images[:_FEW])
-        refuse_mixing(model, few, gradient, lambda: _seeded(0))
+        refuse_mixing(model, few, gradient, lambda: _seeded(few.device, 0))
         _TRIED.add(model)
 
 
@@ -239,10 +231,9 @@ _TRIED: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def _seeded(key: int) -> Iterator[None]:
-    """Let every random draw of a forward pass follow from `key`, those of PyTorch's layers too."""
-    torch.manual_seed(key)
-    with dropout_stream(key):
+def _seeded(device: torch.device, key: int) -> Iterator[None]:
+    """Let every random draw of a forward pass follow from `key`, whoever's generator it takes."""
+    with own_draws(device, key) as draws, draws.seeded(key):
         yield
 
 

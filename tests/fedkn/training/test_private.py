@@ -100,7 +100,7 @@ def naive(model: nn.Module, given, privacy, task=TASK):
         sizes.append(len(batch))
         sums = [torch.zeros_like(p) for p in model.parameters()]
         for i in batch:
-            with dropout_stream(derive(key_of(task, step, images, labels, i), "dropout")):
+            with dropout_stream(derive(key_of(task, step, images, labels, i), "network")):
                 scores = model.train()(x[i : i + 1])
             loss = nn.functional.cross_entropy(scores, labels[i : i + 1])
             gradients = torch.autograd.grad(loss, list(model.parameters()))
