@@ -55,30 +55,28 @@ class Consent(Section):
             if privacy.mechanism != "example" or not privacy.noise_multiplier:
                 raise _refused(
                     key,
-                    "the run has no differential privacy of examples",
-                    "privacy.mechanism = 'example' and a noise_multiplier above 0",
+                    "it has no differential privacy of examples",
+                    "privacy.mechanism = 'example' and noise",
                 )
             if not privacy.secret:
                 raise _refused(
-                    key,
-                    "the run's noise follows from its seed, which the server has",
-                    "privacy.secret = true",
+                    key, "the server can tell its noise from the seed", "privacy.secret = true"
                 )
         allowed = self._models()
         if allowed and config.model.name not in allowed:
             raise _refused(
                 "models",
-                f"the run trains '{printable(config.model.name, 60)}'",
+                f"it trains '{printable(config.model.name, 60)}'",
                 f"one of {', '.join(allowed)}",
             )
         if self.max_rounds and config.rounds > self.max_rounds:
             raise _refused(
-                "max_rounds", f"the run has {config.rounds} rounds", f"at most {self.max_rounds}"
+                "max_rounds", f"it has {config.rounds} rounds", f"at most {self.max_rounds}"
             )
         if not self.evaluation and config.evaluation.client_fraction:
             raise _refused(
                 "evaluation",
-                "the run evaluates on its images",
+                "it evaluates on this device's images",
                 "evaluation.client_fraction = 0",
             )
 
@@ -94,9 +92,8 @@ class Consent(Section):
         if epsilon > self.max_epsilon:
             raise _refused(
                 "max_epsilon",
-                f"with this round all runs would have spent epsilon {epsilon:.4g} at delta "
-                f"{self.delta:g} on its images, and no more than {self.max_epsilon:g} may ever be",
-                "more privacy.noise_multiplier, a smaller batch or fewer steps",
+                f"this round would make epsilon {epsilon:.4g} for life, at delta {self.delta:g}",
+                f"at most {self.max_epsilon:g}",
             )
 
     def node_config(self) -> dict[str, bool | int | float | str]:
@@ -132,5 +129,5 @@ _PREFIX = "consent-"
 
 def _refused(key: str, why: str, wanted: str) -> UserError:
     return UserError(
-        f"the owner of this device refuses the run (consent.{key}): {why}; it would take {wanted}"
+        f"the owner of this device refuses the run (consent.{key}): {why}; agreed is {wanted}"
     )

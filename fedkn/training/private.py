@@ -207,7 +207,7 @@ class _Examples:
         with _seeded(self._workspace.device, derive(key, "network")):
             scores = self._workspace.model(self._inputs(image))
             loss = F.cross_entropy(scores, self._labels[example : example + 1])
-        loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
+            loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
         return loss.detach().double()
 
     def refuse_mixing(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 from pathlib import Path
@@ -13,12 +14,13 @@ from clients.app import app
 from clients.local_state import STATE_FOLDER
 from clients.privacy_account import account_in, privacy_account
 from fedkn.errors import UserError
+from fedkn.experiment import federated_data
 from fedkn.federation import arrays_to_tensors
 from fedkn.training.privacy_spent import PrivacySpent
 from fedkn.training.private import steps_of_a_round
 from tests.clients.test_app import context as node
 from tests.clients.test_app import sent
-from tests.server.fake_grid import ScriptedGrid, small
+from tests.server.fake_grid import ScriptedGrid, run, small
 
 RUN, OTHER = "0123456789abcdef", "fedcba9876543210"
 COST = PrivacySpent().after(1.0, 0.1, 5)
@@ -222,6 +224,28 @@ def test_epsilon_counts_every_update_whatever_the_server_accepts(accepts, tmp_pa
     delta = config.privacy.delta
     expected = [PrivacySpent(((*cost[:2], n * cost[2]),)).epsilon(delta) for n in range(1, 10)]
     assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("heard", [(1, 2, 3, 4), (2, 4), (4,)])
+def test_the_servers_log_has_what_a_client_sent_not_what_was_accepted(heard, tmp_path):
+    """Updates of other rounds than those `heard` are refused, for client 0."""
+    config = small(
+        **PRIVATE, rounds=4, cohort=6, privacy__secret=True, checkpoint__folder=str(tmp_path)
+    )
+
+    def tamper(round_: int, partition: int, message: Message, reply: Message) -> list[Message]:
+        if partition == 0 and round_ not in heard:
+            del reply.content.array_records["arrays"]
+        return [reply]
+
+    run(config, tamper)
+    log = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    rounds = [line for line in log if line["kind"] == "round"]
+    assert [line["round"] for line in rounds if "0" in line["epsilon"]] == list(heard)
+    size = len(federated_data(config).parts[0])
+    noise, rate, steps = steps_of_a_round(size, config.train, config.privacy)
+    expected = PrivacySpent(((noise, rate, 4 * steps),)).epsilon(config.privacy.delta)
+    assert rounds[-1]["epsilon"]["0"] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.usefixtures("_server_process")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from flwr.app import Message, MessageType
 
@@ -12,13 +14,15 @@ from clients.device.settings import read_device
 from clients.local_state import STATE_FOLDER
 from clients.privacy_account import account_in
 from fedkn.errors import UserError
-from fedkn.experiment import data_summary
+from fedkn.experiment import data_summary, federated_data
 from fedkn.federation import join_request
 from fedkn.training.privacy_spent import PrivacySpent
 from fedkn.training.private import steps_of_a_round
+from server.membership import ClientsMissing
+from server.run import run_server
 from tests.clients.test_app import context as node
 from tests.clients.test_app import sent
-from tests.server.fake_grid import ScriptedGrid, small
+from tests.server.fake_grid import FIRST_NODE, FakeGrid, ScriptedGrid, small
 
 MINIMAL = 'name = "a"\nserver = "h:1"\npartition_id = 1\npartitions = 3\n'
 PRIVATE = {
@@ -51,17 +55,21 @@ def join(config, **consent):
 @pytest.mark.parametrize(
     ("consent", "settings", "named"),
     [
-        ({"private_only": True}, {}, r"consent\.private_only\): the run has no differential"),
+        ({"private_only": True}, {}, r"consent\.private_only\): it has no differential"),
         (
             {"private_only": True},
             {"privacy__mechanism": "server_fixed"},
             "no differential privacy of examples",
         ),
         ({"private_only": True}, {**PRIVATE, "privacy__noise_multiplier": 0.0}, "no differential"),
-        ({"private_only": True}, {**PRIVATE, "privacy__secret": False}, "follows from its seed"),
-        ({"max_epsilon": 3.0}, {}, r"consent\.max_epsilon\): the run has no differential"),
-        ({"models": "resnet18, vgg6"}, {}, r"trains '\w+'; it would take one of resnet18, vgg6"),
-        ({"max_rounds": 2}, {"rounds": 3}, "the run has 3 rounds; it would take at most 2"),
+        (
+            {"private_only": True},
+            {**PRIVATE, "privacy__secret": False},
+            "tell its noise from the seed",
+        ),
+        ({"max_epsilon": 3.0}, {}, r"consent\.max_epsilon\): it has no differential"),
+        ({"models": "resnet18, vgg6"}, {}, r"it trains '\w+'; agreed is one of resnet18, vgg6"),
+        ({"max_rounds": 2}, {"rounds": 3}, "it has 3 rounds; agreed is at most 2"),
         (
             {"evaluation": False},
             {"evaluation__client_fraction": 0.3},
@@ -79,6 +87,8 @@ def test_a_run_that_the_owner_does_not_want_is_refused(consent, settings, named)
         with pytest.raises(UserError, match=named) as refused:
             use()
         assert str(refused.value).startswith("the owner of this device refuses the run")
+        # The server shows 200 characters of what a device says.
+        assert len(f"fedkn.errors.UserError: {refused.value}") < 200
         assert "\n" not in str(refused.value)
 
 
@@ -108,7 +118,7 @@ def test_epsilon_is_capped_for_life_across_runs_and_restarts(tmp_path):
             where = given(config, tmp_path, max_epsilon=cap)  # another process each time
             message = sent(config, **{"run-token": token, "server-round": round_})
             if taken == 5:
-                with pytest.raises(UserError, match=r"max_epsilon\): with this round .* 1e-05"):
+                with pytest.raises(UserError, match=r"max_epsilon\): this round .* for life"):
                     app(message, where)
                 continue
             app(message, where)
@@ -127,6 +137,32 @@ def test_the_cap_is_at_the_owners_delta_not_at_the_runs(tmp_path):
     assert told < 0.1 * spent
     with pytest.raises(UserError, match="max_epsilon"):
         app(sent(config), given(config, tmp_path, max_epsilon=1.01 * spent))
+
+
+def with_consent(config, partition: int, **consent) -> FakeGrid:
+    grid = FakeGrid(config)
+    grid._contexts[FIRST_NODE + partition].node_config |= Consent(**consent).node_config()
+    return grid
+
+
+def test_the_server_says_why_a_device_did_not_join():
+    config = small()
+    grid = with_consent(config, 4, private_only=True)
+    with pytest.raises(ClientsMissing, match=r"partitions 4\..*\(consent.private_only\)"):
+        run_server(grid, config)
+
+
+def test_the_server_says_whose_cap_is_reached_and_goes_on_with_the_others(tmp_path):
+    config = small(**PRIVATE, rounds=3, cohort=6, checkpoint__folder=str(tmp_path))
+    size = len(federated_data(config).parts[4])
+    noise, rate, steps = steps_of_a_round(size, config.train, config.privacy)
+    cap = PrivacySpent(((noise, rate, 2 * steps),)).epsilon(1e-5) + 1e-9
+    run_server(with_consent(config, 4, max_epsilon=cap), config)
+    log = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    rounds = [line for line in log if line["kind"] == "round"]
+    assert [[entry["client"] for entry in line["failed"]] for line in rounds] == [[], [], [4]]
+    assert "(consent.max_epsilon): this round would make" in rounds[2]["failed"][0]["reason"]
+    assert [line["updates"] for line in rounds] == [6, 6, 5]
 
 
 @pytest.mark.parametrize(
