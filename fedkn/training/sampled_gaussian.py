@@ -1,8 +1,8 @@
 """What steps of the sampled Gaussian mechanism cost: upper bounds of epsilon at a given delta.
 
 A step takes each example with probability q, independently, sums vectors of norm at most 1, and
-adds Gaussian noise of deviation sigma. Two bounds are computed, each of which holds for every
-history of such steps, and the smaller one is the figure:
+adds Gaussian noise of deviation sigma. Three bounds are computed, each of which holds for every
+history of such steps, and the smallest is the figure:
 
 - Rényi differential privacy (Mironov, Talwar and Zhang, 2019, arXiv 1908.10530), added up over the
   steps and converted (Balle et al., AISTATS 2020, arXiv 1905.09982, theorem 21), at orders from
@@ -11,6 +11,8 @@ history of such steps, and the smaller one is the figure:
 - The steps as if every example were in each of them, which bounds them because leaving examples out
   at random never costs privacy. They are then one Gaussian mechanism of 1/sigma² = sum of all
   1/sigma², whose epsilon is known exactly (Balle and Wang, ICML 2018, arXiv 1805.06530, theorem 8).
+- The distribution of their privacy loss (`fedkn.training.privacy_loss`), nearly exact, where it can
+  be computed.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+
+from fedkn.training.privacy_loss import loss_epsilon
 
 __all__ = ["ORDERS", "Run", "epsilon", "gaussian_epsilon", "renyi_of_a_step"]
 
@@ -44,15 +48,24 @@ def epsilon(history: Iterable[Run], delta: float) -> float:
 
     0 where there are none, infinite where one had no noise.
     """
-    runs = [(noise, rate, steps) for noise, rate, steps in history if steps and rate]
+    runs = tuple(sorted((noise, rate, steps) for noise, rate, steps in history if steps and rate))
     if not runs:
         return 0.0
     if any(noise == 0 for noise, _, _ in runs):
         return math.inf
+    return _epsilon(runs, delta)
+
+
+# Clients of equal size share it, and a report asks again.
+@lru_cache(maxsize=1024)
+def _epsilon(runs: tuple[Run, ...], delta: float) -> float:
     spent = sum(steps * renyi_of_a_step(noise, rate) for noise, rate, steps in runs)
     shift = np.log1p(-1 / ORDERS) - (math.log(delta) + np.log(ORDERS)) / (ORDERS - 1)
     signal = math.sqrt(math.fsum(steps / noise**2 for noise, _, steps in runs))
-    return max(min(float(np.min(spent + shift)), gaussian_epsilon(signal, delta)), 0.0)
+    bound = max(min(float(np.min(spent + shift)), gaussian_epsilon(signal, delta)), 0.0)
+    if all(rate >= 1 for _, rate, _ in runs):
+        return bound
+    return loss_epsilon(runs, delta, bound)
 
 
 # Clients of equal size share it, and every round asks again.

@@ -238,7 +238,7 @@ def test_the_check_shows_what_was_decided_and_spent(tmp_path):
     device = read_device(tmp_path)
     account_in(device.state, 1).charge("aa" * 8, 1, PrivacySpent().after(1.0, 0.08, 130), b"x")
     found = {finding.name: finding for finding in check_start(device)}
-    assert found["privacy account"].message.startswith("epsilon 7.118 of 8 at delta 1e-05")
+    assert found["privacy account"].message.startswith("epsilon 6.346 of 8 at delta 1e-05")
     assert "consent-private-only = True" in found["consent"].message
     (tmp_path / "state" / "privacy-account-1.json").write_bytes(b"damage")
     found = {finding.name: finding for finding in check_start(device)}
