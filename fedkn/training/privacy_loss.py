@@ -81,7 +81,7 @@ def _epsilon(
     error = np.zeros(_POINTS // 2 + 1)
     for step, count in steps:
         whole *= step.transform**count
-        error += count * _COEFFICIENT / np.maximum(np.abs(step.transform), 1e-300)
+        error = error + count * _COEFFICIENT / np.maximum(np.abs(step.transform), 1e-300)
     lost = 2 * float(np.sum(np.minimum(np.abs(whole) * error, 1.0))) + _COEFFICIENT * _POINTS**0.5
     mass = np.maximum(np.fft.irfft(whole, _POINTS)[: _POINTS // 2], 0.0)
     loss = np.arange(_POINTS // 2) * (2 * half / _POINTS)
@@ -93,14 +93,14 @@ def _epsilon(
 
 
 # Exponents of Chernoff's bound, times the grid's half.
-_TILTS: Array = 2.0 ** np.arange(16)
+_TILTS: Array = np.exp2(np.arange(16, dtype=np.float64))
 
 
 @lru_cache(maxsize=32)
 def _step(noise: float, rate: float, half: float, removed: bool) -> _Step:
     """Return the loss of a step whose example is `removed` from q's side, or added to it."""
     spacing = 2 * half / _POINTS
-    loss = np.arange(-_POINTS // 2, _POINTS // 2) * spacing
+    loss: Array = np.arange(-_POINTS // 2, _POINTS // 2, dtype=np.float64) * spacing
     z = _where(loss if removed else -loss, noise, rate)
     plain = _between(z, 0.0, noise)
     mixed = (1 - rate) * plain + rate * _between(z, 1.0, noise)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from fedkn.training.privacy_loss import loss_epsilon
+from fedkn.training.privacy_loss import _epsilon, loss_epsilon
 from fedkn.training.sampled_gaussian import ORDERS, epsilon, gaussian_epsilon, renyi_of_a_step
 
 DELTA = 1e-5
@@ -78,31 +78,40 @@ def test_epsilon_is_the_truth_and_less_than_opacus_rdp(run):
     assert most - 2 * error <= ours <= most
 
 
+def delta_of_a_step(noise: float, rate: float, e: float, *, removed: bool) -> float:
+    """Return P(A) - exp(e) Q(A), A where P exceeds exp(e) Q: of N(0, noise²) and the mixture."""
+
+    def mixture(tail, z: float) -> float:
+        return (1 - rate) * tail(z / noise) + rate * tail((z - 1) / noise)
+
+    excess = math.exp(e if removed else -e) - (1 - rate)
+    if excess <= 0:  # nowhere does N(0, noise²) exceed so much
+        return 0.0
+    z = noise**2 * math.log(excess / rate) + 0.5
+    if removed:
+        return mixture(norm.sf, z) - math.exp(e) * norm.sf(z / noise)
+    return norm.cdf(z / noise) - math.exp(e) * mixture(norm.cdf, z)
+
+
 @pytest.mark.parametrize(("noise", "rate"), [(0.5, 0.3), (1.0, 0.08), (4.0, 0.5), (20.0, 0.01)])
-def test_a_single_step_has_a_closed_form(noise, rate):
-    """Delta of either neighbour at the epsilon found, by SciPy: P(A) - exp(epsilon) Q(A)."""
-    for delta in (1e-3, 1e-6):
-        found = epsilon([(noise, rate, 1)], delta)
+@pytest.mark.parametrize("delta", [1e-3, 1e-6])
+def test_a_single_step_has_a_closed_form(noise, rate, delta):
+    found = epsilon([(noise, rate, 1)], delta)
+    at = [
+        max(delta_of_a_step(noise, rate, e, removed=removed) for removed in (True, False))
+        for e in (found or 1e-9, 0.998 * found)
+    ]
+    assert at[0] <= delta * (1 + 1e-6)
+    assert not found or at[1] > delta
 
-        def delta_at(e: float) -> float:
-            def more(excess: float) -> float:  # P(A) - exp(e) Q(A), A where the mixture exceeds
-                z = noise**2 * math.log((excess - (1 - rate)) / rate) + 0.5
-                q = norm.sf(z / noise)
-                return (1 - rate) * q + rate * norm.sf((z - 1) / noise), q, z
 
-            p, q, _ = more(math.exp(e))
-            removed = p - math.exp(e) * q
-            if math.exp(-e) <= 1 - rate:
-                return removed
-            _, _, z = more(math.exp(-e))
-            mixture = (1 - rate) * norm.cdf(z / noise) + rate * norm.cdf((z - 1) / noise)
-            return max(removed, norm.cdf(z / noise) - math.exp(e) * mixture)
-
-        if found:
-            assert delta_at(found) <= delta * (1 + 1e-6)
-            assert delta_at(found * 0.998) > delta
-        else:
-            assert delta_at(1e-9) <= delta
+@pytest.mark.parametrize(("noise", "rate"), [(0.5, 0.3), (1.0, 0.2), (4.0, 0.5)])
+def test_each_neighbour_has_its_own_loss(noise, rate):
+    """The smaller of the two would be hidden by the larger."""
+    for removed in (True, False):
+        found = _epsilon([(noise, rate, 1)], 1e-6, 16.0, removed=removed)
+        assert delta_of_a_step(noise, rate, found, removed=removed) <= 1e-6 * (1 + 1e-6)
+        assert delta_of_a_step(noise, rate, found - 2e-3, removed=removed) > 1e-6
 
 
 def test_the_loss_of_full_batches_is_that_of_one_gaussian_mechanism():
