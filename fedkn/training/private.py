@@ -226,7 +226,7 @@ class _Examples:
 
 
 # Enough for a batch, few enough for the memory of a small device.
-_FEW = 4
+_FEW = 3
 _TRIED: WeakSet[nn.Module] = WeakSet()
 
 
