@@ -3,8 +3,8 @@
 Every client has parameters, buffers and recorded steps of its own (`fedkn.training.recorded`). A
 step of a small network on a tiny batch leaves most of a GPU idle, so the replays of many clients
 run beside each other there. It serves whatever `train_locally` does, batch normalization and
-SCAFFOLD's corrections among it, and its bits are those of one client after another. On the CPU
-the clients take turns, a step each.
+SCAFFOLD's corrections among it, and its bits are those of one client after another. Clients whose
+steps are not recorded, or that draw from generators of the process, train one after another.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from fedkn.normalizers import Normalizer
 from fedkn.training.inputs import Inputs
-from fedkn.training.local import LocalRound, LocalUpdate, Workspace
+from fedkn.training.local import LocalRound, LocalUpdate
 from fedkn.training.stacked_batches import StackedClient
+from fedkn.training.workspace import Workspace
 
 __all__ = ["ConcurrentWorkspaces", "train_concurrently"]
 
@@ -102,11 +103,11 @@ def train_concurrently(
                     normalizer=normalizer,
                 )
             )
+    updates: list[LocalUpdate] = []
     if any(local.alone for local in begun):
         for place, local in enumerate(begun):
             with workspaces.turn(place):
-                for number in range(local.steps):
-                    local.take_step(number)
+                updates.append(local.at_once())
             workspaces.end()
             workspaces.begin()
     else:
@@ -115,10 +116,12 @@ def train_concurrently(
                 if number < local.steps:
                     with workspaces.turn(place):
                         local.take_step(number)
-    results = []
-    for place, local in enumerate(begun):
-        with workspaces.turn(place):
-            results.append((local.end(), workspaces.workspaces[place].state()))
+        for place, local in enumerate(begun):
+            with workspaces.turn(place):
+                updates.append(local.end())
     workspaces.end()
     share = (time.perf_counter() - started) / max(1, len(clients))
-    return [(replace(update, seconds=share), state) for update, state in results]
+    return [
+        (replace(update, seconds=share), workspaces.workspaces[place].state())
+        for place, update in enumerate(updates)
+    ]

@@ -11,24 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkn.config import TrainConfig
-from fedkn.layers import dropout_stream
 from fedkn.normalizers import Forward, Normalizer
+from fedkn.seeds import derive
 from fedkn.training.batches import plan_batches
+from fedkn.training.draws import Draws, own_draws
 from fedkn.training.inputs import Inputs
-from fedkn.training.optimizer import FlatSGD
 from fedkn.training.precision import computing_in, training_scores
-from fedkn.training.recorded import PlannedSteps, StepRecorder
+from fedkn.training.recorded import PlannedSteps
 from fedkn.training.step_batches import LocalBatch, step_batches
-from fedkn.training.transfer import moved
+from fedkn.training.workspace import Workspace
 
-__all__ = [
-    "LocalRound",
-    "LocalTask",
-    "LocalUpdate",
-    "Workspace",
-    "carried_part",
-    "train_locally",
-]
+__all__ = ["LocalRound", "LocalTask", "LocalUpdate", "carried_part", "train_locally"]
 
 
 @dataclass(frozen=True)
@@ -87,63 +80,6 @@ class LocalUpdate:
     batch_size: int = 0
 
 
-class Workspace:
-    """One model, kept in memory, into which the state of client after client is loaded.
-
-    Whatever `load` is not given goes back to its initial value, so nothing of one client reaches
-    the next. The model's parameters become views of one vector (see `FlatSGD`).
-
-    Attributes:
-        recorder: records the model's local steps, which is for CUDA; None where each is computed
-            as it comes.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.optimizer = FlatSGD(model)
-        # Detached tensors share memory with the model: copying into them loads a state in place.
-        self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        self._initial = {name: tensor.clone() for name, tensor in self._tensors.items()}
-        # Buffers outside the state (persistent=False) cannot be loaded, but must not be passed on.
-        transient = [b for name, b in model.named_buffers() if name not in self._tensors]
-        self._transient = [(buffer, buffer.clone()) for buffer in transient]
-        self.recorder = StepRecorder(self) if self.device.type == "cuda" else None
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self.optimizer.values.device
-
-    def load(self, *states: Mapping[str, Tensor]) -> None:
-        """Load tensors by name, later `states` over earlier ones, the rest as initialised.
-
-        The optimizer forgets its momentum.
-
-        Raises:
-            ValueError: if a name is unknown or a shape or dtype differs.
-        """
-        given: dict[str, Tensor] = {}
-        for state in states:
-            given.update(moved(state, self.device))
-        if unknown := sorted(given.keys() - self._tensors.keys()):
-            raise ValueError(f"the model has no tensors named {', '.join(unknown)}")
-        for name, tensor in self._tensors.items():
-            value = given.get(name, self._initial[name])
-            if value.shape != tensor.shape or value.dtype != tensor.dtype:
-                raise ValueError(
-                    f"'{name}' is {tuple(value.shape)} {value.dtype}, but the model's is "
-                    f"{tuple(tensor.shape)} {tensor.dtype}"
-                )
-            tensor.copy_(value)
-        for buffer, initial in self._transient:
-            buffer.copy_(initial)
-        self.optimizer.restart()
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the model's tensors by name: views, which the next `load` overwrites."""
-        return dict(self._tensors)
-
-
 def train_locally(
     workspace: Workspace,
     images: Tensor,
@@ -155,20 +91,18 @@ def train_locally(
 ) -> LocalUpdate:
     """Train the loaded model on uint8 `images` (N, C, H, W) with int64 `labels` (N,).
 
-    Every step: the batches of `plan_batches`, augmented and scaled, each forward with the
-    normalizers' dropout drawn from the task's seeds, in ``train.precision``, cross entropy and
-    backward; the mean of their gradients, each weighted by its examples; FedProx's term where
-    ``task.proximal_mu`` is set, clipping, SCAFFOLD's correction, SGD. Images and labels are on the
-    model's device. The model's `normalizer` says what is too small a batch, and prepares and
-    completes its layers.
+    Every step: the batches of `plan_batches`, augmented and scaled, each forward with all random
+    draws, the network's own included, from the task's seeds (`fedkn.training.draws`), in
+    ``train.precision``, cross entropy and backward; the mean of their gradients, each weighted by
+    its examples; FedProx's term where ``task.proximal_mu`` is set, clipping, SCAFFOLD's correction,
+    SGD. Images and labels are on the model's device. The model's `normalizer` says what is too
+    small a batch, and prepares and completes its layers.
 
     Where the layers treat every example by itself and drop nothing, a step over several batches is
     that over one batch of all their examples.
     """
     local = LocalRound(workspace, images, labels, task, inputs=inputs, normalizer=normalizer)
-    for number in range(local.steps):
-        local.take_step(number)
-    return local.end()
+    return local.at_once()
 
 
 class LocalRound:
@@ -192,7 +126,7 @@ class LocalRound:
         normalizer: Normalizer,
     ) -> None:
         self._started = time.perf_counter()
-        train, optimizer = task.train, workspace.optimizer
+        train, optimizer = task.train, workspace.attached()
         self._workspace = workspace
         self._task = task
         self._images = images
@@ -225,26 +159,42 @@ class LocalRound:
 
     @property
     def alone(self) -> bool:
-        """Whether no other client may take steps on the device at the same time.
+        """Whether no other client may take steps in between, or on the device at the same time.
 
-        Recorded draws from the device's generator are all seeded from one place.
+        Where the network draws for itself, from generators that are the process's; it may, unless
+        its steps are recorded, for which its draws are looked at.
         """
         recorder = self._workspace.recorder
-        return self._recorded is not None and recorder is not None and recorder.draws
+        return self._recorded is None or recorder is None or recorder.draws
 
-    def take_step(self, number: int) -> None:
-        """Take step `number`, which follows the one taken before."""
+    def at_once(self) -> LocalUpdate:
+        """Take all steps and return what came of them."""
+        with own_draws(self._workspace.device, self._seed("network")) as draws:
+            for number in range(self.steps):
+                self.take_step(number, draws)
+            return self.end(draws)
+
+    def take_step(self, number: int, draws: Draws | None = None) -> None:
+        """Take step `number`, which follows the one taken before.
+
+        `draws` are the process's generators; a round that is not `alone` does without.
+        """
         if self._recorded is None:
+            assert draws is not None
             with computing_in(self._task.train.precision, self._workspace.device):
-                self._compute(next(self._batches))
+                self._compute(next(self._batches), draws)
         else:
+            if draws is not None:
+                draws.reseed(self._seed("dropout", number))
             self._recorded.take(number)
 
-    def end(self) -> LocalUpdate:
+    def end(self, draws: Draws | None = None) -> LocalUpdate:
         """Complete the model's tensors when all steps are taken, and return what came of it."""
         workspace, plan, task = self._workspace, self._plan, self._task
         model = workspace.model
         forward = _pass_over(model, self._images, self._inputs)
+        if draws is not None:
+            draws.reseed(self._seed("statistics"))
         with computing_in("float32", workspace.device):
             self._normalizer.end_training(model, forward, task.round_)
         kept = task.train.keep_momentum
@@ -260,13 +210,13 @@ class LocalRound:
             carried={_MOMENTUM + name: value.clone() for name, value in velocity.items()},
         )
 
-    def _compute(self, batches: list[LocalBatch]) -> None:
+    def _compute(self, batches: list[LocalBatch], draws: Draws) -> None:
         task, train = self._task, self._task.train
         optimizer, model = self._workspace.optimizer, self._workspace.model
         optimizer.zero_grad()
         size = sum(len(batch.labels) for batch in batches)
         for x, answers, dropout in batches:
-            with dropout_stream(dropout):
+            with draws.seeded(dropout):
                 loss = F.cross_entropy(training_scores(model, x, train.precision), answers)
             share = None if len(batches) == 1 else loss.new_tensor(len(answers) / size)
             loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
@@ -280,6 +230,10 @@ class LocalRound:
             clip_norm=train.clip_norm,
             correction=self._correction,
         )
+
+    def _seed(self, purpose: str, *more: int) -> int:
+        task = self._task
+        return derive(task.seed, purpose, task.round_, task.client, *more)
 
 
 _MOMENTUM = "momentum/"

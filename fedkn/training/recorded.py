@@ -9,12 +9,10 @@ the last the host computes nothing.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,11 +22,13 @@ from fedkn.layers.dropout import dropout_keys, dropout_stream, keys_of
 from fedkn.seeds import derive, torch_generator
 from fedkn.training.batches import BatchPlan
 from fedkn.training.captured import Captured
+from fedkn.training.draws import Draws, own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.precision import training_scores
 
 if TYPE_CHECKING:
-    from fedkn.training.local import LocalTask, Workspace
+    from fedkn.training.local import LocalTask
+    from fedkn.training.workspace import Workspace
 
 __all__ = ["Capture", "PlannedSteps", "RecordedSteps", "StepRecorder"]
 
@@ -90,22 +90,23 @@ class StepRecorder:
         corrected = planned.correction is not None
         setting = (task.train, task.proximal_mu, corrected, modes, planned.inputs)
         try:
-            if setting not in self._calls:
-                some = images[plan.steps[0][0].to(images.device)]
-                self._calls[setting] = self._trial(planned.inputs(some), task.train)
-            if self.refusal:
-                return None
-            tables = self._with_room(planned, self._calls[setting])
-            steps = RecordedSteps(self._workspace, tables, planned)
-            for sizes in dict.fromkeys(map(_sizes, plan.steps)):
-                if (sizes, setting) not in self._graphs:
-                    if len(self._graphs) >= _MOST_GRAPHS:
-                        self._graphs.clear()
-                    self._graphs[sizes, setting] = self._capture(
-                        _step_of(self._workspace, tables, sizes, planned),
-                        (),
-                        (*self._changed(), *tables.changed),
-                    )
+            with own_draws(images.device, 0) as draws:
+                if setting not in self._calls:
+                    some = planned.inputs(images[plan.steps[0][0].to(images.device)])
+                    self._calls[setting] = self._trial(some, task.train, draws)
+                if self.refusal:
+                    return None
+                tables = self._with_room(planned, self._calls[setting])
+                steps = RecordedSteps(self._workspace, tables, planned)
+                for sizes in dict.fromkeys(map(_sizes, plan.steps)):
+                    if (sizes, setting) not in self._graphs:
+                        if len(self._graphs) >= _MOST_GRAPHS:
+                            self._graphs.clear()
+                        self._graphs[sizes, setting] = self._capture(
+                            _step_of(self._workspace, tables, sizes, planned),
+                            (),
+                            (*self._changed(), *tables.changed),
+                        )
         except RuntimeError as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
@@ -117,7 +118,7 @@ class StepRecorder:
     def _changed(self) -> tuple[Tensor, ...]:
         return *self._workspace.optimizer.changed, *self._workspace.model.buffers()
 
-    def _trial(self, x: Tensor, train: TrainConfig) -> int:
+    def _trial(self, x: Tensor, train: TrainConfig, draws: Draws) -> int:
         """Return how many dropout calls a forward pass makes, and see whether it can be recorded.
 
         What a graph would repeat as it was: draws of the host's generators, numbers that modules
@@ -125,14 +126,14 @@ class StepRecorder:
         """
         model = self._workspace.model
         buffers = [buffer.clone() for buffer in model.buffers()]
-        host, device = _HostState(model), _device_state(x.device)
+        counted, host, device = _Counted(model), draws.host_state(), draws.device_state()
         with dropout_stream(0) as stream, torch.no_grad():
             training_scores(model, x, train.precision)
         for buffer, value in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(value)
-        if _device_state(x.device) != device:
+        if draws.device_state() != device:
             self.draws = True
-        if host.put_back():
+        if draws.host_state() != host or counted.put_back():
             self._refuse("its forward pass draws on the host, or counts in Python")
         return stream.calls
 
@@ -300,43 +301,24 @@ def _draw(task: LocalTask, purpose: str, step: int) -> tuple[int | str, ...]:
     return task.seed, purpose, task.round_, task.client, step
 
 
-class _HostState:
-    """What a forward pass may read on the host: generators, and numbers that modules hold."""
+class _Counted:
+    """The numbers and words that modules hold, which a forward pass may change."""
 
     def __init__(self, model: nn.Module) -> None:
         self._held = [(module, _held(module)) for module in model.modules()]
-        self._drawn = _drawn()
 
     def put_back(self) -> bool:
         """Put back what has changed since; return whether anything had."""
         changed = False
         for module, before in self._held:
-            now_held = _held(module)
-            if now_held != before:
-                for key in now_held.keys() - before.keys():
+            now = _held(module)
+            if now != before:
+                for key in now.keys() - before.keys():
                     del vars(module)[key]
                 vars(module).update(before)
                 changed = True
-        python, numpy, torch_own = self._drawn
-        now = _drawn()
-        if now[0] != python or now[1] != numpy or not torch.equal(now[2], torch_own):
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002 - a model's forward may draw from it
-            torch.set_rng_state(torch_own)
-            changed = True
         return changed
 
 
 def _held(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}
-
-
-def _drawn() -> tuple[Any, Any, Tensor]:
-    kind, words, *rest = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), (kind, words.tolist(), *rest), torch.get_rng_state()
-
-
-def _device_state(device: torch.device) -> bytes:
-    if device.type != "cuda":
-        return b""
-    return bytes(torch.cuda.get_rng_state(device).numpy())
