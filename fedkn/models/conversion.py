@@ -114,7 +114,11 @@ def convert(module: nn.Module, normalizer: Normalizer) -> tuple[nn.Module, Conve
     if lazy is not None:
         raise UserError(f"'{lazy}' of the model has no shape yet: send a batch through it first")
     model = copied(module)
-    return _Converter(model, normalizer).run(read_wiring(model))
+    wiring = read_wiring(model)
+    # New layers draw initial weights, which are replaced: nothing drawn later may depend on them.
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices):
+        return _Converter(model, normalizer).run(wiring)
 
 
 def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -42,10 +42,9 @@ def copied(module: nn.Module) -> nn.Module:
 def lazy_layer(module: nn.Module, kinds: type | UnionType = nn.Module) -> str | None:
     """Return the path of a layer of `kinds` whose tensors have no shape yet, None if all have."""
     for name, layer in module.named_modules():
-        if not isinstance(layer, kinds):
-            continue
         tensors = (*layer._parameters.values(), *layer._buffers.values())
-        if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
+        lazy = any(tensor is not None and is_lazy(tensor) for tensor in tensors)
+        if lazy and isinstance(layer, kinds):
             return name
     return None
 

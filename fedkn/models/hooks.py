@@ -80,9 +80,9 @@ def copy_tensor_hooks(source: nn.Module, other: nn.Module) -> list[str]:
             continue
         for hook in (old._backward_hooks or {}).values():
             if new.requires_grad:
-                new.register_hook(hook)
+                new.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's
         for hook in (getattr(old, _AFTER, None) or {}).values():
-            new.register_post_accumulate_grad_hook(hook)
+            new.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # too
     return lost
 
 

@@ -62,7 +62,7 @@ def _on_cpu():
         return network()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["kernel", "layer", "batch"])
 def test_convnext_on_the_meta_device(name, torchvision):
     """Its LayerNorms have a forward of their own, which is tried with numbers."""
     with torch.device("meta"):
@@ -338,7 +338,7 @@ def test_a_lazy_layer_that_is_not_converted_stays_lazy():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121"])
-@pytest.mark.parametrize("normalizer", ["kernel", "sws", "group"])
+@pytest.mark.parametrize("normalizer", ["kernel", "sws"])
 def test_torchvisions_networks_frozen_in_bfloat16(name, normalizer, torchvision):
     source = getattr(torchvision.models, name)(weights=None, num_classes=5)
     source.bfloat16().requires_grad_(False).eval()
