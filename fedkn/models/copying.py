@@ -45,7 +45,7 @@ def lazy_layer(module: nn.Module, kinds: type | UnionType = nn.Module) -> str | 
         tensors = (*layer._parameters.values(), *layer._buffers.values())
         lazy = any(tensor is not None and is_lazy(tensor) for tensor in tensors)
         if lazy and isinstance(layer, kinds):
-            return name
+            return str(name)
     return None
 
 
