@@ -26,13 +26,14 @@ from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.experiment import (
     build_model,
+    data_summary,
     device_of,
     federated_data,
     inputs_of,
     keep_back,
     normalizer_of,
 )
-from fedkn.federation import told_data
+from fedkn.federation import DATA, told_data
 from fedkn.normalizers import Normalizer, TensorRole
 from fedkn.training import Inputs, Workspace, check_precision
 
@@ -93,7 +94,8 @@ def open_session(context: Context, content: RecordDict | None) -> tuple[Session,
     A node whose config has a ``data-path`` is a device with images of its own; any other holds
     its part of the experiment's source. What the experiment's images are like, a device with its
     own is told in the `content` of a message. Before it has one (None) it goes by the
-    experiment's source, if that is here too, else by its own images.
+    experiment's source, if that is here too, else by its own images. Any other is told too, and
+    must have the same images as the server.
 
     Raises:
         UserError: a configuration or data that cannot work, or a node without a partition id.
@@ -107,7 +109,7 @@ def open_session(context: Context, content: RecordDict | None) -> tuple[Session,
         tuple(context.run_config.items()),
         nodes if isinstance(nodes, int) else 0,
         (partition, own) if own else None,
-        told_data(content) if own and content is not None else None,
+        told_data(content) if content is not None and (own or DATA in content) else None,
         node_profile(node),
     )
     if not 0 <= partition < len(session.parts):
@@ -150,7 +152,7 @@ def _session(
     config = profile.limited(asked) if profile else asked
     check_precision(config.train.precision, device)
     wanted = (told or summary_here(asked)) if own else None
-    held_by = _own_images(asked, wanted, *own) if own else _partitions(asked)
+    held_by = _own_images(asked, wanted, *own) if own else _partitions(asked, told)
     model = build_model(asked, held_by.summary).to(device)
     workspace, inputs = Workspace(model), inputs_of(asked, device, held_by.summary)
     images = held_by.images.to(device)
@@ -205,7 +207,12 @@ class _Images:
     held: tuple[np.ndarray, ...]
 
 
-def _partitions(config: ExperimentConfig) -> _Images:
+def _partitions(config: ExperimentConfig, told: DataSummary | None) -> _Images:
+    if told is not None and (found := told.changes(data_summary(config))):
+        raise UserError(
+            "other data here than the server's, or the data changed since the run was begun: "
+            f"{'; '.join(found)}. Put the same data in data.root of both"
+        )
     data = federated_data(config)
     return _Images(None, data.train.images, data.train.labels, data.parts, data.held)
 
