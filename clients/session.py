@@ -22,6 +22,7 @@ from clients.device.data import (
 )
 from clients.device.profile import MIB, Profile, fitting_batch, node_profile, step_bytes
 from fedkn.config import ExperimentConfig, TrainConfig
+from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.experiment import (
@@ -55,8 +56,11 @@ class Session:
             does not have these and the server has not told of them.
         rule: the role of every tensor of the model.
         images, labels: all training images on the device, of which a client sees only its own.
+        num_classes: of the experiment.
         parts: for every client the indices of those that it trains on.
         held: for every client the indices of those that it evaluates its own model on.
+        own_data: of a device's own images, by which it knows them again; None where the client
+            holds a part of the experiment's.
     """
 
     config: ExperimentConfig
@@ -71,6 +75,13 @@ class Session:
     labels: Tensor
     parts: tuple[Tensor, ...]
     held: tuple[Tensor, ...]
+    num_classes: int
+    own_data: Fingerprint | None
+
+    def label_counts(self, partition: int) -> list[int]:
+        """Return how many images of each class client `partition` trains on."""
+        classes = self.num_classes
+        return self.labels[self.parts[partition]].bincount(minlength=classes).tolist()
 
     def client_data(self, partition: int) -> tuple[Tensor, Tensor]:
         """Return the images (N, C, H, W) and labels (N,) that client `partition` trains on."""
@@ -181,6 +192,8 @@ def _session(
         labels=held_by.labels.to(device),
         parts=tuple(torch.from_numpy(part).to(device) for part in held_by.parts),
         held=tuple(torch.from_numpy(part).to(device) for part in held_by.held),
+        own_data=held_by.fingerprint,
+        num_classes=held_by.num_classes,
     )
 
 
@@ -198,9 +211,14 @@ def _lowered(asked: TrainConfig, train: TrainConfig, largest: int) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class _Images:
-    """Images, who holds which, and what the model is built from (None: the experiment's source)."""
+    """Images, who holds which, and what the model is built from (None: the experiment's source).
+
+    The fingerprint is that of a device's own images.
+    """
 
     summary: DataSummary | None
+    fingerprint: Fingerprint | None
+    num_classes: int
     images: Tensor
     labels: Tensor
     parts: tuple[np.ndarray, ...]
@@ -214,7 +232,8 @@ def _partitions(config: ExperimentConfig, told: DataSummary | None) -> _Images:
             f"{'; '.join(found)}. Put the same data in data.root of both"
         )
     data = federated_data(config)
-    return _Images(None, data.train.images, data.train.labels, data.parts, data.held)
+    train = data.train
+    return _Images(None, None, train.num_classes, train.images, train.labels, data.parts, data.held)
 
 
 def _own_images(
@@ -234,6 +253,8 @@ def _own_images(
     clients, nothing = range(config.partition.clients), np.empty(0, dtype=np.int64)
     return _Images(
         wanted or summary_of(images),
+        Fingerprint.of(images),
+        images.num_classes,
         images.images,
         images.labels,
         tuple(used if client == partition else nothing for client in clients),

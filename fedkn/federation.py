@@ -97,6 +97,7 @@ TRAIN_METRICS = (
     "state-lost",
     "epsilon",
     "batch-size",
+    "data-changed",
 )
 
 # Metric of a client's answer on joining, beside its partition and examples: images of each class.
@@ -228,13 +229,19 @@ def record_bytes(record: ArrayRecord) -> int:
 
 
 def update_metrics(
-    partition: int, examples: int, update: LocalUpdate, *, state_lost: bool = False
+    partition: int,
+    examples: int,
+    update: LocalUpdate,
+    *,
+    state_lost: bool = False,
+    data_changed: bool = False,
 ) -> MetricRecord:
     """Return the metrics of an update.
 
     `examples` is the number that the client trains on; `state_lost`: what it kept of its last round
-    is gone. ``epsilon`` is the privacy spent so far (0 without differential privacy),
-    ``batch-size`` that of a device which could not bear the one asked for (0: as asked).
+    is gone; `data_changed`: its own images are others than in its first round of the run.
+    ``epsilon`` is the privacy spent so far (0 without differential privacy), ``batch-size`` that of
+    a device which could not bear the one asked for (0: as asked).
     """
     values = (
         partition,
@@ -248,6 +255,7 @@ def update_metrics(
         int(state_lost),
         update.epsilon or 0.0,
         update.batch_size,
+        int(data_changed),
     )
     return MetricRecord(dict(zip(TRAIN_METRICS, values, strict=True)))
 

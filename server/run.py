@@ -99,6 +99,7 @@ def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
     )
     if finished < config.rounds or config.evaluation.client_fraction:
         membership.join()
+        _log_joined(log, finished, membership)
     evaluation = None
     failed_rounds = 0
     for round_ in range(finished + 1, config.rounds + 1):
@@ -209,6 +210,24 @@ def _log_clients(log: MetricsLog, config: ExperimentConfig, result: ClientEvalua
             "clients' own models on their own images: accuracy %.4f, worst tenth %.4f",
             fields["mean"],
             fields["worst_tenth"],
+        )
+
+
+def _log_joined(log: MetricsLog, round_: int, membership: Membership) -> None:
+    """Write who has joined, up to round `round_`, and what they hold."""
+    if joined := membership.newcomers():
+        log.write(
+            "joined",
+            round=round_,
+            clients=[
+                {
+                    "client": member.partition,
+                    "examples": member.examples,
+                    # Most clients lack most classes.
+                    "labels": {str(i): n for i, n in enumerate(member.labels) if n} or None,
+                }
+                for member in joined
+            ],
         )
 
 

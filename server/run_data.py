@@ -12,10 +12,16 @@ from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.files import write_atomically
 
-__all__ = ["DataChanged", "Recorded", "hold_to_data", "recorded_data", "refuse_changes"]
+__all__ = [
+    "DataChanged",
+    "Recorded",
+    "choice_of_data",
+    "hold_to_data",
+    "recorded_data",
+    "refuse_changes",
+]
 
 _FILE = "data.json"
-# What of the configuration says which images are used, and for what.
 _CHOICE = ("source", "root", "image_size", "train_limit", "test_limit", "validation_fraction")
 
 
@@ -46,7 +52,7 @@ def hold_to_data(folder: Path, data: DataConfig, now: DataSummary) -> bool:
         UserError: data.json cannot be read. OSError: it cannot be written.
     """
     known = recorded_data(folder)
-    chosen = data.model_dump(include=set(_CHOICE))
+    chosen = choice_of_data(data)
     for entry in known:
         if entry.settings == chosen:
             refuse_changes(entry.summary, now, f"'{folder}'")
@@ -58,6 +64,11 @@ def hold_to_data(folder: Path, data: DataConfig, now: DataSummary) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / _FILE, (json.dumps({"data": records}, indent=1) + "\n").encode())
     return not begun
+
+
+def choice_of_data(data: DataConfig) -> dict[str, Any]:
+    """Return the settings of `data` that say which images are used, and for what."""
+    return {key: getattr(data, key) for key in _CHOICE}
 
 
 def recorded_data(folder: Path) -> list[Recorded]:

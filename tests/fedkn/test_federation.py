@@ -147,7 +147,7 @@ def test_the_metrics_of_an_update():
     )
     record = update_metrics(7, 22, update)
     assert list(record) == list(TRAIN_METRICS)
-    assert list(record.values()) == [7, 22, 44, 6, 1, 2, 0.5, 1.5, 0, 0.0, 0]
+    assert list(record.values()) == [7, 22, 44, 6, 1, 2, 0.5, 1.5, 0, 0.0, 0, 0]
     assert update_metrics(7, 22, replace(update, batch_size=2))["batch-size"] == 2
     private = replace(update, epsilon=2.5)
     spent = update_metrics(7, 22, private, state_lost=True)
