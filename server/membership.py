@@ -190,19 +190,22 @@ def _member(reply: Message, classes: int) -> Member:
     partition, examples = metrics.get(PARTITION), metrics.get(EXAMPLES)
     if not isinstance(partition, int) or not isinstance(examples, int) or examples < 1:
         raise ValueError(f"a node answered partition {partition} with {examples} examples")
-    labels = metrics.get(LABELS, [])
-    if labels and not _may_be(labels, classes, examples):
-        raise ValueError(
-            f"a node answered with counts of labels that {examples} examples cannot have"
-        )
-    return Member(reply.metadata.src_node_id, partition, examples, tuple(labels))
+    labels = _counts(metrics.get(LABELS, []), classes, examples)
+    return Member(reply.metadata.src_node_id, partition, examples, labels)
 
 
-def _may_be(labels: object, classes: int, examples: int) -> bool:
-    """Whether `labels` are the numbers of examples of every class that a client may have."""
-    if not isinstance(labels, list) or len(labels) != classes:
-        return False
-    return all(type(n) is int and n >= 0 for n in labels) and sum(labels) == examples
+def _counts(labels: object, classes: int, examples: int) -> tuple[int, ...]:
+    """Return how many `examples` a client has of each class; nothing where it does not say."""
+    if labels == []:
+        return ()
+    if isinstance(labels, list) and len(labels) == classes:
+        counts = tuple(n for n in labels if type(n) is int and n >= 0)
+        if len(counts) == classes and sum(counts) == examples:
+            return counts
+    raise ValueError(
+        f"a node answered with counts of labels that cannot be those of {examples} examples in "
+        f"{classes} classes"
+    )
 
 
 def _missing(missing: list[int], expected: int, timeout: float, complaints: list[str]) -> str:
