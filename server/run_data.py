@@ -15,14 +15,14 @@ from fedkn.files import write_atomically
 __all__ = [
     "DataChanged",
     "Recorded",
-    "choice_of_data",
     "hold_to_data",
     "recorded_data",
     "refuse_changes",
 ]
 
 _FILE = "data.json"
-_CHOICE = ("source", "root", "image_size", "train_limit", "test_limit", "validation_fraction")
+# What is done with a batch, and how files come to be here, chooses no image.
+_NO_CHOICE = {"scaling", "flip", "crop_padding", "download"}
 
 
 class DataChanged(UserError):
@@ -40,6 +40,11 @@ class Recorded:
     settings: dict[str, Any]
     summary: DataSummary
 
+    def is_of(self, data: DataConfig) -> bool:
+        """Whether `data` makes the same choice, in all settings that there were at the time."""
+        chosen = _choice(data)
+        return all(chosen.get(key) == value for key, value in self.settings.items())
+
 
 def hold_to_data(folder: Path, data: DataConfig, now: DataSummary) -> bool:
     """Record in the run folder `folder` that it trains on the images `now`; refuse others later.
@@ -52,23 +57,17 @@ def hold_to_data(folder: Path, data: DataConfig, now: DataSummary) -> bool:
         UserError: data.json cannot be read. OSError: it cannot be written.
     """
     known = recorded_data(folder)
-    chosen = choice_of_data(data)
     for entry in known:
-        if entry.settings == chosen:
+        if entry.is_of(data):
             refuse_changes(entry.summary, now, f"'{folder}'")
             return True
     log = folder / "metrics.jsonl"
     begun = not known and log.exists() and log.stat().st_size > 0
-    entries = [(entry.settings, entry.summary) for entry in known] + [(chosen, now)]
+    entries = [(entry.settings, entry.summary) for entry in known] + [(_choice(data), now)]
     records = [{"settings": settings, **summary.to_record()} for settings, summary in entries]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / _FILE, (json.dumps({"data": records}, indent=1) + "\n").encode())
     return not begun
-
-
-def choice_of_data(data: DataConfig) -> dict[str, Any]:
-    """Return the settings of `data` that say which images are used, and for what."""
-    return {key: getattr(data, key) for key in _CHOICE}
 
 
 def recorded_data(folder: Path) -> list[Recorded]:
@@ -101,3 +100,8 @@ def refuse_changes(then: DataSummary, now: DataSummary, whose: str) -> None:
             f"it was begun with ({then.identity}; these are {now.identity}), or begin a new run in "
             "another folder"
         )
+
+
+def _choice(data: DataConfig) -> dict[str, Any]:
+    """Return the settings of `data` that say which images are used, and for what."""
+    return data.model_dump(exclude=_NO_CHOICE)

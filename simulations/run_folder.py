@@ -16,7 +16,7 @@ from fedkn.config import DataConfig, ExperimentConfig, PartitionConfig
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.files import write_atomically
-from server.run_data import Recorded, choice_of_data, recorded_data
+from server.run_data import Recorded, recorded_data
 from simulations.metrics_lines import (
     ClientEvaluation,
     Evaluation,
@@ -231,8 +231,7 @@ class RunFolder:
 
     def data_of(self, config: DataConfig) -> DataSummary | None:
         """Return what the run recorded of the images that `config` selects, None if nothing."""
-        chosen = choice_of_data(config)
-        return next((e.summary for e in self.data() if e.settings == chosen), None)
+        return next((entry.summary for entry in self.data() if entry.is_of(config)), None)
 
     def write_cell_config(self, cell: str, config: ExperimentConfig) -> Path:
         """Write cells/CELL/config.json and return the cell's folder."""

@@ -86,7 +86,7 @@ class TrainedModel:
 
     def _why_not_its_data(self) -> str:
         try:
-            found = self.data.changes(data_summary(self.config.overlay(data__download=False)))
+            found = self.data.changes(data_summary(self.config))
         except UserError as error:
             return f"the run's data are not there: {error}"
         return f"the data changed since the run: {'; '.join(found)}" if found else ""
@@ -104,8 +104,9 @@ def load_trained_model(path: Path, cell: str | None) -> TrainedModel:
     """
     record = _chosen(open_run(path), cell)
     checkpoint, damaged = _checkpoint(path / "cells" / record.id)
-    # The exported program and the check of it are for the CPU, whatever trained the model.
-    config = record.config.overlay(device="cpu")
+    # The exported program and the check of it are for the CPU, whatever trained the model. Nothing
+    # is downloaded for the check alone.
+    config = record.config.overlay(device="cpu", data__download=False)
     data = checkpoint.data or data_summary(config)
     network = _network(config, data, checkpoint)
     channels, height, width = data.shape

@@ -211,6 +211,17 @@ def test_another_choice_of_images_is_another_entry(tmp_path):
     assert [entry.settings["train_limit"] for entry in recorded_data(tmp_path)] == [0, 300]
 
 
+def test_a_setting_that_there_was_not_yet_makes_no_other_choice(tmp_path):
+    """Else every run of an earlier version would count as one of other images, and go unchecked."""
+    config = arrays(tmp_path)
+    assert held(tmp_path / "run", config)
+    path = tmp_path / "run" / "data.json"
+    record = json.loads(path.read_text())
+    del record["data"][0]["settings"]["image_size"]
+    path.write_text(json.dumps(record))
+    assert "labels" in change_of(tmp_path / "run", arrays(tmp_path, labels=(LABELS + 1) % 3))
+
+
 def test_a_run_of_an_earlier_fedkn_has_nothing_to_compare_with(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"cell": "a", "kind": "start"}\n')
     assert not held(tmp_path, small())
