@@ -167,7 +167,7 @@ class _InMemory(LocalState):
         self._prefix = f"{run}/"
 
     def first_data(self, now: Fingerprint) -> Fingerprint:
-        kept = self._state.config_records.get(_DATA, {}).get(self._run)
+        kept = self._state.config_records.get(_DATA, ConfigRecord()).get(self._run)
         if isinstance(kept, str):
             return Fingerprint.from_json(kept)
         self._state[_DATA] = ConfigRecord({self._run: now.to_json()})

@@ -307,7 +307,10 @@ def join_answer(partition: int, examples: int, labels: Sequence[int] = ()) -> Re
 
     `labels`: how many of each class, in the order of the experiment's; none where it does not tell.
     """
-    told: dict[str, int | list[int]] = {PARTITION: partition, EXAMPLES: examples}
+    told: dict[str, int | float | list[int] | list[float]] = {
+        PARTITION: partition,
+        EXAMPLES: examples,
+    }
     if labels:
         told[LABELS] = list(labels)
     return RecordDict({METRICS: MetricRecord(told)})

@@ -93,7 +93,7 @@ class Fingerprint:
 
 def _digests(data: ImageData) -> list[bytes]:
     """Return for each image SHA-256 of its pixels, followed by its label (8 bytes)."""
-    rows = memoryview(data.images.cpu().contiguous().numpy().reshape(-1))
+    rows = data.images.cpu().contiguous().numpy().reshape(-1).data
     labels = data.labels.cpu().numpy().astype("<i8").tobytes()
     size = len(rows) // max(len(data), 1)
     sha256 = hashlib.sha256

@@ -155,9 +155,9 @@ def _main(parent: socket.socket, queue: WorkQueue) -> NoReturn:
     _, (run_config, together, parent_id), _ = receive(parent)
     _die_with(parent_id)
     config = ExperimentConfig.resolve(run_config)
-    host, data = host_of(config, together=together), data_summary(config)
+    host, found = host_of(config, together=together), data_summary(config)
     gc.freeze()  # as in the parent, but for good
-    send(parent, READY, data)
+    send(parent, READY, found)
     wave, groups, read = receive(parent)
     while True:
         item = queue.take_any()
