@@ -24,6 +24,7 @@ from fedkn.config import (
 from fedkn.data import partition as partitions
 from fedkn.data import sources
 from fedkn.data.augmentation import channel_statistics
+from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.images import ImageData, Source
 from fedkn.data.split import stratified_split
 from fedkn.data.summary import DataSummary
@@ -104,7 +105,9 @@ def normalizer_of(config: ExperimentConfig) -> Normalizer:
 
 
 def data_summary(config: ExperimentConfig) -> DataSummary:
-    """Return what clients must know of the experiment's images.
+    """Return what clients must know of the experiment's images, and what a run records of them.
+
+    A function of the data and their scaling alone, whatever the seed and the partition are.
 
     Raises:
         UserError: the experiment's source cannot be read here.
@@ -235,13 +238,18 @@ def _scaling(config: ExperimentConfig) -> str:
 
 @lru_cache(maxsize=4)
 def _summary(data: DataConfig, standardized: bool) -> DataSummary:
-    images = _source(data).train
-    shape = (images.in_channels, *images.image_size)
+    train = _split(data)[0]
+    shape, fingerprint = (train.in_channels, *train.image_size), _fingerprint(data)
     if not standardized:
-        return DataSummary(images.classes, shape)
-    mean, deviation = channel_statistics(_split(data)[0])
+        return DataSummary(train.classes, shape, fingerprint=fingerprint)
+    mean, deviation = (tuple(figures.tolist()) for figures in channel_statistics(train))
     # Floats hold float32 numbers exactly.
-    return DataSummary(images.classes, shape, tuple(mean.tolist()), tuple(deviation.tolist()))
+    return DataSummary(train.classes, shape, mean, deviation, fingerprint)
+
+
+@lru_cache(maxsize=2)
+def _fingerprint(data: DataConfig) -> Fingerprint:
+    return Fingerprint.of(*_split(data))
 
 
 def _normalizer(config: NormalizerConfig, rounds: int) -> Normalizer:

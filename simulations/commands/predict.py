@@ -74,7 +74,13 @@ def _classifier(path: Path, cell: str | None) -> Classifier:
     if path.is_dir():
         from simulations.trained_model import load_trained_model
 
-        return load_trained_model(path, cell).classifier
+        trained = load_trained_model(path, cell)
+        if not trained.recorded:
+            sys.stderr.write(
+                f"'{path}' recorded nothing of its data: classes and scaling are those of the data "
+                "as they are now, which may be others\n"
+            )
+        return trained.classifier
     from simulations.programs import load_program
 
     if cell is not None:

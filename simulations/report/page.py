@@ -15,6 +15,7 @@ from markupsafe import Markup
 import fedkn
 from fedkn.errors import UserError
 from fedkn.files import write_atomically
+from server.run_data import Recorded
 from simulations.report import figures, formats
 from simulations.report.losses import DIVIDED, losses
 from simulations.report.settings import display_name, held_equal, normalizer_notes, unequal
@@ -78,16 +79,7 @@ def _environment() -> Environment:
     environment.globals["version"] = fedkn.__version__
     environment.globals["fewest_seeds"] = FEWEST_SEEDS
     environment.globals["keeps_tensors"] = f"{formats.KEEPS} {formats.KEEPS_TENSORS}"
-    for name in (
-        "accuracy",
-        "epsilon",
-        "milliseconds",
-        "p_value",
-        "percent",
-        "points",
-        "rounds",
-        "size",
-    ):
+    for name in _FORMATS:
         environment.filters[name] = getattr(formats, name)
     environment.filters["value"] = _value
     return environment
@@ -120,10 +112,25 @@ def _run(summary: RunSummary, unknown: Sequence[str]) -> dict[str, Any]:
         "equal": held_equal(summary.results),
         "unequal": unequal(summary.results),
         "environment": _flat(summary.folder.environment()),
+        "data": [_data_line(entry) for entry in summary.folder.data()],
         "search": _flat(summary.grid.search),
         "power": what_the_seeds_show(summary.comparisons, contests),
         "own_power": what_own_models_show(summary.own_comparisons, own),
     }
+
+
+def _data_line(entry: Recorded) -> str:
+    """What the run trained on, in one line; class names are left to the partition's picture."""
+    summary = entry.summary
+    shape = "x".join(map(str, summary.shape))
+    counts = "images"
+    if summary.fingerprint:
+        training, validation, test = summary.fingerprint.counts
+        counts = f"{training} training, {validation} validation and {test} test images"
+    return (
+        f"{entry.settings['source']}: {counts} of {shape} in {len(summary.classes)} classes "
+        f"(fingerprint {summary.identity})"
+    )
 
 
 def _alarms(summary: RunSummary) -> list[str]:
@@ -163,9 +170,9 @@ def _section(summary: RunSummary, section: Section, unknown: Sequence[str]) -> d
         "used_rates": _used_rates(section),
         "fastest": {size: _fastest(section, size) for size in section.batch_sizes},
         "pictures": [
-            (table, Markup(figures.partition_picture(table)))
+            (table, Markup(figures.partition_picture(table.record)))
             for table in section.tables[:_PARTITION_PICTURES]
-            if table.counts and table.counts[0]
+            if table.record.counts and table.record.counts[0]
         ],
     }
 

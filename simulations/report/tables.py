@@ -72,6 +72,7 @@ def summary_dict(run: RunFolder) -> dict[str, Any]:
         "name": summary.grid.name,
         "command": summary.grid.command,
         "complete": not summary.partial,
+        "data": [{**entry.settings, "fingerprint": entry.summary.identity} for entry in run.data()],
         "cells": {"planned": summary.planned, "ended": summary.ended},
         "partitions": [_section_dict(section) for section in summary.sections],
     }
