@@ -83,7 +83,7 @@ def _with_nan() -> np.ndarray:
         ({"images": _IMAGES[:, 0, 0], "labels": _LABELS}, r"\(N, H, W\)"),
         ({"images": _IMAGES[:, :3], "labels": _LABELS}, "ambiguous"),
         ({"images": _IMAGES, "labels": _LABELS / 1.0}, "integers"),
-        ({"images": _IMAGES, "labels": _LABELS - 1}, r"0\.\.2, found -1"),
+        ({"images": _IMAGES, "labels": _LABELS - 1}, r"'labels' holds -1 \(first at index 0\)"),
         ({"images": _IMAGES, "labels": _LABELS * 0}, "one class"),
         ({"images": _IMAGES[:0], "labels": _LABELS[:0]}, "no training images|one class"),
         ({"images": _IMAGES, "labels": _LABELS, "classes": np.arange(4)}, "array of text"),
@@ -126,7 +126,7 @@ def test_header_that_claims_absurd_sizes(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive, archive.open("images.npy", "w") as member:
         header = {"descr": "|u1", "fortran_order": False, "shape": (10**15, 28, 28)}
         np.lib.format.write_array_header_1_0(member, header)
-    with pytest.raises(UserError, match="not an intact"):
+    with pytest.raises(UserError, match="no array 'labels'"):
         load("arrays", path)
 
 
