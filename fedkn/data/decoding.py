@@ -202,7 +202,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     except (pillow.DecompressionBombWarning, pillow.DecompressionBombError):
         raise UnusableImage(_TOO_LARGE) from None
     except pillow.UnidentifiedImageError:
-        raise UnusableImage(f"is no image of a known format ({', '.join(_FORMATS)})") from None
+        raise UnusableImage(f"is damaged, or is none of {', '.join(_FORMATS)}") from None
     except OSError as error:
         raise UnusableImage(f"cannot be read: {printable(error.strerror or error)}") from error
     # What Pillow raises on damaged bytes ranges from OSError to SyntaxError.

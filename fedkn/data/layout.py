@@ -70,7 +70,7 @@ def read_layout(root: Path) -> Layout:
 
     The two parts may be spelt in capitals, and ``training`` and ``testing``; ``val`` (``valid``,
     ``validation``) is taken for a missing ``test`` and passed over beside one. A folder called
-    train that holds images itself is a class. Hidden files and folders, and those that operating
+    train without folders in it is a class, if there are others. Hidden files and folders, and those that operating
     systems leave behind, are as if they were not there.
 
     Raises
@@ -164,9 +164,11 @@ class _Passed:
 def _parts(root: Path) -> dict[str, str]:
     """Return the names of the folders that are parts: train, test, val."""
     found: dict[str, str] = {}
-    for entry in sorted(_entries(root), key=lambda entry: entry.name):
-        part = next((p for p, names in _PARTS.items() if entry.name.lower() in names), None)
-        if part is None or not entry.is_dir() or any(_is_image(e.name) for e in _entries(entry)):
+    folders = [entry for entry in _entries(root) if entry.is_dir()]
+    parts = {entry.name: _part(entry.name) for entry in folders}
+    for entry in sorted(folders, key=lambda entry: entry.name):
+        part = parts[entry.name]
+        if part is None or (None in parts.values() and not _subfolders(entry)):
             continue
         if part in found:
             raise UserError(
@@ -175,6 +177,10 @@ def _parts(root: Path) -> dict[str, str]:
             )
         found[part] = entry.name
     return found
+
+
+def _part(name: str) -> str | None:
+    return next((part for part, names in _PARTS.items() if name.lower() in names), None)
 
 
 def _class_folders(folder: Path) -> dict[str, str]:
@@ -189,7 +195,7 @@ def _class_folders(folder: Path) -> dict[str, str]:
     return classes
 
 
-def _subfolders(folder: Path) -> dict[str, str]:
+def _subfolders(folder: Path | os.DirEntry[str]) -> dict[str, str]:
     """Return the names of classes, sorted, with those of their folders."""
     names = sorted(entry.name for entry in _entries(folder) if entry.is_dir())
     classes: dict[str, str] = {}
@@ -198,7 +204,7 @@ def _subfolders(folder: Path) -> dict[str, str]:
         shown = os.fsencode(name).decode("utf-8", "backslashreplace")
         if shown in classes:
             raise UserError(
-                f"{printable(folder)} has two folders that both read '{printable(shown)}': rename "
+                f"{printable(os.fspath(folder))} has two folders that both read '{printable(shown)}': rename "
                 "the one whose name is no UTF-8"
             )
         classes[shown] = name
