@@ -217,6 +217,8 @@ def _check_file(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         kind = next((name for is_a, name in _KINDS.items() if is_a(found.st_mode)), "no file")
         raise UnusableImage(f"is {kind}")
+    if not found.st_size:
+        raise UnusableImage("is empty")
     if found.st_size > _MOST_BYTES:
         raise UnusableImage(f"has more than {_MOST_BYTES // 2**20} MiB")
 

@@ -70,8 +70,8 @@ def read_layout(root: Path) -> Layout:
 
     The two parts may be spelt in capitals, and ``training`` and ``testing``; ``val`` (``valid``,
     ``validation``) is taken for a missing ``test`` and passed over beside one. A folder called
-    train without folders in it is a class, if there are others. Hidden files and folders, and those that operating
-    systems leave behind, are as if they were not there.
+    train without folders in it is a class, if there are others. Hidden files and folders, and those
+    that operating systems leave behind, are as if they were not there.
 
     Raises
     ------
@@ -204,8 +204,8 @@ def _subfolders(folder: Path | os.DirEntry[str]) -> dict[str, str]:
         shown = os.fsencode(name).decode("utf-8", "backslashreplace")
         if shown in classes:
             raise UserError(
-                f"{printable(os.fspath(folder))} has two folders that both read '{printable(shown)}': rename "
-                "the one whose name is no UTF-8"
+                f"{printable(os.fspath(folder))} has two folders that both read "
+                f"'{printable(shown)}': rename the one whose name is no UTF-8"
             )
         classes[shown] = name
     return classes

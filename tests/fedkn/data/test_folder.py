@@ -283,7 +283,7 @@ def _odd(root: Path) -> dict[str, str]:
         os.chdir(here)
     return {
         "cut.png": "damaged|cannot be read",
-        "empty.png": "damaged",
+        "empty.png": "is empty",
         "postscript.png": "none of PNG, JPEG",
         "deep.png": "8 bits",
         "huge.png": "89,478,485 pixels",
@@ -308,13 +308,7 @@ def test_all_bad_files_are_named_at_once_and_can_be_left_out(
         load("image_folder", parts)
     said = str(caught.value)
     assert said.isprintable()
-    assert (
-        sum(
-            bool(re.search(rf"{name} (is|has|cannot)[^/]*({why})", said))
-            for name, why in odd.items()
-        )
-        == 10
-    )
+    assert sum(bool(re.search(rf"{name} [^/]*({why})", said)) for name, why in odd.items()) == 10
     for _ in range(2):  # decoded, then from the cache
         source = load("image_folder", parts, skip_damaged=True)
         assert source.train.images.equal(expected.train.images)
