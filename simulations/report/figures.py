@@ -10,6 +10,7 @@ import html
 import io
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -184,7 +185,11 @@ def _svg(figure: Figure, label: str, salt: str = "") -> str:
     """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with mpl.rc_context({"svg.hashsalt": salt or label}):
+    # The name of a run may be bytes that are no UTF-8.
+    encodable = (salt or label).encode("utf-8", "backslashreplace").decode()
+    with mpl.rc_context({"svg.hashsalt": encodable}), warnings.catch_warnings():
+        # It is the browser that draws the text, in its own fonts.
+        warnings.filterwarnings("ignore", r"Glyph .* missing", UserWarning)
         figure.savefig(buffer, format="svg", metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
