@@ -97,11 +97,10 @@ def _environment() -> Environment:
     return environment
 
 
-def _visible(value: object) -> object:
+def _visible(value: object) -> str:
     """Return what a template writes of `value`: text of outside has no characters of control."""
-    if isinstance(value, str) and not isinstance(value, Markup) and not value.isprintable():
-        return printable(value, _LONGEST)
-    return value
+    text = value if isinstance(value, Markup) else str(value)
+    return text if isinstance(text, Markup) or text.isprintable() else printable(text, _LONGEST)
 
 
 def _context(summaries: Sequence[RunSummary]) -> dict[str, Any]:
