@@ -16,6 +16,7 @@ from fedkn.data.summary import DataSummary
 from fedkn.data.torchvision_sources import TORCHVISION_SOURCES
 from fedkn.errors import UserError, unknown_name
 from fedkn.experiment import data_summary
+from fedkn.text import printable
 
 __all__ = [
     "KINDS",
@@ -108,7 +109,9 @@ def describe(images: ImageData) -> str:
     """Return in one line how many images there are, of which shape, and of each label."""
     height, width = images.image_size
     counts = label_counts(images)
-    shown = ", ".join(f"{name}: {count}" for name, count in list(counts.items())[:_SHOWN])
+    shown = ", ".join(
+        f"{printable(name, 40)}: {count}" for name, count in list(counts.items())[:_SHOWN]
+    )
     more = f", … {len(counts) - _SHOWN} more classes" if len(counts) > _SHOWN else ""
     return f"{len(images)} images {images.in_channels}x{height}x{width} ({shown}{more})"
 
