@@ -157,10 +157,15 @@ def test_bad_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_one_bad_image_does_not_cost_the_others(
-    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     # A name that is no UTF-8, and one that a terminal or a table would act on.
-    good = [os.fsdecode(b"caf\xe9.png"), "[/red]\x1b[2J\n.png"]
+    good = [os.fsdecode(b"caf\xe9.png"), "[red]\x1b[2J\n.png"]
     for name in good:
         shutil.copy(data / "test" / "cat" / "0.png", tmp_path / name)
     os.mkfifo(tmp_path / "pipe.png")
@@ -179,7 +184,7 @@ def test_one_bad_image_does_not_cost_the_others(
     assert fedkn(*arguments) == 1
     shown, _ = capsys.readouterr()
     assert "caf\\udce9.png" in "".join(shown.split())
-    assert "[/red]\\x1b[2J.png" in "".join(shown.split())
+    assert "[red]\\x1b[2J.png" in "".join(shown.split())
     assert "\x1b" not in shown
 
 
