@@ -55,6 +55,7 @@ class FederatedData:
             kind that ``evaluation.split`` asks for; none unless ``evaluation.client_fraction``.
         validation: held by the server, disjoint from the clients' images; settings are chosen
             on it. test: the source's test images, on which nothing is ever chosen.
+        notes: what of the source was left out or passed over.
     """
 
     train: ImageData
@@ -62,6 +63,7 @@ class FederatedData:
     held: tuple[np.ndarray, ...]
     validation: ImageData
     test: ImageData
+    notes: tuple[str, ...] = ()
 
     def client(self, partition: int) -> ImageData:
         """Return the images of client `partition`."""
@@ -188,23 +190,22 @@ def device_of(config: ExperimentConfig) -> torch.device:
 
 @lru_cache(maxsize=2)
 def _source(data: DataConfig) -> Source:
-    return sources.load(data.source, data.root, data.download, data.image_size)
+    return sources.load(
+        data.source,
+        data.root,
+        data.download,
+        data.image_size,
+        train_limit=data.train_limit,
+        test_limit=data.test_limit,
+        skip_damaged=data.skip_damaged,
+    )
 
 
 @lru_cache(maxsize=2)
 def _split(data: DataConfig) -> tuple[ImageData, ImageData, ImageData]:
     source = _source(data)
-    train = _limited(source.train, data.train_limit, "train")
-    kept, held = stratified_split(train.labels, data.validation_fraction, 0, "validation")
-    test = _limited(source.test, data.test_limit, "test")
-    return train.select(kept), train.select(held), test
-
-
-def _limited(data: ImageData, limit: int, name: str) -> ImageData:
-    if not limit or limit >= len(data):
-        return data
-    _, chosen = stratified_split(data.labels, limit / len(data), 0, f"limit-{name}")
-    return data.select(chosen)
+    kept, held = stratified_split(source.train.labels, data.validation_fraction, 0, "validation")
+    return source.train.select(kept), source.train.select(held), source.test
 
 
 @lru_cache(maxsize=4)
@@ -228,7 +229,8 @@ def _federated_data(
         used, kept = keep_back(labels[part], client, seed, kept_back, split)
         own.append(part[used])
         held.append(part[kept])
-    return FederatedData(train, tuple(own), tuple(held), validation, test)
+    notes = _source(data).notes
+    return FederatedData(train, tuple(own), tuple(held), validation, test, notes)
 
 
 def _scaling(config: ExperimentConfig) -> str:

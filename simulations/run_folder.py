@@ -73,12 +73,16 @@ class GridRecord:
 
 @dataclass(frozen=True)
 class PartitionRecord:
-    """One table of partition.json: `counts[client][label]` images for one partition and seed."""
+    """One table of partition.json: `counts[client][label]` images for one partition and seed.
+
+    `notes`: what of the data was left out, passed over or has no image, in sentences.
+    """
 
     partition: str
     seed: int
     classes: list[str]
     counts: list[list[int]]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

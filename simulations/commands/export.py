@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedkn.text import printable
 from simulations.commands import options as o
 
 if TYPE_CHECKING:
@@ -66,9 +67,8 @@ def export(
 
       fedkn export runs/demo --cell kernel-b2-dirichlet0.3-s0 --to pt2 --output digits.pt2
     """
-    from rich.console import Console
-
     from simulations.programs import write_program
+    from simulations.terminal import terminal
     from simulations.trained_model import load_trained_model
 
     trained = load_trained_model(folder, cell)
@@ -91,10 +91,10 @@ def export(
         }
         sys.stdout.write(json.dumps(shown) + "\n")
         return
-    console = Console()
+    console = terminal()
 
     def say(name: str, text: str) -> None:
-        console.print(f"{name + ':':<9}{text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name + ':':<9}{text}", soft_wrap=True)
 
     say("Model", f"{card.cell}, round {card.round} of {trained.rounds}")
     for name in trained.damaged:
@@ -123,5 +123,5 @@ def _data(trained: TrainedModel, written: Written) -> str:
 
 
 def _listed(classes: tuple[str, ...]) -> str:
-    shown = ", ".join(classes[:10])
+    shown = ", ".join(printable(name, 60) for name in classes[:10])
     return shown if len(classes) <= 10 else f"{shown}, …"

@@ -31,6 +31,7 @@ from simulations.run_folder import (
     write_json,
 )
 from simulations.scheduler import Totals, run_grid
+from simulations.terminal import terminal
 
 __all__ = [
     "begun",
@@ -78,7 +79,7 @@ def execute(grid: GridConfig, run: RunFolder, *, as_json: bool, each_round: bool
 
     Raises typer.Exit with 1 if a result cell failed, 130 if the run was stopped.
     """
-    console, again = Console(stderr=True), how_to_resume(run.path)
+    console, again = terminal(stderr=True), how_to_resume(run.path)
     try:
         if each_round and not as_json:
             totals = run_grid(grid, run, RoundLines(console))
@@ -199,7 +200,7 @@ def _conclude(run: RunFolder, totals: Totals, *, as_json: bool) -> None:
         summary["cells"] |= asdict(totals)
         sys.stdout.write(json.dumps(summary) + "\n")
         return
-    console = Console()
+    console = terminal()
     for partition in summary["partitions"]:
         console.print(Text(partition["verdict"], style="bold"))
     console.print(summary_table(run))
@@ -213,4 +214,4 @@ def _quoted(run: RunFolder) -> str:
 
 def _say(console: Console, text: str) -> None:
     # Paths must stay whole, to be copied.
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)

@@ -143,6 +143,7 @@ def _environment(gpu: str) -> dict[str, str]:
         **os.environ,
         # The parent's import path, so that both run the same code.
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
