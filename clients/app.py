@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from clients.control_variates import correction, next_control
 from clients.device.consent import node_consent
-from clients.local_state import local_state
+from clients.local_state import LocalState, local_state
 from clients.privacy_account import PrivacyAccount, privacy_account
 from clients.session import Session, open_session
 from clients.trainer import current_trainer
@@ -47,6 +48,8 @@ from fedkn.training.update_clipping import clip_update
 
 __all__ = ["app"]
 
+_LOG = logging.getLogger("flwr")
+
 ValueT = TypeVar("ValueT", int, float, str)
 
 app = ClientApp()
@@ -54,9 +57,14 @@ app = ClientApp()
 
 @app.query()
 def join(message: Message, context: Context) -> Message:
-    """Tell the server which partition this client is, and how many images it holds."""
+    """Tell the server which partition this client is, and how many images of each class it holds.
+
+    Under differential privacy not of each class: no noise would be on these numbers.
+    """
     session, partition = _opened(message, context)
-    answer = join_answer(partition, len(session.parts[partition]))
+    private = session.config.privacy.mechanism != "none"
+    counts = () if private else session.label_counts(partition)
+    answer = join_answer(partition, len(session.parts[partition]), counts)
     return Message(answer, reply_to=message)
 
 
@@ -68,6 +76,7 @@ def train(message: Message, context: Context) -> Message:
     round_ = _told(told, ROUND, int)
     run = _told(told, RUN_TOKEN, str)
     own = local_state(context, partition, run)
+    changed = _data_changed(session, own)
     account = _account(session, context, partition, told)
     kept, lost = own.restore(_state_round(session, message, told))
     control = _control(message)
@@ -116,7 +125,11 @@ def train(message: Message, context: Context) -> Message:
         {
             ARRAYS: packed(arrays) if is_packed(message.content.array_records[ARRAYS]) else arrays,
             METRICS: update_metrics(
-                partition, len(session.parts[partition]), update, state_lost=lost
+                partition,
+                len(session.parts[partition]),
+                update,
+                state_lost=lost,
+                data_changed=changed,
             ),
         }
     )
@@ -195,6 +208,20 @@ def _state_round(session: Session, message: Message, told: ConfigRecord) -> int:
         or CONTROL in message.content.array_records
     )
     return _told(told, STATE_ROUND, int) if keeps else 0
+
+
+def _data_changed(session: Session, own: LocalState) -> bool:
+    """Return whether the device's own images are others than in its first round of this run."""
+    if session.own_data is None:
+        return False
+    first = own.first_data(session.own_data)
+    if found := first.changes(session.own_data):
+        _LOG.warning(
+            "this device's data changed since its first round of this run: %s. It trains on what "
+            "is there now",
+            "; ".join(found),
+        )
+    return bool(found)
 
 
 def _control(message: Message) -> dict[str, Tensor]:

@@ -16,12 +16,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fedkn.config import ExperimentConfig
+from fedkn.data.fingerprint import Fingerprint
 from fedkn.errors import UserError
 from fedkn.federation import arrays_to_tensors, tensors_to_arrays
 from fedkn.files import write_atomically
@@ -85,6 +86,13 @@ class LocalState(ABC):
             self._remove(number)
 
     @abstractmethod
+    def first_data(self, now: Fingerprint) -> Fingerprint:
+        """Return the fingerprint of the images that this client first trained on in this run.
+
+        The first time it is `now`, which is kept; so it is where nothing can be read or kept.
+        """
+
+    @abstractmethod
     def _rounds(self) -> list[int]:
         """Return the rounds of which there are versions, ascending."""
 
@@ -103,6 +111,17 @@ class _OnDisk(LocalState):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    def first_data(self, now: Fingerprint) -> Fingerprint:
+        path = self._folder / _DATA
+        try:
+            if path.exists():
+                return Fingerprint.from_json(path.read_text(encoding="utf-8"))
+            self._make_folder()
+            write_atomically(path, now.to_json().encode())
+        except (OSError, ValueError, RecursionError) as error:
+            _LOG.warning("%s: %s: a change of this device's data goes unseen", path, error)
+        return now
 
     def _rounds(self) -> list[int]:
         names = (_FILE.fullmatch(path.name) for path in self._folder.glob("round-*"))
@@ -123,9 +142,7 @@ class _OnDisk(LocalState):
         return None
 
     def _write(self, round_: int, tensors: Mapping[str, Tensor]) -> None:
-        if not self._folder.exists():
-            self._folder.mkdir(parents=True)
-            self._forget_old_runs()
+        self._make_folder()
         content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
         write_atomically(self._path(round_), content + hashlib.sha256(content).digest())
 
@@ -134,6 +151,11 @@ class _OnDisk(LocalState):
 
     def _path(self, round_: int) -> Path:
         return self._folder / f"round-{round_:06d}.safetensors"
+
+    def _make_folder(self) -> None:
+        if not self._folder.exists():
+            self._folder.mkdir(parents=True)
+            self._forget_old_runs()
 
     def _forget_old_runs(self) -> None:
         runs = sorted(self._folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
@@ -145,8 +167,17 @@ class _InMemory(LocalState):
     """One ArrayRecord a version, in the context that Flower keeps for the node."""
 
     def __init__(self, context: Context, run: str) -> None:
+        self._state = context.state
         self._records = context.state.array_records
+        self._run = run
         self._prefix = f"{run}/"
+
+    def first_data(self, now: Fingerprint) -> Fingerprint:
+        kept = self._state.config_records.get(_DATA, ConfigRecord()).get(self._run)
+        if isinstance(kept, str):
+            return Fingerprint.from_json(kept)
+        self._state[_DATA] = ConfigRecord({self._run: now.to_json()})
+        return now
 
     def _rounds(self) -> list[int]:
         own = (name for name in self._records if name.startswith(self._prefix))
@@ -169,4 +200,7 @@ class _InMemory(LocalState):
 
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_DATA = "data"
+"""Name of the file, or the record, of the first images' fingerprint."""
+
 _FILE = re.compile(r"round-(\d+)\.safetensors")

@@ -22,17 +22,19 @@ from clients.device.data import (
 )
 from clients.device.profile import MIB, Profile, fitting_batch, node_profile, step_bytes
 from fedkn.config import ExperimentConfig, TrainConfig
+from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.experiment import (
     build_model,
+    data_summary,
     device_of,
     federated_data,
     inputs_of,
     keep_back,
     normalizer_of,
 )
-from fedkn.federation import told_data
+from fedkn.federation import DATA, told_data
 from fedkn.normalizers import Normalizer, TensorRole
 from fedkn.training import Inputs, Workspace, check_precision
 
@@ -54,8 +56,11 @@ class Session:
             does not have these and the server has not told of them.
         rule: the role of every tensor of the model.
         images, labels: all training images on the device, of which a client sees only its own.
+        num_classes: of the experiment.
         parts: for every client the indices of those that it trains on.
         held: for every client the indices of those that it evaluates its own model on.
+        own_data: of a device's own images, by which it knows them again; None where the client
+            holds a part of the experiment's.
     """
 
     config: ExperimentConfig
@@ -70,6 +75,13 @@ class Session:
     labels: Tensor
     parts: tuple[Tensor, ...]
     held: tuple[Tensor, ...]
+    num_classes: int
+    own_data: Fingerprint | None
+
+    def label_counts(self, partition: int) -> list[int]:
+        """Return how many images of each class client `partition` trains on."""
+        classes = self.num_classes
+        return self.labels[self.parts[partition]].bincount(minlength=classes).tolist()
 
     def client_data(self, partition: int) -> tuple[Tensor, Tensor]:
         """Return the images (N, C, H, W) and labels (N,) that client `partition` trains on."""
@@ -93,7 +105,8 @@ def open_session(context: Context, content: RecordDict | None) -> tuple[Session,
     A node whose config has a ``data-path`` is a device with images of its own; any other holds
     its part of the experiment's source. What the experiment's images are like, a device with its
     own is told in the `content` of a message. Before it has one (None) it goes by the
-    experiment's source, if that is here too, else by its own images.
+    experiment's source, if that is here too, else by its own images. Any other is told too, and
+    must have the same images as the server.
 
     Raises:
         UserError: a configuration or data that cannot work, or a node without a partition id.
@@ -107,7 +120,7 @@ def open_session(context: Context, content: RecordDict | None) -> tuple[Session,
         tuple(context.run_config.items()),
         nodes if isinstance(nodes, int) else 0,
         (partition, own) if own else None,
-        told_data(content) if own and content is not None else None,
+        told_data(content) if content is not None and (own or DATA in content) else None,
         node_profile(node),
     )
     if not 0 <= partition < len(session.parts):
@@ -150,7 +163,7 @@ def _session(
     config = profile.limited(asked) if profile else asked
     check_precision(config.train.precision, device)
     wanted = (told or summary_here(asked)) if own else None
-    held_by = _own_images(asked, wanted, *own) if own else _partitions(asked)
+    held_by = _own_images(asked, wanted, *own) if own else _partitions(asked, told)
     model = build_model(asked, held_by.summary).to(device)
     workspace, inputs = Workspace(model), inputs_of(asked, device, held_by.summary)
     images = held_by.images.to(device)
@@ -182,6 +195,8 @@ def _session(
         labels=held_by.labels.to(device),
         parts=tuple(torch.from_numpy(part).to(device) for part in held_by.parts),
         held=tuple(torch.from_numpy(part).to(device) for part in held_by.held),
+        own_data=held_by.fingerprint,
+        num_classes=held_by.num_classes,
     )
 
 
@@ -199,18 +214,29 @@ def _lowered(asked: TrainConfig, train: TrainConfig, largest: int) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class _Images:
-    """Images, who holds which, and what the model is built from (None: the experiment's source)."""
+    """Images, who holds which, and what the model is built from (None: the experiment's source).
+
+    The fingerprint is that of a device's own images.
+    """
 
     summary: DataSummary | None
+    fingerprint: Fingerprint | None
+    num_classes: int
     images: Tensor
     labels: Tensor
     parts: tuple[np.ndarray, ...]
     held: tuple[np.ndarray, ...]
 
 
-def _partitions(config: ExperimentConfig) -> _Images:
+def _partitions(config: ExperimentConfig, told: DataSummary | None) -> _Images:
+    if told is not None and (found := told.changes(data_summary(config))):
+        raise UserError(
+            "other data here than the server's, or the data changed since the run was begun: "
+            f"{'; '.join(found)}. Put the same data in data.root of both"
+        )
     data = federated_data(config)
-    return _Images(None, data.train.images, data.train.labels, data.parts, data.held)
+    train = data.train
+    return _Images(None, None, train.num_classes, train.images, train.labels, data.parts, data.held)
 
 
 def _own_images(
@@ -230,6 +256,8 @@ def _own_images(
     clients, nothing = range(config.partition.clients), np.empty(0, dtype=np.int64)
     return _Images(
         wanted or summary_of(images),
+        Fingerprint.of(images),
+        images.num_classes,
         images.images,
         images.labels,
         tuple(used if client == partition else nothing for client in clients),

@@ -85,6 +85,9 @@ class DataConfig(Section):
     root: str = Field("", description="folder (or .npz file) that holds the data")
     download: bool = Field(False, description="let torchvision download the data into root")
     image_size: int = Field(0, ge=0, description="resize image folders to this size (0: as is)")
+    skip_damaged: bool = Field(
+        False, description="leave out files of image folders that cannot be used (False: refuse)"
+    )
     scaling: Literal["unit", "centered", "standardized", "published"] = Field(
         "standardized",
         description="pixel scaling: unit [0,1], centered [-1,1], standardized by the training "

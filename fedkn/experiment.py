@@ -24,6 +24,7 @@ from fedkn.config import (
 from fedkn.data import partition as partitions
 from fedkn.data import sources
 from fedkn.data.augmentation import channel_statistics
+from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.images import ImageData, Source
 from fedkn.data.split import stratified_split
 from fedkn.data.summary import DataSummary
@@ -55,6 +56,7 @@ class FederatedData:
             kind that ``evaluation.split`` asks for; none unless ``evaluation.client_fraction``.
         validation: held by the server, disjoint from the clients' images; settings are chosen
             on it. test: the source's test images, on which nothing is ever chosen.
+        notes: what of the source was left out or passed over.
     """
 
     train: ImageData
@@ -62,6 +64,7 @@ class FederatedData:
     held: tuple[np.ndarray, ...]
     validation: ImageData
     test: ImageData
+    notes: tuple[str, ...] = ()
 
     def client(self, partition: int) -> ImageData:
         """Return the images of client `partition`."""
@@ -105,7 +108,9 @@ def normalizer_of(config: ExperimentConfig) -> Normalizer:
 
 
 def data_summary(config: ExperimentConfig) -> DataSummary:
-    """Return what clients must know of the experiment's images.
+    """Return what clients must know of the experiment's images, and what a run records of them.
+
+    A function of the data and their scaling alone, whatever the seed and the partition are.
 
     Raises:
         UserError: the experiment's source cannot be read here.
@@ -195,23 +200,22 @@ def device_of(config: ExperimentConfig) -> torch.device:
 
 @lru_cache(maxsize=2)
 def _source(data: DataConfig) -> Source:
-    return sources.load(data.source, data.root, data.download, data.image_size)
+    return sources.load(
+        data.source,
+        data.root,
+        data.download,
+        data.image_size,
+        train_limit=data.train_limit,
+        test_limit=data.test_limit,
+        skip_damaged=data.skip_damaged,
+    )
 
 
 @lru_cache(maxsize=2)
 def _split(data: DataConfig) -> tuple[ImageData, ImageData, ImageData]:
     source = _source(data)
-    train = _limited(source.train, data.train_limit, "train")
-    kept, held = stratified_split(train.labels, data.validation_fraction, 0, "validation")
-    test = _limited(source.test, data.test_limit, "test")
-    return train.select(kept), train.select(held), test
-
-
-def _limited(data: ImageData, limit: int, name: str) -> ImageData:
-    if not limit or limit >= len(data):
-        return data
-    _, chosen = stratified_split(data.labels, limit / len(data), 0, f"limit-{name}")
-    return data.select(chosen)
+    kept, held = stratified_split(source.train.labels, data.validation_fraction, 0, "validation")
+    return source.train.select(kept), source.train.select(held), source.test
 
 
 @lru_cache(maxsize=4)
@@ -235,7 +239,8 @@ def _federated_data(
         used, kept = keep_back(labels[part], client, seed, kept_back, split)
         own.append(part[used])
         held.append(part[kept])
-    return FederatedData(train, tuple(own), tuple(held), validation, test)
+    notes = _source(data).notes
+    return FederatedData(train, tuple(own), tuple(held), validation, test, notes)
 
 
 def _scaling(config: ExperimentConfig) -> str:
@@ -245,13 +250,18 @@ def _scaling(config: ExperimentConfig) -> str:
 
 @lru_cache(maxsize=4)
 def _summary(data: DataConfig, standardized: bool) -> DataSummary:
-    images = _source(data).train
-    shape = (images.in_channels, *images.image_size)
+    train = _split(data)[0]
+    shape, fingerprint = (train.in_channels, *train.image_size), _fingerprint(data)
     if not standardized:
-        return DataSummary(images.classes, shape)
-    mean, deviation = channel_statistics(_split(data)[0])
+        return DataSummary(train.classes, shape, fingerprint=fingerprint)
+    mean, deviation = (tuple(figures.tolist()) for figures in channel_statistics(train))
     # Floats hold float32 numbers exactly.
-    return DataSummary(images.classes, shape, tuple(mean.tolist()), tuple(deviation.tolist()))
+    return DataSummary(train.classes, shape, mean, deviation, fingerprint)
+
+
+@lru_cache(maxsize=2)
+def _fingerprint(data: DataConfig) -> Fingerprint:
+    return Fingerprint.of(*_split(data))
 
 
 def _normalizer(config: NormalizerConfig, rounds: int) -> Normalizer:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import asdict
 from functools import lru_cache
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ __all__ = [
     "EVALUATION_LOSS",
     "EVALUATION_METRICS",
     "EXAMPLES",
+    "LABELS",
     "LEARNING_RATE",
     "METRICS",
     "PARTITION",
@@ -63,8 +63,6 @@ __all__ = [
     "unpacked",
     "update_metrics",
 ]
-
-ValueT = TypeVar("ValueT", str, int, float)
 
 # Records of a message. These are Flower's own defaults, so its strategies find them.
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
@@ -100,7 +98,11 @@ TRAIN_METRICS = (
     "state-lost",
     "epsilon",
     "batch-size",
+    "data-changed",
 )
+
+# Metric of a client's answer on joining, beside its partition and examples: images of each class.
+LABELS = "labels"
 
 # Metrics of a client that evaluated its own model: `CORRECT` of `EXAMPLES` images.
 CORRECT, EVALUATION_LOSS = "correct", "loss"
@@ -228,13 +230,19 @@ def record_bytes(record: ArrayRecord) -> int:
 
 
 def update_metrics(
-    partition: int, examples: int, update: LocalUpdate, *, state_lost: bool = False
+    partition: int,
+    examples: int,
+    update: LocalUpdate,
+    *,
+    state_lost: bool = False,
+    data_changed: bool = False,
 ) -> MetricRecord:
     """Return the metrics of an update.
 
     `examples` is the number that the client trains on; `state_lost`: what it kept of its last round
-    is gone. ``epsilon`` is the privacy spent so far (0 without differential privacy),
-    ``batch-size`` that of a device which could not bear the one asked for (0: as asked).
+    is gone; `data_changed`: its own images are others than in its first round of the run.
+    ``epsilon`` is the privacy spent so far (0 without differential privacy), ``batch-size`` that of
+    a device which could not bear the one asked for (0: as asked).
     """
     values = (
         partition,
@@ -248,6 +256,7 @@ def update_metrics(
         int(state_lost),
         update.epsilon or 0.0,
         update.batch_size,
+        int(data_changed),
     )
     return MetricRecord(dict(zip(TRAIN_METRICS, values, strict=True)))
 
@@ -265,8 +274,11 @@ def failure_reason(reply: Message) -> str:
 
 def data_record(summary: DataSummary) -> ConfigRecord:
     """Return `summary` as the record `DATA` of a message."""
-    lists = {key: list(value) for key, value in asdict(summary).items()}
-    return ConfigRecord({key: value for key, value in lists.items() if value})
+    record = summary.to_record()
+    fingerprint = record.pop(_FINGERPRINT)
+    lists = {key: list(value) for key, value in record.items() if value}
+    told = {_FINGERPRINT: json.dumps(fingerprint)} if fingerprint else {}
+    return ConfigRecord({**lists, **told})
 
 
 def told_data(content: RecordDict) -> DataSummary:
@@ -275,14 +287,15 @@ def told_data(content: RecordDict) -> DataSummary:
     Raises:
         UserError: nothing, or nothing that can be meant.
     """
-    record = content.config_records.get(DATA, ConfigRecord())
-    classes, shape = _listed(record, "classes", str), _listed(record, "shape", int)
-    mean, deviation = (_listed(record, key, float) for key in ("mean", "deviation"))
-    figures = {len(mean), len(deviation)}
-    if len(classes) < 2 or len(shape) != 3 or min(shape) < 1 or figures not in ({0}, {shape[0]}):
-        raise UserError("the server's message does not say what the experiment's images are like")
-    channels, height, width = shape
-    return DataSummary(classes, (channels, height, width), mean, deviation)
+    record = dict(content.config_records.get(DATA, ConfigRecord()))
+    try:
+        if isinstance(fingerprint := record.get(_FINGERPRINT), str):
+            return DataSummary.from_record(record | {_FINGERPRINT: json.loads(fingerprint)})
+        return DataSummary.from_record(record)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"the server's message does not say what the experiment's images are like: {error}"
+        ) from None
 
 
 def join_request(summary: DataSummary) -> RecordDict:
@@ -290,19 +303,18 @@ def join_request(summary: DataSummary) -> RecordDict:
     return RecordDict({DATA: data_record(summary)})
 
 
-def join_answer(partition: int, examples: int) -> RecordDict:
-    """Return a client's answer to `join_request`: its partition and how many images it holds."""
-    return RecordDict({METRICS: MetricRecord({PARTITION: partition, EXAMPLES: examples})})
+def join_answer(partition: int, examples: int, labels: Sequence[int] = ()) -> RecordDict:
+    """Return a client's answer to `join_request`: its partition and how many images it holds.
 
-
-def _listed(record: ConfigRecord, key: str, kind: type[ValueT]) -> tuple[ValueT, ...]:
-    value = record.get(key, [])
-    if not isinstance(value, list):
-        raise UserError(f"the server's message has no list '{key}'")
-    found = tuple(one for one in value if isinstance(one, kind))
-    if len(found) < len(value):
-        raise UserError(f"the server's message has no list of {kind.__name__} '{key}'")
-    return found
+    `labels`: how many of each class, in the order of the experiment's; none where it does not tell.
+    """
+    told: dict[str, int | float | list[int] | list[float]] = {
+        PARTITION: partition,
+        EXAMPLES: examples,
+    }
+    if labels:
+        told[LABELS] = list(labels)
+    return RecordDict({METRICS: MetricRecord(told)})
 
 
 def _index(record: ArrayRecord) -> list[tuple[str, str, list[int], str, int]]:
@@ -358,6 +370,8 @@ def _value(array: Array) -> np.ndarray:
 
 # How `Array` says that its data is an .npy file, and the dtypes that models are made of.
 _STYPE = "numpy.ndarray"
+# Key of the fingerprint in the record `DATA`: JSON, because a ConfigRecord holds no records.
+_FINGERPRINT = "fingerprint"
 # Name and kind of the one array of a packed record.
 _PACKED = "fedkn.packed"
 _USUAL = {name: np.dtype(name) for name in ("float32", "float64", "int64")}

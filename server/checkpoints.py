@@ -17,15 +17,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError, UserError
 from fedkn.files import write_atomically
 from server.participation import Participation
+from server.run_data import refuse_changes
 
 __all__ = ["Checkpoint", "CheckpointNotWritten", "CheckpointStore", "weights_sha256"]
 
 _LOG = logging.getLogger("flwr")
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
-_FIELDS = ("round", "names", "config", "versions", "token")
+_FIELDS = ("round", "names", "config", "versions", "token", "data")
 _VERSIONS = {"torch": torch.__version__, "numpy": np.__version__, "flwr": flwr.__version__}
 
 
@@ -43,12 +45,14 @@ class Checkpoint:
         round_: the round that made the tensors, from 1.
         tensors: the global tensors. strategy: the strategy's own arrays.
         participation: which states the clients are in; these stay with them.
+        data: what was trained on; None in a checkpoint of an earlier fedkn, which did not say.
     """
 
     round_: int
     tensors: dict[str, np.ndarray]
     strategy: dict[str, np.ndarray]
     participation: Participation
+    data: DataSummary | None = None
 
 
 class CheckpointStore:
@@ -94,6 +98,8 @@ class CheckpointStore:
             "versions": json.dumps(_VERSIONS),
             "token": checkpoint.participation.token,
         }
+        if checkpoint.data is not None:
+            metadata["data"] = json.dumps(checkpoint.data.to_record())
         metadata["sha256"] = _checksum(contiguous, metadata)
         # What a kill in the middle of writing left behind takes up space that is needed now.
         for leftover in self._folder.glob(".*.part"):
@@ -102,11 +108,14 @@ class CheckpointStore:
         for old in self._files()[self._keep :]:
             old.unlink(missing_ok=True)
 
-    def load_newest(self) -> Checkpoint | None:
+    def load_newest(self, data: DataSummary | None = None) -> Checkpoint | None:
         """Return the newest good checkpoint, or None if there is none.
 
+        Args:
+            data: what is to be trained on from here; None: nothing, it is only looked at.
+
         Raises:
-            UserError: it belongs to another configuration.
+            UserError: it belongs to another configuration, or to other data.
         """
         for path in self._files():
             try:
@@ -115,6 +124,10 @@ class CheckpointStore:
                 _LOG.warning("checkpoint %s is damaged (%s): using the one before", path, error)
                 continue
             self._refuse_other(json.loads(metadata["config"]))
+            if data is not None and checkpoint.data is not None:
+                refuse_changes(checkpoint.data, data, f"'{self._folder}'")
+            elif data is not None:
+                _LOG.warning("%s says nothing of its data: there is nothing to compare with", path)
             for name, version in json.loads(metadata["versions"]).items():
                 if _VERSIONS.get(name) != version:
                     _LOG.warning(
@@ -174,7 +187,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    fields = (f"{key}={metadata[key]}" for key in _FIELDS)
+    fields = (f"{key}={metadata[key]}" for key in _FIELDS if key in metadata)
     return hashlib.sha256("\x1f".join([weights_sha256(arrays), *fields]).encode()).hexdigest()
 
 
@@ -190,7 +203,8 @@ def _read(path: Path) -> tuple[Checkpoint, dict[str, str]]:
         part, _, rest = name.partition("/")
         parts[part][rest] = value
     participation = Participation(metadata["token"], parts["clients"]["last"])
+    data = DataSummary.from_record(json.loads(metadata["data"])) if "data" in metadata else None
     checkpoint = Checkpoint(
-        int(metadata["round"]), parts["model"], parts["strategy"], participation
+        int(metadata["round"]), parts["model"], parts["strategy"], participation, data
     )
     return checkpoint, metadata

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError
-from fedkn.federation import EXAMPLES, METRICS, PARTITION, failure_reason, join_request
+from fedkn.federation import EXAMPLES, LABELS, METRICS, PARTITION, failure_reason, join_request
 from server.exchange import exchange
 
 __all__ = ["ClientsMissing", "Member", "Membership", "count_nodes"]
@@ -25,11 +25,15 @@ class ClientsMissing(FedknError):
 
 @dataclass(frozen=True)
 class Member:
-    """A client that has joined: its node now, its partition, and how many examples it declared."""
+    """A client that has joined: its node now, its partition, and how many examples it declared.
+
+    `labels`: how many of each class, in the order of the experiment's; none where it did not say.
+    """
 
     node_id: int
     partition: int
     examples: int
+    labels: tuple[int, ...] = ()
 
 
 class Membership:
@@ -65,6 +69,7 @@ class Membership:
         self._given_up: set[int] = set()
         self._max_examples = max_examples
         self._refused: dict[int, str] = {}
+        self._newcomers: dict[int, Member] = {}
 
     def join(self) -> None:
         """Wait until all partitions are online.
@@ -93,6 +98,12 @@ class Membership:
         self._given_up.update(missing)
         present = self._present()
         return {partition: present[partition] for partition in wanted if partition in present}
+
+    def newcomers(self) -> list[Member]:
+        """Return who has joined, or joined again, since the last call, by partition."""
+        joined = [self._newcomers[p] for p in range(self._expected) if p in self._newcomers]
+        self._newcomers.clear()
+        return joined
 
     def why_absent(self, partition: int) -> str:
         """Return why a partition that `online` left out takes no part."""
@@ -134,7 +145,7 @@ class Membership:
             complaints.extend(arrived.lost.values())
             for reply in arrived.replies:
                 try:
-                    answers.append(_member(reply))
+                    answers.append(_member(reply, len(self._data.classes)))
                 except ValueError as error:
                     complaints.append(str(error))
         taken = self._present()
@@ -148,6 +159,7 @@ class Membership:
                 complaints.append(f"two nodes claim partition {member.partition}")
             else:
                 self._members[member.partition] = taken[member.partition] = member
+                self._newcomers[member.partition] = member
                 self._refused.pop(member.partition, None)
         return complaints
 
@@ -169,7 +181,7 @@ def count_nodes(grid: Grid, timeout: float) -> int:
     return count
 
 
-def _member(reply: Message) -> Member:
+def _member(reply: Message, classes: int) -> Member:
     if reply.has_error():
         raise ValueError(failure_reason(reply))
     if not reply.has_content():
@@ -178,7 +190,22 @@ def _member(reply: Message) -> Member:
     partition, examples = metrics.get(PARTITION), metrics.get(EXAMPLES)
     if not isinstance(partition, int) or not isinstance(examples, int) or examples < 1:
         raise ValueError(f"a node answered partition {partition} with {examples} examples")
-    return Member(reply.metadata.src_node_id, partition, examples)
+    labels = _counts(metrics.get(LABELS, []), classes, examples)
+    return Member(reply.metadata.src_node_id, partition, examples, labels)
+
+
+def _counts(labels: object, classes: int, examples: int) -> tuple[int, ...]:
+    """Return how many `examples` a client has of each class; nothing where it does not say."""
+    if labels == []:
+        return ()
+    if isinstance(labels, list) and len(labels) == classes:
+        counts = tuple(n for n in labels if type(n) is int and n >= 0)
+        if len(counts) == classes and sum(counts) == examples:
+            return counts
+    raise ValueError(
+        f"a node answered with counts of labels that cannot be those of {examples} examples in "
+        f"{classes} classes"
+    )
 
 
 def _missing(missing: list[int], expected: int, timeout: float, complaints: list[str]) -> str:

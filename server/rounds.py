@@ -90,6 +90,7 @@ class RoundReport:
             "failed": self.failed,
             "late": self.late,
             "state_lost": [u.partition for u in self.updates if u.metrics["state-lost"]],
+            "data_changed": [u.partition for u in self.updates if u.metrics["data-changed"]],
             "epsilon": {
                 str(u.partition): u.metrics["epsilon"] for u in self.updates if u.metrics["epsilon"]
             },
@@ -169,6 +170,12 @@ def run_round(
         entries.sort(key=_client)
         for entry in entries:
             _LOG.warning("round %d: %s %s: %s", round_, kind, entry["client"], entry["reason"])
+    for update in replies.updates:
+        if update.metrics["data-changed"]:
+            _LOG.warning(
+                "round %d: client %d: its own data changed since its first round of this run",
+                *(round_, update.partition),
+            )
     report = RoundReport(
         round_=round_,
         cohort=cohort,

@@ -14,17 +14,24 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from fedkn.config import ExperimentConfig
+from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError
 from fedkn.experiment import data_summary
 from fedkn.training import Evaluation
 from server.aggregation import Aggregator
-from server.checkpoints import Checkpoint, CheckpointStore, weights_sha256
+from server.checkpoints import (
+    Checkpoint,
+    CheckpointNotWritten,
+    CheckpointStore,
+    weights_sha256,
+)
 from server.client_evaluation import ClientEvaluation, evaluate_clients
 from server.global_model import GlobalModel
 from server.membership import Membership
 from server.metrics_log import LogNotWritten, MetricsLog
 from server.participation import Participation, begin
 from server.rounds import NoValidUpdates, RoundReport, run_round
+from server.run_data import hold_to_data
 
 __all__ = ["Outcome", "run_server"]
 
@@ -79,17 +86,20 @@ def run_server(grid: Grid, config: ExperimentConfig) -> Outcome:
 def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
     model = GlobalModel(config)
     aggregator = Aggregator(config, model.rule, model.parameters)
+    data = data_summary(config)
     store = _store(config)
-    tensors, finished, participation = _begin(config, model, aggregator, store, log)
+    _hold_to_data(config, data)
+    tensors, finished, participation = _begin(config, model, aggregator, store, log, data=data)
     membership = Membership(
         grid,
         config.partition.clients,
         config.server.join_timeout,
-        data=data_summary(config),
+        data=data,
         max_examples=config.server.max_examples,
     )
     if finished < config.rounds or config.evaluation.client_fraction:
         membership.join()
+        _log_joined(log, finished, membership)
     evaluation = None
     failed_rounds = 0
     for round_ in range(finished + 1, config.rounds + 1):
@@ -112,7 +122,7 @@ def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
         # A round that brought nothing is not in a checkpoint: a resume tries it again.
         made = round_ - failed_rounds
         if store and made and (last or round_ % config.checkpoint.every == 0):
-            store.save(Checkpoint(made, tensors, aggregator.state(), participation))
+            store.save(Checkpoint(made, tensors, aggregator.state(), participation, data))
         if failed_rounds >= config.server.max_failed_rounds or (last and failed_rounds):
             raise NoValidUpdates(_no_valid(report.refused + report.failed, failed_rounds))
     if evaluation is None:
@@ -141,17 +151,35 @@ def _store(config: ExperimentConfig) -> CheckpointStore | None:
     return CheckpointStore(folder, config.checkpoint.keep, computes)
 
 
+def _hold_to_data(config: ExperimentConfig, data: DataSummary) -> None:
+    """Refuse to go on with a run folder whose cells were trained on other data."""
+    if not config.checkpoint.folder:
+        return
+    folder = Path(config.checkpoint.folder)
+    try:
+        recorded = hold_to_data(folder, config.data, data)
+    except OSError as error:
+        raise CheckpointNotWritten(
+            f"cannot write the record of the data in {folder} ({error.strerror or error}): free "
+            "space or give another checkpoint.folder, and start again"
+        ) from error
+    if not recorded:
+        _LOG.warning("%s says nothing of its data: there is nothing to compare with", folder)
+
+
 def _begin(
     config: ExperimentConfig,
     model: GlobalModel,
     aggregator: Aggregator,
     store: CheckpointStore | None,
     log: MetricsLog,
+    *,
+    data: DataSummary,
 ) -> tuple[dict[str, np.ndarray], int, Participation]:
     """Return the global tensors to begin with, the rounds that they have behind them, and who took
     part in these.
     """
-    restored = store.load_newest() if store else None
+    restored = store.load_newest(data) if store else None
     if restored is not None:
         aggregator.load_state(restored.strategy)
         log.write("resume", round=restored.round_, time=time.time())
@@ -182,6 +210,24 @@ def _log_clients(log: MetricsLog, config: ExperimentConfig, result: ClientEvalua
             "clients' own models on their own images: accuracy %.4f, worst tenth %.4f",
             fields["mean"],
             fields["worst_tenth"],
+        )
+
+
+def _log_joined(log: MetricsLog, round_: int, membership: Membership) -> None:
+    """Write who has joined, up to round `round_`, and what they hold."""
+    if joined := membership.newcomers():
+        log.write(
+            "joined",
+            round=round_,
+            clients=[
+                {
+                    "client": member.partition,
+                    "examples": member.examples,
+                    # Most clients lack most classes.
+                    "labels": {str(i): n for i, n in enumerate(member.labels) if n} or None,
+                }
+                for member in joined
+            ],
         )
 
 

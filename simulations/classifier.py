@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from dataclasses import asdict, dataclass
+from typing import Self
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from fedkn.errors import UserError
 from fedkn.seeds import derive
+from fedkn.text import printable
 from fedkn.training import Inputs
 from fedkn.training.draws import own_draws
 
 __all__ = ["Card", "Classifier", "FromPixels"]
 
 _BATCH = 64
+_LONGEST_SIDE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,13 @@ class Card:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Return the card that `to_json` wrote. Raises ValueError if `text` is not one."""
-        data = json.loads(text)
-        if not isinstance(data, dict) or set(data) != {field.name for field in fields(cls)}:
+        card = TypeAdapter(cls).validate_json(text, strict=True)
+        if card.to_json() != json.dumps(json.loads(text)):
             raise ValueError("other fields than expected")
-        lists: dict[str, Any] = {k: tuple(v) for k, v in data.items() if isinstance(v, list)}
-        return cls(**(data | lists))
+        sides = (card.channels, card.height, card.width)
+        if not card.classes or not all(0 < side <= _LONGEST_SIDE for side in sides):
+            raise ValueError("no classes, or no size that images have")
+        return card
 
     def to_json(self) -> str:
         """Return the card as a JSON object."""
@@ -102,12 +107,26 @@ class Classifier:
     def logits(self, pixels: Tensor) -> Tensor:
         """Return float32 (N, classes) for uint8 `pixels` (N, C, H, W), on the CPU.
 
-        Raises UserError if they are not finite: the model diverged in training.
+        Raises UserError if they are not finite: the model diverged in training; or if the model
+        cannot be run.
         """
-        # A network that draws in evaluation gives the same answer every time it is asked.
-        with torch.no_grad(), own_draws(pixels.device, derive("prediction")):
-            parts = [self.run(some.to(torch.float32)) for some in torch.split(pixels, _BATCH)]
-        logits = torch.cat(parts)
+        try:
+            # A network that draws in evaluation gives the same answer every time it is asked.
+            with torch.no_grad(), own_draws(pixels.device, derive("prediction")):
+                parts = [self.run(some.to(torch.float32)) for some in torch.split(pixels, _BATCH)]
+            logits = torch.cat(parts)
+        # A program that is damaged, or no classifier of such images, may raise anything.
+        except Exception as error:
+            raise UserError(
+                f"the model of cell '{self.card.cell}' cannot be run on images of "
+                f"{tuple(pixels.shape[1:])}: {printable(error)}"
+            ) from error
+        if logits.shape != (len(pixels), len(self.card.classes)):
+            raise UserError(
+                f"the model of cell '{self.card.cell}' gives {tuple(logits.shape)} for "
+                f"{len(pixels)} images of {len(self.card.classes)} classes: it is not the model "
+                "that its card describes"
+            )
         if not torch.isfinite(logits).all():
             raise UserError(
                 f"the outputs of cell '{self.card.cell}' are not finite: it diverged in training; "

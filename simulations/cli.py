@@ -1,7 +1,8 @@
 """The command line: ``fedkn COMMAND``. A command is a function of its own in simulations/commands.
 
 Exit codes: 0 all is well, 1 the run or some of its cells failed, 2 bad input (nothing was written),
-130 stopped by Ctrl-C.
+130 stopped by Ctrl-C. 1 is also the
+code of a command that could do a part of what was asked, such as classify most of the images.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import click
 import typer
 
 from fedkn.errors import FedknError, UserError
+from fedkn.text import printable
 from simulations.commands.bench import bench
 from simulations.commands.compare import compare
 from simulations.commands.demo import demo
@@ -26,8 +28,11 @@ from simulations.commands.predict import predict
 from simulations.commands.report import report
 from simulations.commands.resume import resume
 from simulations.commands.run import run
+from simulations.terminal import plain_where_needed
 
 __all__ = ["app", "main"]
+
+_LONGEST = 4000
 
 app = typer.Typer(
     name="fedkn",
@@ -47,6 +52,7 @@ app.add_typer(device, name="device")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; errors are one line on standard error, unless --debug."""
+    plain_where_needed()
     given = list(sys.argv[1:] if arguments is None else arguments)
     sys.exit(_exit_code(given))
 
@@ -78,7 +84,7 @@ def _explained(error: Exception) -> int:
             # The reader of our output has had enough, as in `fedkn … | head`.
             return 0
         case click.exceptions.NoArgsIsHelpError():
-            click.echo(error.format_message())
+            click.echo(error.format_message(), file=sys.stdout)
             return 0
         case click.Abort():
             message, code = "stopped", 130
@@ -90,5 +96,6 @@ def _explained(error: Exception) -> int:
             pass
         case _:
             message = f"{type(error).__name__}: {error} (--debug shows where)"
-    click.echo(f"fedkn: {' '.join(message.split())}", err=True)
+    # Given the stream, click does not put one of its own in its place.
+    click.echo(f"fedkn: {printable(message, _LONGEST)}", file=sys.stderr)
     return code

@@ -157,6 +157,8 @@ def _tell(line: Mapping[str, Any], config: ExperimentConfig, say: Say) -> None:
             for kind in ("refused", "failed"):
                 for loss in line[kind]:
                     say(f"  {kind}: client {loss['client']}: {loss['reason']}")
+            for client in line.get("data_changed", ()):
+                say(f"  client {client}: its own data changed since its first round of this run")
         case "evaluation":
             accuracy, loss = line["accuracy"], line["loss"]
             shown = "not finite" if loss is None else f"{loss:.4f}"

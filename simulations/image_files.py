@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedkn.data.folder import EXTENSIONS
-from fedkn.data.optional import require
+from fedkn.data.decoding import EXTENSIONS, UnusableImage, decode, header
+from fedkn.data.layout import image_files
 from fedkn.errors import UserError
+from fedkn.text import printable
 
-__all__ = ["ImageFile", "find_images", "read_image"]
-
-_DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "F"})
+__all__ = ["ImageFile", "find_images", "read_image", "read_images"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,60 +34,68 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """Return the files among `paths` and the image files in the folders among them, at any depth.
 
     In folders hidden files are passed over, and all without an ending of image files. Raises
-    UserError for a path that does not exist and for a folder without images.
+    UserError for a folder without images, or one that cannot be read.
     """
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            inside = sorted(_images_in(path))
-            if not inside:
-                raise UserError(
-                    f"no images in folder '{path}' (looked for {', '.join(sorted(EXTENSIONS))})"
-                )
-            found += inside
-        elif path.exists():
+        if not path.is_dir():
+            # Whether it is there and what it holds shows when it is read.
             found.append(path)
-        else:
-            raise UserError(f"no image '{path}': there is no such file or folder")
+            continue
+        try:
+            inside = [Path(name) for name in image_files(path)]
+        except OSError as error:
+            raise UserError(
+                f"cannot read '{printable(error.filename)}': {error.strerror}"
+            ) from None
+        if not inside:
+            raise UserError(
+                f"no images in folder '{printable(path)}' (looked for "
+                f"{', '.join(sorted(EXTENSIONS))})"
+            )
+        found += inside
     return found
+
+
+def read_images(
+    paths: Sequence[Path], channels: int, height: int, width: int
+) -> tuple[list[ImageFile], dict[Path, str]]:
+    """Return the images that can be read, and of the other files why they cannot.
+
+    Raises UserError where none can be, or the model takes what no image file has.
+    """
+    files: list[ImageFile] = []
+    failed: dict[Path, str] = {}
+    for path in paths:
+        try:
+            files.append(_image(path, channels, height, width))
+        except UnusableImage as error:
+            failed[path] = str(error)
+    if not files:
+        path, why = next(iter(failed.items()))
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise UserError(
+            f"no image can be used: '{printable(path)}' {why}{more}; give image files that open in "
+            "a viewer"
+        )
+    return files, failed
 
 
 def read_image(path: Path, channels: int, height: int, width: int) -> ImageFile:
     """Read a file as image folders are read: turned upright (EXIF), then grey or RGB.
 
     Of another size, the central part of the model's proportions is resized (bilinear with
-    antialiasing). Raises UserError if it cannot be decoded or has more than 8 bits a channel.
+    antialiasing). Raises UserError if it cannot be used.
     """
+    (file,), _ = read_images([path], channels, height, width)
+    return file
+
+
+def _image(path: Path, channels: int, height: int, width: int) -> ImageFile:
     if channels not in (1, 3):
         raise UserError(f"the model takes images of {channels} channels; image files have 1 or 3")
-    pillow, operations = _pillow("Image"), _pillow("ImageOps")
-    try:
-        with pillow.open(path) as file:
-            deep = file.mode in _DEEP_MODES
-            image = operations.exif_transpose(file).convert("L" if channels == 1 else "RGB")
-    # What Pillow raises on damaged bytes ranges from OSError to SyntaxError.
-    except Exception as error:
-        # The file may well be there: Pillow's own message repeats the path.
-        raise UserError(
-            f"cannot decode '{path}': {type(error).__name__}; give an image file that opens in a "
-            "viewer"
-        ) from None
-    if deep:
-        raise UserError(f"'{path}' has more than 8 bits a channel: convert it to 8 bits")
-    size = (image.width, image.height)
-    if size != (width, height):
-        image = operations.fit(image, (width, height), pillow.Resampling.BILINEAR)
-    pixels = np.array(image, dtype=np.uint8).reshape(height, width, channels).transpose(2, 0, 1)
+    found = header(path)
+    size = (found.width, found.height)
+    pixels = decode(path, channels, (width, height))
     tensor = torch.from_numpy(np.ascontiguousarray(pixels))
     return ImageFile(path, tensor, None if size == (width, height) else size)
-
-
-def _images_in(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.suffix.lower() in EXTENSIONS and path.is_file():
-            yield path
-
-
-def _pillow(module: str) -> Any:
-    return require(f"PIL.{module}", "Pillow", "device")

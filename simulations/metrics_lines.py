@@ -15,10 +15,12 @@ __all__ = [
     "ClientEvaluation",
     "ClientResult",
     "Evaluation",
+    "Holding",
     "Loss",
     "Round",
     "client_evaluation_of",
     "evaluation_of",
+    "holdings_of",
     "number",
     "parsed",
     "round_of",
@@ -40,7 +42,8 @@ class Round:
     `late`: clients whose reply was not waited for. `state_lost`: clients that began anew because
     what they keep between rounds was gone. `epsilon`: what each client that trained with
     differential privacy has spent so far, infinite without noise. `batch_sizes`: those of devices
-    that could not bear the one asked for.
+    that could not bear the one asked for. `data_changed`: clients whose own images are others than
+    in their first round.
     """
 
     round: int
@@ -62,6 +65,19 @@ class Round:
     state_lost: tuple[int, ...] = ()
     epsilon: Mapping[int, float] = field(default_factory=dict)
     batch_sizes: Mapping[int, int] = field(default_factory=dict)
+    data_changed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a client said on joining that it holds to train on.
+
+    `labels`: examples by class (an index); None where it said no more than their number.
+    """
+
+    client: int
+    examples: int
+    labels: Mapping[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -145,7 +161,20 @@ def round_of(line: Mapping[str, Any]) -> Round:
             for client, value in line.get("epsilon", {}).items()
         },
         batch_sizes={int(client): n for client, n in line.get("batch_sizes", {}).items()},
+        data_changed=tuple(line.get("data_changed", ())),
     )
+
+
+def holdings_of(line: Mapping[str, Any]) -> list[Holding]:
+    """Return what a line of kind ``joined`` tells of the clients that have joined."""
+    return [
+        Holding(
+            of["client"],
+            of["examples"],
+            None if of["labels"] is None else {int(i): n for i, n in of["labels"].items()},
+        )
+        for of in line["clients"]
+    ]
 
 
 def evaluation_of(line: Mapping[str, Any]) -> Evaluation:
@@ -182,7 +211,9 @@ def _losses(losses: Iterable[Mapping[str, Any]]) -> tuple[Loss, ...]:
 
 _FIELDS: dict[str, set[str]] = {
     "start": {"purpose", "config"},
-    "round": set(Round.__dataclass_fields__) - {"late", "state_lost", "epsilon", "batch_sizes"},
+    "joined": {"clients"},
+    "round": set(Round.__dataclass_fields__)
+    - {"late", "state_lost", "epsilon", "batch_sizes", "data_changed"},
     "evaluation": set(Evaluation.__dataclass_fields__),
     "client_evaluation": set(ClientEvaluation.__dataclass_fields__),
     "memory": {"peak_bytes"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedkn.errors import UserError
+from fedkn.text import printable
+from simulations.report.figures import PLAIN_TEXT
 from simulations.run_folder import PartitionRecord
 
 __all__ = ["partition_table", "save_picture"]
@@ -23,7 +26,10 @@ _SHADES = ("dim", "", "bold")
 def partition_table(record: PartitionRecord) -> Table:
     """Return the counts of a partition, a row for each client and the sums below."""
     table = Table(
-        title=f"{record.partition}, seed {record.seed}: images by client and label",
+        title=Text(
+            f"{printable(record.partition)}, seed {record.seed}: images by client and label",
+            style="table.title",
+        ),
         title_justify="left",
         show_footer=True,
     )
@@ -31,7 +37,8 @@ def partition_table(record: PartitionRecord) -> Table:
     largest = counts.max()
     table.add_column("client", justify="right", footer="all")
     for name, total in zip(record.classes, counts.sum(axis=0), strict=True):
-        table.add_column(name, justify="right", footer=str(total))
+        # Text, because a bracket in a class's name is not markup.
+        table.add_column(Text(printable(name, 40)), justify="right", footer=str(total))
     table.add_column("images", justify="right", footer=str(counts.sum()))
     for client, row in enumerate(counts):
         table.add_row(str(client), *(_shaded(count, largest) for count in row), str(row.sum()))
@@ -43,6 +50,14 @@ def save_picture(records: Sequence[PartitionRecord], path: Path) -> None:
 
     Raises UserError if the file cannot be written.
     """
+    try:
+        with mpl.rc_context(PLAIN_TEXT):
+            _drawn(records).savefig(path, dpi=150)
+    except OSError as error:
+        raise UserError(f"cannot write the picture '{path}': {error.strerror}") from None
+
+
+def _drawn(records: Sequence[PartitionRecord]) -> Figure:
     clients = max(len(record.counts) for record in records)
     height = 1.2 + 0.24 * len(records[0].classes)
     figure = Figure(figsize=(max(5.0, 2.0 + 0.3 * clients), height * len(records)))
@@ -50,17 +65,17 @@ def save_picture(records: Sequence[PartitionRecord], path: Path) -> None:
     for place, record in enumerate(records, 1):
         axes = figure.add_subplot(len(records), 1, place)
         image = axes.imshow(np.array(record.counts).T, cmap="Blues", aspect="auto", vmin=0)
-        axes.set_title(f"{record.partition}, seed {record.seed}", fontsize=10, loc="left")
+        axes.set_title(
+            f"{printable(record.partition)}, seed {record.seed}", fontsize=10, loc="left"
+        )
         axes.set_xlabel("client")
         axes.set_ylabel("label")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_yticks(range(len(record.classes)), record.classes, fontsize=7)
+        classes = [printable(name, 40) for name in record.classes]
+        axes.set_yticks(range(len(classes)), classes, fontsize=7)
         figure.colorbar(image, ax=axes, label="images")
     figure.set_layout_engine("tight")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"cannot write the picture '{path}': {error.strerror}") from None
+    return figure
 
 
 def _shaded(count: int, largest: int) -> Text:

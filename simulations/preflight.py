@@ -54,7 +54,8 @@ def _count(grid: GridConfig, partition: PartitionConfig, seed: int) -> Partition
     data = federated_data(config)
     counts = label_counts(data.train.labels, data.parts, data.train.num_classes)
     label = partition_label(partition)
-    return PartitionRecord(label, seed, list(data.train.classes), counts.tolist())
+    classes, notes = list(data.train.classes), list(data.notes)
+    return PartitionRecord(label, seed, classes, counts.tolist(), notes)
 
 
 def _check_models(grid: GridConfig) -> None:

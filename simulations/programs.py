@@ -32,8 +32,9 @@ class Written:
 
     Attributes:
         difference: the largest difference of a logit from the model's own, relative to the largest
-            logit. images: number of test images it was measured on, random inputs aside.
+            logit. images: number of images it was measured on, random inputs aside.
         same_class: on so many of them program and model name the same class.
+        why_drawn: why the images were drawn and are no test images of the run; empty if they are.
     """
 
     path: Path
@@ -41,14 +42,16 @@ class Written:
     difference: float
     images: int
     same_class: int
+    why_drawn: str
 
 
 def write_program(trained: TrainedModel, path: Path, to: Format) -> Written:
     """Write `trained` to `path`, its pixel scaling in front of it, its card in the metadata.
 
     The program takes float32 (N, C, H, W) of pixels, 0 to 255, called "images", and returns
-    "logits". It is read again by `load_program` and run on random inputs and on test images; it
-    appears under `path` only if no logit differs by more than 1e-4 of the largest.
+    "logits". It is read again by `load_program` and run on random inputs and on test images, or on
+    images drawn like them where the run's data are gone or changed; it appears under `path` only if
+    no logit differs by more than 1e-4 of the largest.
 
     Raises UserError for a format or path that cannot be, or a missing package; FedknError if the
     outputs differ.
@@ -61,21 +64,22 @@ def write_program(trained: TrainedModel, path: Path, to: Format) -> Written:
         raise UserError(f"cannot write '{path}': folder '{path.parent}' does not exist")
     if path.is_dir():
         raise UserError(f"cannot write '{path}': it is a folder")
-    own = trained.classifier.logits(trained.images)
+    some = trained.some_images()
+    own = trained.classifier.logits(some.images)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             draft = Path(folder) / path.name
             # Noise of pixels' range, and no image of the data: a pt2 file keeps its example.
             generator = torch.Generator().manual_seed(0)
-            example = 255.0 * torch.rand(2, *trained.images.shape[1:], generator=generator)
+            example = 255.0 * torch.rand(2, *some.images.shape[1:], generator=generator)
             difference = export(trained.network, example, draft, to)
             _FORMATS[to].attach(draft, trained.card)
-            theirs = load_program(draft).logits(trained.images)
+            theirs = load_program(draft).logits(some.images)
             scale = max(1.0, own.abs().max().item())
             difference = max(difference, (theirs - own).abs().max().item() / scale)
             if not difference <= _TOLERANCE:
                 raise FedknError(
-                    f"on test images the {to} file's outputs differ from the model's by "
+                    f"on images the {to} file's outputs differ from the model's by "
                     f"{difference:.1e} (allowed {_TOLERANCE:.0e}), so it was not written: please "
                     "report this"
                 )
@@ -84,7 +88,7 @@ def write_program(trained: TrainedModel, path: Path, to: Format) -> Written:
             draft.replace(path)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror or error}") from None
-    return Written(path, size, difference, len(own), same)
+    return Written(path, size, difference, len(own), same, some.why_drawn)
 
 
 def load_program(path: Path) -> Classifier:

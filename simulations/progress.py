@@ -115,7 +115,7 @@ class _LiveTable(_Notices):
     def _picture(self, board: Board, left: float | None) -> RenderableType:
         head = Table.grid(padding=(0, 1))
         head.add_row(
-            f"[bold]{board.ended}[/] of {board.total} cells",
+            Text.assemble((str(board.ended), "bold"), f" of {board.total} cells"),
             ProgressBar(max(board.total, 1), board.ended, width=_BAR_WIDTH),
             f"{duration(time.monotonic() - self._begin)}{_left(left)}",
         )

@@ -12,20 +12,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fedkn.config import ExperimentConfig, PartitionConfig
+from fedkn.config import DataConfig, ExperimentConfig, PartitionConfig
+from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.files import write_atomically
+from server.run_data import Recorded, recorded_data
 from simulations.metrics_lines import (
     ClientEvaluation,
     Evaluation,
+    Holding,
     Round,
     client_evaluation_of,
     evaluation_of,
+    holdings_of,
     parsed,
     round_of,
 )
 
 __all__ = [
+    "DEPLOYED",
     "CellRecord",
     "GridRecord",
     "MetricsTail",
@@ -34,6 +39,9 @@ __all__ = [
     "partition_label",
     "write_json",
 ]
+
+DEPLOYED = "fedkn deploy run"
+"""How the command begins that trains on a fleet's devices."""
 
 Purpose = Literal["search", "result"]
 Status = Literal["completed", "failed", "untrainable", "unfinished"]
@@ -57,15 +65,24 @@ class GridRecord:
     search: dict[str, Any]
     experiment: dict[str, Any]
 
+    @property
+    def deployed(self) -> bool:
+        """Whether a fleet's devices train it."""
+        return self.command.startswith(DEPLOYED)
+
 
 @dataclass(frozen=True)
 class PartitionRecord:
-    """One table of partition.json: `counts[client][label]` images for one partition and seed."""
+    """One table of partition.json: `counts[client][label]` images for one partition and seed.
+
+    `notes`: what of the data was left out, passed over or has no image, in sentences.
+    """
 
     partition: str
     seed: int
     classes: list[str]
     counts: list[list[int]]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -75,7 +92,8 @@ class CellRecord:
     `rounds` and `evaluations` are sorted by round, each round once. `status` is "unfinished" for
     a cell that runs now or was killed: the two look alike from the outside. `local_tensors` is the
     number of the model's tensors that never leave the clients, None where no line tells;
-    `client_evaluation` is that of the clients' own models, if there was one.
+    `client_evaluation` is that of the clients' own models, if there was one; `holdings` has by
+    client what it said last, on joining, that it holds.
     """
 
     id: str
@@ -87,6 +105,7 @@ class CellRecord:
     rounds: list[Round] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     client_evaluation: ClientEvaluation | None = None
+    holdings: dict[int, Holding] = field(default_factory=dict)
     peak_bytes: int | None = None
     resumes: int = 0
     status: Status = "unfinished"
@@ -207,6 +226,17 @@ class RunFolder:
                 f"'{self.path / 'partition.json'}' has other fields than expected"
             ) from None
 
+    def data(self) -> list[Recorded]:
+        """Return what data.json says of the run's data, nothing where there is none.
+
+        Raises UserError if it is damaged.
+        """
+        return recorded_data(self.path)
+
+    def data_of(self, config: DataConfig) -> DataSummary | None:
+        """Return what the run recorded of the images that `config` selects, None if nothing."""
+        return next((entry.summary for entry in self.data() if entry.is_of(config)), None)
+
     def write_cell_config(self, cell: str, config: ExperimentConfig) -> Path:
         """Write cells/CELL/config.json and return the cell's folder."""
         folder = self.path / "cells" / cell
@@ -253,6 +283,8 @@ class RunFolder:
                     evaluated[line["round"], line["split"]] = evaluation_of(line)
                 case "client_evaluation":
                     record.client_evaluation = client_evaluation_of(line)
+                case "joined":
+                    record.holdings |= {held.client: held for held in holdings_of(line)}
                 case "memory":
                     record.peak_bytes = max(record.peak_bytes or 0, line["peak_bytes"])
                 case "resume":

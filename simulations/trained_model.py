@@ -10,21 +10,41 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedkn import __version__
 from fedkn.config import ExperimentConfig
+from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError, unknown_name
-from fedkn.experiment import build_model, federated_data, inputs_of, normalizer_of
+from fedkn.experiment import (
+    build_model,
+    data_summary,
+    federated_data,
+    inputs_of,
+    normalizer_of,
+)
 from fedkn.federation import on_the_wire
 from fedkn.normalizers import TensorRole
+from fedkn.seeds import torch_generator
 from server.checkpoints import Checkpoint, CheckpointStore, weights_sha256
 from simulations.classifier import Card, Classifier, FromPixels
 from simulations.flower_runs import open_run
 from simulations.run_folder import CellRecord, RunFolder
 
-__all__ = ["TrainedModel", "load_trained_model"]
+__all__ = ["SomeImages", "TrainedModel", "load_trained_model"]
 
 _IMAGES = 256
+
+
+@dataclass(frozen=True, eq=False)
+class SomeImages:
+    """Images to try a model on: uint8 (N, C, H, W).
+
+    `why_drawn` says why they are no test images of the run; empty if they are.
+    """
+
+    images: Tensor
+    why_drawn: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +53,17 @@ class TrainedModel:
 
     Attributes:
         network: float32 pixels (N, C, H, W) in [0, 255] to logits.
-        config: the experiment's. card: what is known of it. images: uint8, some of the
-            experiment's test images.
+        config: the experiment's. card: what is known of it.
+        data: what it was trained on. recorded: whether the run says so itself; else `data` are
+            those of today, which may be others.
         rounds: rounds that the experiment has. damaged: newer checkpoints that were passed over.
     """
 
     network: nn.Module
     config: ExperimentConfig
     card: Card
-    images: Tensor
+    data: DataSummary
+    recorded: bool
     rounds: int
     damaged: tuple[str, ...]
 
@@ -50,30 +72,52 @@ class TrainedModel:
         """The network as a classifier."""
         return Classifier(self.card, self.network)
 
+    def some_images(self) -> SomeImages:
+        """Return up to 256 test images; images drawn like the run's where its data are not there.
+
+        The drawn ones have the shape, mean and deviation of the run's training images.
+        """
+        if why := self._why_not_its_data():
+            return SomeImages(_drawn(self.data), why)
+        test = federated_data(self.config).test
+        # Spread over the test images, which may be sorted by class.
+        some = np.unique(np.linspace(0, len(test) - 1, _IMAGES).astype(np.int64))
+        return SomeImages(test.select(some).images, "")
+
+    def _why_not_its_data(self) -> str:
+        try:
+            found = self.data.changes(data_summary(self.config))
+        except UserError as error:
+            return f"the run's data are not there: {error}"
+        return f"the data changed since the run: {'; '.join(found)}" if found else ""
+
 
 def load_trained_model(path: Path, cell: str | None) -> TrainedModel:
     """Return the model of the newest good checkpoint of `cell` in the run folder `path`.
 
     Without `cell` it is that of the one result cell that is finished. The classes, the size of
-    images and the scaling come from the experiment's data, which must be where the run found it.
+    images and the scaling are those that the run recorded: its data need not be there. Only a
+    checkpoint of an earlier fedkn says nothing of them; then they come from the data.
 
     Raises UserError where the folder is not a run's, the cell is unknown or must be chosen, there
-    is no good checkpoint, it does not fit the model, or the data is missing.
+    is no good checkpoint, it does not fit the model, or the data are needed and missing.
     """
     record = _chosen(open_run(path), cell)
     checkpoint, damaged = _checkpoint(path / "cells" / record.id)
-    # The exported program and the check of it are for the CPU, whatever trained the model.
-    config = record.config.overlay(device="cpu")
-    network = _network(config, checkpoint)
-    test = federated_data(config).test
-    height, width = test.image_size
-    program = FromPixels.of(network, inputs_of(config, torch.device("cpu")), test.in_channels)
+    # The exported program and the check of it are for the CPU, whatever trained the model. Nothing
+    # is downloaded for the check alone.
+    config = record.config.overlay(device="cpu", data__download=False)
+    data = checkpoint.data or data_summary(config)
+    network = _network(config, data, checkpoint)
+    channels, height, width = data.shape
+    inputs = inputs_of(config, torch.device("cpu"), data)
+    program = FromPixels.of(network, inputs, channels)
     card = Card(
-        classes=test.classes,
-        channels=test.in_channels,
+        classes=data.classes,
+        channels=channels,
         height=height,
         width=width,
-        scaling=inputs_of(config, torch.device("cpu")).scaling,
+        scaling=inputs.scaling,
         mean=_numbers(program.mean),
         deviation=_numbers(program.deviation),
         run=path.resolve().name,
@@ -84,10 +128,15 @@ def load_trained_model(path: Path, cell: str | None) -> TrainedModel:
         normalizer=config.normalizer.name,
         fedkn=__version__,
     )
-    # Spread over the test images, which may be sorted by class.
-    some = np.unique(np.linspace(0, len(test) - 1, _IMAGES).astype(np.int64))
-    images = test.select(some).images
-    return TrainedModel(program.eval(), config, card, images, config.rounds, damaged)
+    return TrainedModel(
+        program.eval(),
+        config,
+        card,
+        data,
+        recorded=checkpoint.data is not None,
+        rounds=config.rounds,
+        damaged=damaged,
+    )
 
 
 def _chosen(run: RunFolder, cell: str | None) -> CellRecord:
@@ -135,8 +184,8 @@ def _checkpoint(folder: Path) -> tuple[Checkpoint, tuple[str, ...]]:
     return checkpoint, tuple(file.name for file in files if file.name > used)
 
 
-def _network(config: ExperimentConfig, checkpoint: Checkpoint) -> nn.Module:
-    network = build_model(config)
+def _network(config: ExperimentConfig, data: DataSummary, checkpoint: Checkpoint) -> nn.Module:
+    network = build_model(config, data)
     rule = normalizer_of(config).federation_rule(network)
     local = [name for name, role in rule.items() if role is TensorRole.LOCAL]
     if local:
@@ -156,6 +205,22 @@ def _network(config: ExperimentConfig, checkpoint: Checkpoint) -> nn.Module:
     loaded = {name: torch.from_numpy(value) for name, value in checkpoint.tensors.items()}
     network.load_state_dict(state | loaded)
     return network
+
+
+def _drawn(data: DataSummary) -> Tensor:
+    """Return smooth uint8 images of the data's shape, mean and deviation, the same every time."""
+    channels, height, width = data.shape
+    generator = torch_generator("images to check a program on")
+    coarse = torch.randn(_IMAGES, channels, 4, 4, generator=generator)
+    smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
+    noise = torch.randn(_IMAGES, channels, height, width, generator=generator)
+    pattern = (smooth + 0.3 * noise) / (smooth + 0.3 * noise).std()
+    # Where the scaling needed no figures none are known: the middle of the pixels' range.
+    mean, deviation = (
+        torch.tensor(figures or [usual] * channels).view(-1, 1, 1)
+        for figures, usual in ((data.mean, 0.5), (data.deviation, 0.25))
+    )
+    return (255 * (mean + deviation * pattern)).round().clamp(0, 255).to(torch.uint8)
 
 
 def _numbers(values: Tensor) -> tuple[float, ...]:

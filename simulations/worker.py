@@ -129,6 +129,8 @@ def _environment(gpu: str) -> dict[str, str]:
         # up to half of the time of small-batch training.
         "MALLOC_TRIM_THRESHOLD_": "1000000000",
         "MALLOC_MMAP_THRESHOLD_": "1000000000",
+        # The log is UTF-8 whatever the terminal is, and no character may end a cell.
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),

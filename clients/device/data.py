@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedkn.config import DataConfig, ExperimentConfig
@@ -18,6 +16,7 @@ from fedkn.data.summary import DataSummary
 from fedkn.data.torchvision_sources import TORCHVISION_SOURCES
 from fedkn.errors import UserError, unknown_name
 from fedkn.experiment import data_summary
+from fedkn.text import printable
 
 __all__ = [
     "KINDS",
@@ -70,10 +69,10 @@ def load_own(own: OwnData, data: DataConfig, wanted: DataSummary | None) -> Imag
     kind = own.kind or _kind(own, data)
     size = _image_size(data, wanted) if kind == "image_folder" else 0
     try:
-        source = sources.load(kind, own.path, image_size=size)
+        source = sources.load(kind, own.path, image_size=size, skip_damaged=data.skip_damaged)
     except UserError as error:
         raise UserError(f"this device's data: {error}") from error
-    images = source.train if _has_test(own, kind) else _whole(source)
+    images = _whole(source) if source.held_out else source.train
     if wanted is None:
         return images
     try:
@@ -110,7 +109,9 @@ def describe(images: ImageData) -> str:
     """Return in one line how many images there are, of which shape, and of each label."""
     height, width = images.image_size
     counts = label_counts(images)
-    shown = ", ".join(f"{name}: {count}" for name, count in list(counts.items())[:_SHOWN])
+    shown = ", ".join(
+        f"{printable(name, 40)}: {count}" for name, count in list(counts.items())[:_SHOWN]
+    )
     more = f", … {len(counts) - _SHOWN} more classes" if len(counts) > _SHOWN else ""
     return f"{len(images)} images {images.in_channels}x{height}x{width} ({shown}{more})"
 
@@ -130,16 +131,6 @@ def _image_size(data: DataConfig, wanted: DataSummary | None) -> int:
         return data.image_size
     _, height, width = wanted.shape
     return height if height == width else 0
-
-
-def _has_test(own: OwnData, kind: str) -> bool:
-    """Whether the test images were set apart by whoever made the data, not by loading them."""
-    if kind == "image_folder":
-        return (Path(own.path) / "test").is_dir() and (Path(own.path) / "train").is_dir()
-    if kind == "arrays":
-        with np.load(own.path, allow_pickle=False) as archive:
-            return "test_images" in archive.files
-    return True
 
 
 def _whole(source: Source) -> ImageData:

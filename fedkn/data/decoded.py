@@ -1,15 +1,23 @@
-"""A cache file of decoded images, so that a slow source is decoded once and then memory-mapped."""
+"""A cache file of decoded images, so that a slow source is decoded once and then memory-mapped.
+
+The file is an .npy of the pixels, behind which stand a JSON object and that object's length and
+digest (24 bytes). The object holds the pixels' shape and digest, and the .npy header can be written
+in one way only, so that no bit of the file can change unnoticed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
+import json
+import logging
+import math
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,43 +26,74 @@ import torch
 from torch import Tensor
 
 from fedkn.errors import UserError
+from fedkn.text import printable
 
-__all__ = ["CACHE_FOLDER", "Decoded", "load_decoded"]
+__all__ = ["CACHE_FOLDER", "Decoded", "Mapped", "load_decoded"]
 
 CACHE_FOLDER = ".fedkn-cache"
+_HEADER = 128
+_DIGEST = 16
+_TAIL = 8 + _DIGEST
+_BLOCK = 1 << 20
+_LOG = logging.getLogger("fedkn")
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a cache file holds: uint8 images of `shape` (N, C, H, W), in chunks along N."""
+    """Images on their way into a cache file: uint8, in chunks along N.
+
+    Attributes
+    ----------
+    shape
+        (N, C, H, W); N is the most that there can be.
+    chunks
+        uint8 arrays (n, C, H, W) whose n sum to N at most.
+    left_out
+        Why images were left out, by their index among all that were asked for; complete once the
+        chunks are through.
+    """
 
     shape: tuple[int, int, int, int]
     chunks: Iterable[np.ndarray]
+    left_out: dict[int, str] = field(default_factory=dict)
 
 
-def load_decoded(root: Path, variant: str, key: str, decode: Callable[[], Decoded]) -> Tensor:
+@dataclass(frozen=True)
+class Mapped:
+    """What a cache file holds.
+
+    Attributes
+    ----------
+    images
+        uint8 (N, C, H, W), memory-mapped copy-on-write: writing to it changes no file.
+    left_out
+        As in `Decoded`.
+    """
+
+    images: Tensor
+    left_out: dict[int, str]
+
+
+def load_decoded(root: Path, variant: str, key: str, decode: Callable[[], Decoded]) -> Mapped:
     """Return the images of the folder `root`, from their cache file or from `decode`.
 
     The file ``{variant}-{key}.npy`` lies in ``.fedkn-cache`` in `root` or, where that cannot be
     written, in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, fedkn/images/). It is written
     under a lock, beside its final name, and renamed: other processes wait for it or see it whole.
-    Files of the same variant with another key are out of date and removed.
+    It is read through and held against its digests at every call (a second for a GB or so); one
+    that is damaged is decoded anew, which is logged. Files of the same variant with another key are
+    out of date and removed.
 
     Parameters
     ----------
     root
         The folder the images come from.
     variant
-        How they are decoded; different variants live side by side.
+        How they are decoded, without a hyphen; different variants live side by side.
     key
         Changes whenever the images do.
     decode
         Called only where no intact cache file exists.
-
-    Returns
-    -------
-    Tensor
-        uint8 (N, C, H, W), memory-mapped copy-on-write: writing to it changes no file.
 
     Raises
     ------
@@ -64,8 +103,8 @@ def load_decoded(root: Path, variant: str, key: str, decode: Callable[[], Decode
     name = f"{variant}-{key}.npy"
     folders = _folders(root)
     for folder in folders:
-        if (images := _mapped(folder / name)) is not None:
-            return images
+        if (mapped := _mapped(folder / name, _LOG.warning)) is not None:
+            return mapped
     for folder in folders:
         if _writable(folder):
             try:
@@ -84,17 +123,69 @@ def load_decoded(root: Path, variant: str, key: str, decode: Callable[[], Decode
 def _folders(root: Path) -> tuple[Path, Path]:
     root = root.resolve()
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.blake2b(str(root).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(os.fsencode(root), digest_size=8).hexdigest()
     return root / CACHE_FOLDER, home / "fedkn" / "images" / digest
 
 
-def _mapped(path: Path) -> Tensor | None:
-    # A missing, cut or foreign file is no cache file: it is decoded anew.
+def _mapped(path: Path, warn: Callable[..., None]) -> Mapped | None:
     try:
-        images = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with path.open("rb") as file:
+            shape, left_out = _checked(file)
+    except OSError:
         return None
-    return torch.from_numpy(images)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        warn(
+            "the cache file %s is damaged (%s): its images are decoded anew",
+            *(printable(path), printable(error)),
+        )
+        return None
+    pixels = np.memmap(path, dtype=np.uint8, mode="c", offset=_HEADER, shape=shape)
+    return Mapped(torch.from_numpy(pixels), left_out)
+
+
+def _checked(file: BinaryIO) -> tuple[tuple[int, ...], dict[int, str]]:
+    """Return shape and what was left out. Raises ValueError if any bit is not as written."""
+    size = file.seek(0, os.SEEK_END)
+    if size < _TAIL:
+        raise ValueError("it is cut short")
+    file.seek(size - _TAIL)
+    tail = file.read(_TAIL)
+    length = int.from_bytes(tail[:8], "little")
+    pixels = size - _HEADER - length - _TAIL
+    if pixels < 0:
+        raise ValueError("its end is not as written")
+    file.seek(_HEADER + pixels)
+    text = file.read(length)
+    if _digest(text) != tail[8:]:
+        raise ValueError("its end is not as written")
+    note = json.loads(text)
+    shape = tuple(int(side) for side in note["shape"])
+    left_out = {int(index): str(reason) for index, reason in note["left_out"]}
+    file.seek(0)
+    if file.read(_HEADER) != _header(shape):
+        raise ValueError("its header is not as written")
+    if math.prod(shape) != pixels or _digest_of(file, pixels) != note["digest"]:
+        raise ValueError("its pixels are not as written")
+    return shape, left_out
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """Return the header of an .npy file, format version 1.0, padded to 128 bytes."""
+    described = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    length = _HEADER - 10
+    return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + described.ljust(length - 1) + b"\n"
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST).digest()
+
+
+def _digest_of(file: BinaryIO, size: int) -> str:
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    while size > 0 and (block := file.read(min(_BLOCK, size))):
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest()
 
 
 def _writable(folder: Path) -> bool:
@@ -118,22 +209,23 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _decode_into(folder: Path, name: str, variant: str, decode: Callable[[], Decoded]) -> Tensor:
-    # Another process may have written it while this one waited for the lock.
-    if (images := _mapped(folder / name)) is not None:
-        return images
+def _decode_into(folder: Path, name: str, variant: str, decode: Callable[[], Decoded]) -> Mapped:
+    # Another process may have written it while this one waited for the lock. If the file is a
+    # damaged one, that was said before.
+    if (mapped := _mapped(folder / name, _LOG.debug)) is not None:
+        return mapped
     _write(folder / name, decode())
-    for stale in folder.glob(f"{variant}-*.npy"):
+    for stale in folder.glob(f"{variant}-*"):
         if stale.name != name:
             stale.unlink(missing_ok=True)
-    written = _mapped(folder / name)
+    written = _mapped(folder / name, _LOG.warning)
     if written is None:
         raise UserError(f"cannot read back the decoded images in {folder / name}")
     return written
 
 
 def _write(path: Path, decoded: Decoded) -> None:
-    size = int(np.prod(decoded.shape, dtype=np.int64))
+    size = math.prod(decoded.shape)
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise UserError(
@@ -143,17 +235,32 @@ def _write(path: Path, decoded: Decoded) -> None:
     temporary = path.parent / f"partial-{uuid.uuid4().hex}"
     try:
         with temporary.open("xb") as file:
-            _write_array(file, decoded)
+            _write_images(file, decoded)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _write_array(file: BinaryIO, decoded: Decoded) -> None:
-    header = {"descr": "|u1", "fortran_order": False, "shape": decoded.shape}
-    np.lib.format.write_array_header_1_0(file, header)
+def _write_images(file: BinaryIO, decoded: Decoded) -> None:
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    images = 0
+    file.write(bytes(_HEADER))
     for chunk in decoded.chunks:
-        file.write(np.ascontiguousarray(chunk).tobytes())
+        content = np.ascontiguousarray(chunk).tobytes()
+        images += len(chunk)
+        digest.update(content)
+        file.write(content)
+    shape = (images, *decoded.shape[1:])
+    note = {
+        "shape": shape,
+        "digest": digest.hexdigest(),
+        "left_out": sorted(decoded.left_out.items()),
+    }
+    text = json.dumps(note).encode()
+    file.write(text + len(text).to_bytes(8, "little") + _digest(text))
+    # Last, because only now is known how many images there are.
+    file.seek(0)
+    file.write(_header(shape))
     file.flush()
     os.fsync(file.fileno())

@@ -1,104 +1,235 @@
-"""Decoding image files with Pillow."""
+"""Decoding image files with Pillow: the one place that opens an image."""
 
 from __future__ import annotations
 
 import os
+import stat
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedkn.data.decoded import Decoded
 from fedkn.data.optional import require
 from fedkn.errors import UserError
+from fedkn.text import printable
 
-__all__ = ["decode_files"]
+__all__ = [
+    "EXTENSIONS",
+    "Header",
+    "UnusableImage",
+    "decode",
+    "decode_files",
+    "header",
+    "refusal",
+    "unusable",
+]
 
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+)
+# Pillow goes by content, not by ending: without this list a photo.png that holds PostScript would
+# start Ghostscript.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+# Pillow's own bound: a quarter of a GiB as RGB.
+_MOST_PIXELS = 89_478_485
+_MOST_BYTES = 512 * 2**20
 _BATCH = 64
 _ORIENTATION = 0x0112
 _TURNED_BY_A_QUARTER = range(5, 9)
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "F"})
+_NAMED = 10
 
 
-def decode_files(paths: Sequence[str], image_size: int) -> Decoded:
-    """Read the headers of all files, then return their pixels to be decoded chunk by chunk.
+class UnusableImage(Exception):
+    """A file that is no image that can be used; its text says why, in a few words."""
 
-    Images are turned upright (EXIF); they are grey (1 channel) if all files are grey, RGB (3)
-    otherwise, transparency dropped. With `image_size` S > 0 the central square of each is resized
-    to S x S (bilinear with antialiasing).
+
+class Header(NamedTuple):
+    """What an image is before its pixels are decoded; `width` and `height` are those upright."""
+
+    width: int
+    height: int
+    grey: bool
+
+
+def header(path: str | os.PathLike[str]) -> Header:
+    """Return the header of an image file. Not to be called by several threads at once.
 
     Raises
     ------
+    UnusableImage
+        No regular file, more than 512 MiB or about 89 million pixels, none of the formats behind
+        `EXTENSIONS`, damaged, or more than 8 bits a channel.
     UserError
-        Pillow is not installed, a file cannot be decoded or has more than 8 bits a channel, or
-        sizes differ and `image_size` is 0.
+        Pillow is not installed.
     """
-    sizes: dict[tuple[int, int], str] = {}
-    grey = True
-    for path in paths:
-        size, mode = _header(path)
-        sizes.setdefault(size, path)
-        grey = grey and mode in _GREY_MODES
-    if not image_size and len(sizes) > 1:
-        (one, first), (other, second) = list(sizes.items())[:2]
-        raise UserError(
-            f"images differ in size ({first} is {one[0]}x{one[1]}, {second} is "
-            f"{other[0]}x{other[1]} pixels): set data.image_size to resize all to one size"
-        )
-    width, height = (image_size, image_size) if image_size else next(iter(sizes))
-    channels = 1 if grey else 3
-    return Decoded((len(paths), channels, height, width), _batches(paths, channels, image_size))
-
-
-def _batches(paths: Sequence[str], channels: int, image_size: int) -> Iterator[np.ndarray]:
-    def decode(batch: Sequence[str]) -> np.ndarray:
-        return np.stack([_pixels(path, channels, image_size) for path in batch])
-
-    # Pillow decodes outside the interpreter's lock. A window of one batch per thread at a time
-    # bounds what waits in memory to be written.
-    threads = os.cpu_count() or 1
-    batches = [paths[start : start + _BATCH] for start in range(0, len(paths), _BATCH)]
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(batches), threads):
-            yield from pool.map(decode, batches[start : start + threads])
-
-
-def _header(path: str) -> tuple[tuple[int, int], str]:
-    """Return the upright (width, height) and Pillow's mode."""
-    try:
-        with _pillow("Image").open(path) as image:
+    # A warning as an error, because Pillow only warns of images up to twice its bound. The filters
+    # are the process's, which is why only one thread may do this.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", _pillow("Image").DecompressionBombWarning)
+        with _opened(path) as image:
             width, height = image.size
             if image.getexif().get(_ORIENTATION) in _TURNED_BY_A_QUARTER:
                 width, height = height, width
             mode = str(image.mode)
-    # What Pillow raises on damaged bytes ranges from OSError to SyntaxError.
-    except Exception as error:
-        raise _undecodable(path, error) from error
     if mode in _DEEP_MODES:
-        raise UserError(f"{path} has more than 8 bits a channel: convert it to 8 bits")
-    return (width, height), mode
+        raise UnusableImage("has more than 8 bits a channel: convert it to 8 bits")
+    return Header(width, height, mode in _GREY_MODES)
 
 
-def _pixels(path: str, channels: int, image_size: int) -> np.ndarray:
-    """Return uint8 (C, H, W)."""
+def decode(path: str | os.PathLike[str], channels: int, size: tuple[int, int] | None) -> np.ndarray:
+    """Return uint8 pixels (`channels`, H, W), turned upright (EXIF), grey (1) or RGB (3).
+
+    `size` is (width, height): the central part of these proportions is resized to it (bilinear with
+    antialiasing). None: as it is. Look at the `header` first: what that refuses is not looked for
+    here. Raises UnusableImage if the pixels cannot be decoded.
+    """
     pillow, operations = _pillow("Image"), _pillow("ImageOps")
-    try:
-        with pillow.open(path) as file:
-            image = operations.exif_transpose(file).convert("L" if channels == 1 else "RGB")
-    except Exception as error:
-        raise _undecodable(path, error) from error
-    if image_size:
-        image = operations.fit(image, (image_size, image_size), pillow.Resampling.BILINEAR)
-    pixels = np.asarray(image, dtype=np.uint8)
+    with _opened(path) as file:
+        image = operations.exif_transpose(file).convert("L" if channels == 1 else "RGB")
+        if size is not None and image.size != size:
+            image = operations.fit(image, size, pillow.Resampling.BILINEAR)
+        pixels = np.array(image, dtype=np.uint8)
     return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
 
 
-def _undecodable(path: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"cannot decode {Path(path)}: {reason}; replace or remove that file")
+def decode_files(paths: Sequence[str], image_size: int, *, skip_damaged: bool = False) -> Decoded:
+    """Read the headers of all files, then return their pixels to be decoded chunk by chunk.
+
+    Images are turned upright (EXIF); they are grey (1 channel) if all files are grey, RGB (3)
+    otherwise, transparency dropped. With `image_size` S > 0 the central square of each is resized
+    to S x S (bilinear with antialiasing). With `skip_damaged` the files that cannot be used are
+    left out, and named in ``left_out`` of what is returned once the chunks are through.
+
+    Raises
+    ------
+    UserError
+        Pillow is not installed, sizes differ and `image_size` is 0, no file can be used; or, once
+        the chunks are through, not all of them can, naming them.
+    """
+    left_out: dict[int, str] = {}
+    good: list[int] = []
+    sizes: dict[tuple[int, int], str] = {}
+    grey = True
+    for index, path in enumerate(paths):
+        try:
+            found = header(path)
+        except UnusableImage as error:
+            left_out[index] = str(error)
+            continue
+        good.append(index)
+        sizes.setdefault((found.width, found.height), path)
+        grey = grey and found.grey
+    if not good:
+        raise UserError(unusable(paths, left_out))
+    if not image_size and len(sizes) > 1:
+        (one, first), (other, second) = list(sizes.items())[:2]
+        raise UserError(
+            f"images differ in size ({printable(first)} is {one[0]}x{one[1]}, {printable(second)} "
+            f"is {other[0]}x{other[1]} pixels): set data.image_size to resize all to one size"
+        )
+    width, height = size = (image_size, image_size) if image_size else next(iter(sizes))
+    channels = 1 if grey else 3
+
+    def chunks() -> Iterator[np.ndarray]:
+        for images, failed in _batches(paths, good, channels, size):
+            left_out.update(failed)
+            if len(images):
+                yield images
+        if len(left_out) == len(paths):
+            raise UserError(unusable(paths, left_out))
+        if left_out and not skip_damaged:
+            raise refusal(paths, left_out)
+
+    return Decoded((len(good), channels, height, width), chunks(), left_out)
+
+
+def refusal(paths: Sequence[str], left_out: dict[int, str]) -> UserError:
+    """Return the error for files that cannot be used: `left_out` says why, by index."""
+    return UserError(
+        f"{unusable(paths, left_out)}; replace or remove them, or leave them out with "
+        "data.skip_damaged=true"
+    )
+
+
+def unusable(paths: Sequence[str], left_out: dict[int, str]) -> str:
+    """Return how many files cannot be used, and of the first ten the names and what is wrong."""
+    shown = [f"{printable(paths[i])} {left_out[i]}" for i in sorted(left_out)[:_NAMED]]
+    more = len(left_out) - len(shown)
+    names = ", ".join(shown) + (f", and {more} more" if more else "")
+    return f"{len(left_out)} of {len(paths)} image files cannot be used: {names}"
+
+
+def _batches(
+    paths: Sequence[str], indices: Sequence[int], channels: int, size: tuple[int, int]
+) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
+    def batch(start: int) -> tuple[np.ndarray, dict[int, str]]:
+        images, failed = [], {}
+        for index in indices[start : start + _BATCH]:
+            try:
+                images.append(decode(paths[index], channels, size))
+            except UnusableImage as error:
+                failed[index] = str(error)
+        return np.stack(images) if images else np.empty((0, 0), np.uint8), failed
+
+    # Pillow decodes outside the interpreter's lock. A window of one batch per thread at a time
+    # bounds what waits in memory to be written.
+    threads = os.cpu_count() or 1
+    starts = range(0, len(indices), _BATCH)
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(starts), threads):
+            yield from pool.map(batch, starts[first : first + threads])
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Yield the Pillow image; what goes wrong with it meanwhile becomes an UnusableImage."""
+    pillow = _pillow("Image")
+    try:
+        _check_file(Path(path).stat())
+        with Path(path).open("rb") as file, pillow.open(file, formats=_FORMATS) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise UnusableImage(_TOO_LARGE)
+            yield image
+    except UnusableImage:
+        raise
+    except (pillow.DecompressionBombWarning, pillow.DecompressionBombError):
+        raise UnusableImage(_TOO_LARGE) from None
+    except pillow.UnidentifiedImageError:
+        raise UnusableImage(f"is damaged, or is none of {', '.join(_FORMATS)}") from None
+    except OSError as error:
+        raise UnusableImage(f"cannot be read: {printable(error.strerror or error)}") from error
+    # What Pillow raises on damaged bytes ranges from OSError to SyntaxError.
+    except Exception as error:
+        raise UnusableImage(f"is damaged: {printable(error) or type(error).__name__}") from error
+
+
+_TOO_LARGE = f"has more than {_MOST_PIXELS:,} pixels"
+
+
+def _check_file(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((name for is_a, name in _KINDS.items() if is_a(found.st_mode)), "no file")
+        raise UnusableImage(f"is {kind}")
+    if not found.st_size:
+        raise UnusableImage("is empty")
+    if found.st_size > _MOST_BYTES:
+        raise UnusableImage(f"has more than {_MOST_BYTES // 2**20} MiB")
+
+
+_KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a named pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
 
 
 def _pillow(module: str) -> Any:

@@ -29,4 +29,4 @@ def load_digits() -> Source:
         tuple(str(name) for name in range(10)),
     )
     kept, held = stratified_split(data.labels, 0.2, seed=0, purpose="test images of digits")
-    return Source("digits", data.select(kept), data.select(held))
+    return Source("digits", data.select(kept), data.select(held), held_out=True)

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkn.data.split import limited
 from fedkn.errors import UserError
+from fedkn.text import printable
 
 __all__ = ["ImageData", "Source"]
 
@@ -30,7 +32,8 @@ class ImageData:
     Raises
     ------
     UserError
-        A dtype, a shape or a label does not fit this description.
+        A dtype, a shape or a label does not fit this description; a class has no name, a name
+        that is no text, or another one's.
     """
 
     images: Tensor
@@ -38,6 +41,7 @@ class ImageData:
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        _check_classes(self.classes)
         _check_images(self.images)
         _check_labels(self.labels, len(self.images), len(self.classes))
 
@@ -68,6 +72,11 @@ class ImageData:
             self.classes,
         )
 
+    def limited(self, limit: int, part: str) -> Self:
+        """Return `limit` of the images (0: all), chosen by `fedkn.data.split.limited`."""
+        chosen = limited(self.labels, limit, part)
+        return self if chosen is None else self.select(chosen)
+
     def to(self, device: torch.device | str) -> Self:
         """Return the same data on `device`."""
         return type(self)(self.images.to(device), self.labels.to(device), self.classes)
@@ -76,6 +85,14 @@ class ImageData:
 @dataclass(frozen=True, eq=False)
 class Source:
     """A data set: training images, which are partitioned among clients, and test images.
+
+    Attributes
+    ----------
+    held_out
+        Whether the test images are a part of what would otherwise be training images; False where
+        whoever made the data set them apart.
+    notes
+        What was left out or passed over when it was loaded, in sentences that can be shown.
 
     Raises
     ------
@@ -87,15 +104,17 @@ class Source:
     name: str
     train: ImageData
     test: ImageData
+    held_out: bool = False
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for part, data in (("training", self.train), ("test", self.test)):
             if len(data) == 0:
                 raise UserError(f"source '{self.name}' has no {part} images")
         if self.num_classes < 2:
+            only = printable(", ".join(self.train.classes))
             raise UserError(
-                f"source '{self.name}' has one class only ({', '.join(self.train.classes)}): "
-                "a classifier needs at least two"
+                f"source '{self.name}' has one class only ({only}): a classifier needs at least two"
             )
         if self.train.classes != self.test.classes:
             raise UserError(f"source '{self.name}': training and test classes differ")
@@ -119,6 +138,25 @@ class Source:
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
         return self.train.image_size
+
+
+def _check_classes(classes: tuple[str, ...]) -> None:
+    known: dict[str, int] = {}
+    for label, name in enumerate(classes):
+        if not name.strip():
+            raise UserError(f"class {label} has no name")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the name of class {label}, '{printable(name)}', is no text: give it in Unicode"
+            ) from None
+        if name in known:
+            raise UserError(
+                f"classes {known[name]} and {label} are both called '{printable(name)}': give each "
+                "a name of its own"
+            )
+        known[name] = label
 
 
 def _check_images(images: Tensor) -> None:

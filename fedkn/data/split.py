@@ -8,7 +8,7 @@ from torch import Tensor
 from fedkn.errors import UserError
 from fedkn.seeds import numpy_generator
 
-__all__ = ["stratified_split"]
+__all__ = ["limited", "stratified_split"]
 
 
 def stratified_split(
@@ -54,6 +54,17 @@ def stratified_split(
     chosen = [own[:quota] for own, quota in zip(members, quotas, strict=True)]
     held = np.sort(np.concatenate([*chosen, np.empty(0, dtype=np.int64)]))
     return np.setdiff1d(np.arange(count), held), held
+
+
+def limited(labels: np.ndarray | Tensor, limit: int, part: str) -> np.ndarray | None:
+    """Return the sorted indices of `limit` examples, stratified; None where all are to be used.
+
+    All are used if `limit` is 0 or not below their number. The draw depends on the labels and on
+    `part` (``train`` or ``test``) alone.
+    """
+    if not limit or limit >= len(labels):
+        return None
+    return stratified_split(labels, limit / len(labels), 0, f"limit-{part}")[1]
 
 
 def _quotas(sizes: np.ndarray, target: int, rng: np.random.Generator) -> np.ndarray:

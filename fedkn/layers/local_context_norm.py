@@ -16,7 +16,8 @@ class LocalContextNorm2d(nn.Module):
 
     ``y = gamma * (x - mu) / sqrt(var + eps) + beta`` on (N, C, H, W), where mu and the biased
     variance of a pixel are over the channels of its group and a window around it, eps 1e-5; gamma
-    and beta are learned per channel. At the border the window is that of the nearest pixel that has
+    and beta are learned per channel. An odd window is centred on its pixel; the authors' is one
+    pixel off. At the border the window is that of the nearest pixel that has
     a whole one; a window longer than the map is as long as the map. With one that covers the map
     this is GroupNorm.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,28 +12,33 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkn.errors import UserError
 from fedkn.layers import KernelNorm2d, KNConv2d, WSConv2d
 from fedkn.layers.padding import PADDING_MODES
+from fedkn.models.copying import copied, lazy_layer
+from fedkn.models.hooks import copy_tensor_hooks, move_hooks, tied_down
+from fedkn.models.layouts import UNUSABLE, Norm
 from fedkn.models.wiring import (
     COMPUTED_WEIGHT,
-    UNUSABLE,
     Conv,
     NormSite,
     Wiring,
     computes_its_weight,
-    norm_channels,
     read_wiring,
 )
 from fedkn.normalizers import Normalizer
 
-__all__ = ["Change", "Conversion", "Kept", "convert", "copied", "swap"]
+__all__ = ["Change", "Conversion", "Kept", "convert", "swap"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """A layer that was replaced: its path, what it was and what it is now."""
+    """A layer that was replaced: its path, what it was and what it is now.
+
+    `note` says what went over to the new layer, or did not, beside what its kind says.
+    """
 
     name: str
     before: str
     after: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class Conversion:
     def __str__(self) -> str:
         found = "data flow" if self.traced else "order of modules (the model cannot be traced)"
         lines = [f"{len(self.changed)} changed, {len(self.kept)} kept; read from the {found}"]
-        lines += [f"changed {c.name}: {c.before} -> {c.after}" for c in self.changed]
+        notes = {c.name: f" ({c.note})" if c.note else "" for c in self.changed}
+        lines += [f"changed {c.name}: {c.before} -> {c.after}{notes[c.name]}" for c in self.changed]
         lines += [f"kept {k.name}: {k.layer}: {k.reason}" for k in self.kept]
         return "\n".join(lines)
 
@@ -96,26 +102,23 @@ def convert(module: nn.Module, normalizer: Normalizer) -> tuple[nn.Module, Conve
     it; one that stands alone becomes a KernelNorm 1x1. A convolution gains a bias of zero where
     it lost the norm that had one. A pretrained network needs training again after conversion.
 
-    Raises UserError where the normalizer does not fit, such as groups that do not divide, and where
-    the model cannot be copied.
+    A new layer has the device, the dtype, the mode (training or evaluation) and the hooks of the
+    old one, and is frozen (``requires_grad``) where that was. A layer that somebody tied something
+    to that another layer could not bear (a parametrization, a forward of its own), or of which the
+    model's own code reads tensors that the new layer lacks, is kept, and the report says so.
+
+    Raises UserError where the normalizer does not fit, such as groups that do not divide, where a
+    convolution or norm is lazy, and where the model cannot be copied.
     """
+    lazy = lazy_layer(module, Conv | Norm)
+    if lazy is not None:
+        raise UserError(f"'{lazy}' of the model has no shape yet: send a batch through it first")
     model = copied(module)
-    return _Converter(model, normalizer).run(read_wiring(model))
-
-
-def copied(module: nn.Module) -> nn.Module:
-    """Return a deep copy of `module`.
-
-    Raises UserError where torch cannot copy it, as after a pass through an old weight norm.
-    """
-    try:
-        return copy.deepcopy(module)
-    except RuntimeError as error:
-        raise UserError(
-            f"{type(module).__name__} cannot be copied ({str(error).splitlines()[0]}): take away "
-            "what computes its weights first, as torch.nn.utils.remove_weight_norm or "
-            "remove_spectral_norm does"
-        ) from error
+    wiring = read_wiring(model)
+    # New layers draw initial weights, which are replaced: nothing drawn later may depend on them.
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices):
+        return _Converter(model, normalizer).run(wiring)
 
 
 def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -133,17 +136,23 @@ class _Converter:
         self.model = model
         self.normalizer = normalizer
         self.modules = dict(model.named_modules())
+        self.read: frozenset[str] = frozenset()
         self.replacements: dict[nn.Module, nn.Module] = {}
         self.changed: list[Change] = []
         self.kept: list[Kept] = []
 
     def run(self, wiring: Wiring) -> tuple[nn.Module, Conversion]:
-        usable = [site for site in wiring.sites if site.layout not in UNUSABLE]
+        self.read = wiring.read
+        reasons = {site.name: self._unusable(site) for site in wiring.sites}
+        usable = [site for site in wiring.sites if not reasons[site.name]]
         beside = {conv for site in usable for conv in (site.before, *site.after) if conv}
         for name in wiring.convolutions:
             self._convolution(name, name in beside)
         for site in wiring.sites:
-            self._norm(site)
+            if reasons[site.name]:
+                self._keep(site.name, reasons[site.name])
+            else:
+                self._norm(site)
         for name in wiring.strangers:
             self._keep(name, "its class is not known: if it normalizes, replace it by hand")
         self.kept += [
@@ -154,13 +163,27 @@ class _Converter:
         model = swap(self.model, self.replacements)
         return model, Conversion(tuple(self.changed), tuple(self.kept), wiring.traced)
 
+    def _unusable(self, site: NormSite) -> str:
+        """Return why a norm must stay, empty if it need not."""
+        if site.layout in UNUSABLE:
+            return UNUSABLE[site.layout]
+        if site.name in self.read:
+            return "the model's own code reads its tensors itself"
+        return tied_down(self.modules[site.name])
+
     def _convolution(self, name: str, beside_norm: bool) -> None:
         conv = self.modules[name]
         if isinstance(conv, KNConv2d):
             self._keep(name, "it is kernel-normalized already: build the model anew")
             return
         assert isinstance(conv, nn.Conv2d)
-        new = self._like(conv)
+        try:
+            new = self._made(conv.weight, lambda: self._like(conv))
+        except UserError:
+            if beside_norm:
+                raise
+            self._keep(name, "no norm stands beside it")
+            return
         core = new if isinstance(new, Conv) else new.get_submodule("conv")
         assert isinstance(core, Conv)
         if type(core) is type(conv):
@@ -169,10 +192,13 @@ class _Converter:
                 self.changed.append(Change(name, "without bias", "with a bias of zero"))
             return
         problem = _problem(conv, core, beside_norm)
+        if not problem and new is not core and name in self.read:
+            problem = "the model's own code reads its tensors, and its padding needs another layer"
         if problem:
             self._keep(name, problem)
             return
         # The parameters themselves, so that tied weights stay tied.
+        core.requires_grad_(conv.weight.requires_grad)
         if conv.bias is not None:
             core.bias = conv.bias
         elif core.bias is not None:
@@ -198,25 +224,46 @@ class _Converter:
 
     def _norm(self, site: NormSite) -> None:
         norm = self.modules[site.name]
-        if site.layout in UNUSABLE:
-            self._keep(site.name, UNUSABLE[site.layout])
-            return
-        new = self.normalizer.norm(norm_channels(norm))
+        neighbours = [self.modules[name] for name in (site.before, *site.after) if name]
+        tensors = [
+            *(conv.weight for conv in neighbours),  # the dtype of what flows, where it has its own
+            *norm.parameters(),
+            *norm.buffers(),
+            *self.model.parameters(),
+        ]
+        like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+        new = self._made(like, lambda: self.normalizer.norm(site.channels))
         if self._absorbed(site) or isinstance(new, nn.Identity):
             self._replace(site.name, self._nothing(site))
             return
-        if _same_kind(norm, new):
+        if isinstance(norm, nn.SyncBatchNorm) and isinstance(new, _BatchNorm):
+            new = self._made(like, lambda: _on_one_device(norm))
+        elif _same_kind(norm, new):
             self._keep(site.name, f"it is the '{self.normalizer.name}' normalizer's already")
             return
-        like = next(norm.parameters(), next(self.model.parameters(), None))
-        if like is not None:
-            new.to(device=like.device, dtype=like.dtype)
+        learned = [*norm.parameters()] or [conv.weight for conv in neighbours]
+        new.requires_grad_(not learned or any(p.requires_grad for p in learned))
+        # Statistics of one kind of norm are not those of another.
+        same = isinstance(norm, _BatchNorm) and isinstance(new, _BatchNorm)
+        missing = []
         with torch.no_grad():
-            for name, parameter in new.named_parameters(recurse=False):
+            for name, tensor in (*new._parameters.items(), *(new._buffers.items() if same else ())):
                 old = getattr(norm, name, None)
-                if isinstance(old, Tensor) and old.shape == parameter.shape:
-                    parameter.copy_(old)
-        self._replace(site.name, ChannelsLast(new) if site.layout == "channels_last" else new)
+                if not isinstance(old, Tensor) or tensor is None:
+                    continue
+                if isinstance(tensor, nn.Parameter):
+                    tensor.requires_grad_(old.requires_grad)
+                if old.shape == tensor.shape:
+                    tensor.copy_(old)
+                else:
+                    missing.append(name)
+        note = f"{' and '.join(missing)} of another shape left behind" if missing else ""
+        self._replace(site.name, ChannelsLast(new) if site.layout == "channels_last" else new, note)
+
+    def _made(self, like: Tensor, make: Callable[[], nn.Module]) -> nn.Module:
+        """Return what `make` makes, on the device and in the dtype of `like`."""
+        with like.device:
+            return make().to(dtype=like.dtype)
 
     def _absorbed(self, site: NormSite) -> bool:
         """Whether convolutions that normalize by themselves take this norm's place."""
@@ -236,36 +283,52 @@ class _Converter:
             self.modules[name].inplace = False
         return Copy() if site.overwritten else nn.Identity()
 
-    def _replace(self, name: str, new: nn.Module) -> None:
+    def _replace(self, name: str, new: nn.Module, note: str = "") -> None:
         old = self.modules[name]
         self.replacements[old] = new.train(old.training)
-        self.changed.append(Change(name, type(old).__name__, type(new).__name__))
+        notes = [note] if note else []
+        if count := move_hooks(old, new):
+            notes.append(f"{count} hook{'s' * (count > 1)} moved to it")
+        # Those of a convolution's went over with the parameters themselves.
+        if isinstance(old, Norm) and (lost := copy_tensor_hooks(old, new)):
+            notes.append(f"hooks of its {' and '.join(lost)} are gone")
+        self.changed.append(Change(name, type(old).__name__, type(new).__name__, "; ".join(notes)))
 
     def _keep(self, name: str, reason: str) -> None:
         self.kept.append(Kept(name, type(self.modules[name]).__name__, reason))
 
 
-def _problem(conv: nn.Conv2d, core: Conv, beside_norm: bool) -> str | None:
-    if not beside_norm:
-        return "no norm stands beside it"
-    if conv.padding_mode not in (PADDING_MODES if isinstance(core, KNConv2d) else ("zeros",)):
-        return f"padding_mode='{conv.padding_mode}'"
-    if type(conv) not in (nn.Conv2d, WSConv2d):
-        return "its class has a forward of its own"
-    if computes_its_weight(conv):
-        return f"its {COMPUTED_WEIGHT}"
-    return None
+def _problem(conv: nn.Conv2d, core: Conv, beside_norm: bool) -> str:
+    """Return why a convolution must stay, empty if it need not."""
+    modes = PADDING_MODES if isinstance(core, KNConv2d) else ("zeros",)
+    reasons = {
+        "no norm stands beside it": not beside_norm,
+        f"padding_mode='{conv.padding_mode}'": conv.padding_mode not in modes,
+        f"its {COMPUTED_WEIGHT}": computes_its_weight(conv),
+        tied_down(conv): bool(tied_down(conv)),
+        "its class has a forward of its own": type(conv) not in (nn.Conv2d, WSConv2d),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _same_kind(norm: nn.Module, new: nn.Module) -> bool:
     if isinstance(norm, _BatchNorm) and isinstance(new, _BatchNorm):
         return True
-    groups = {getattr(layer, "num_groups", None) for layer in (norm, new)}
-    return type(norm) is type(new) and len(groups) == 1
+    # Groups, and whether there are running statistics.
+    kinds = {
+        (getattr(m, "num_groups", None), *(n for n, _ in m.named_buffers())) for m in (norm, new)
+    }
+    return type(norm) is type(new) and len(kinds) == 1
+
+
+def _on_one_device(norm: nn.SyncBatchNorm) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+    )
 
 
 def _zeros(conv: nn.Conv2d) -> nn.Parameter:
-    return nn.Parameter(conv.weight.new_zeros(conv.out_channels))
+    return nn.Parameter(conv.weight.new_zeros(conv.out_channels), conv.weight.requires_grad)
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:

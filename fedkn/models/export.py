@@ -53,10 +53,15 @@ def export(model: nn.Module, example_input: Tensor, path: str | Path, to: Format
     example = _at_least_two(example_input.detach().cpu())
     try:
         with torch.no_grad():
-            frozen(example)
+            once, again = frozen(example), frozen(example)
     except RuntimeError as error:
         shape = tuple(example_input.shape)
         raise UserError(f"the model does not take images of shape {shape}: {error}") from None
+    if not torch.equal(once.nan_to_num(), again.nan_to_num()):
+        raise UserError(
+            "the model gives another output each time, also in evaluation: take out what draws "
+            "random numbers there (dropout that stays on, noise) before exporting"
+        )
     with _folder_beside(target) as folder:
         draft = folder / f"model.{to}"
         with _quiet(), torch.no_grad():

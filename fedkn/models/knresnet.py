@@ -118,8 +118,13 @@ def _transition(
     return "transition", chain(
         before=make.norm_act(inputs, "relu"),
         conv=make.conv(inputs, outputs, kernel_size, then_norm=True, padding=padding),
-        pool=Halve(least=2),
+        pool=_halve(spec),
     )
+
+
+def _halve(spec: ModelSpec) -> nn.Module:
+    # For 224x224 the last convolution has no padding: on a single pixel it would have no output.
+    return Halve(least=2 if spec.low_resolution else 4)
 
 
 def _final_convolution(spec: ModelSpec, in_channels: int) -> nn.Module:
@@ -132,7 +137,7 @@ def _final_convolution(spec: ModelSpec, in_channels: int) -> nn.Module:
         then_norm=spec.ends_in_own_norm,
         padding=1 if spec.low_resolution else 0,
     )
-    return chain(pool=Halve(least=2), before=make.norm_act(inputs, "relu"), conv=conv)
+    return chain(pool=_halve(spec), before=make.norm_act(inputs, "relu"), conv=conv)
 
 
 def _assemble(

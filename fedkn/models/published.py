@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkn.errors import UserError
+from fedkn.text import printable
 
 __all__ = ["load_published_weights"]
 
@@ -49,7 +51,8 @@ def load_published_weights(
     for theirs, tensor in weights.items():
         key = ours.get(_translated(theirs)) if isinstance(theirs, str) else None
         if key is None:
-            raise UserError(f"the checkpoint's '{theirs}' has no place in this model: {_ADVICE}")
+            name = printable(theirs)
+            raise UserError(f"the checkpoint's '{name}' has no place in this model: {_ADVICE}")
         if not isinstance(tensor, Tensor) or tensor.shape != target[key].shape:
             shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(
@@ -72,8 +75,11 @@ _ADVICE = (
 )
 
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def _problem(tensor: Tensor) -> str | None:
-    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.is_floating_point():
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _FLOATS:
         return f"is no plain tensor of floating point ({tensor.dtype}, {tensor.layout})"
     return None if tensor.isfinite().all() else "holds numbers that are not finite"
 
@@ -86,8 +92,17 @@ def _translated(theirs: str) -> str:
     return ""
 
 
+def _check_sums(path: Path) -> None:
+    """Raise ValueError where a sum in the file does not match: torch.load does not look at them."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (bad := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {bad} does not match")
+
+
 def _read(path: Path) -> Mapping[str, Any]:
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read checkpoint '{path}': {error.strerror or error}") from None
@@ -96,8 +111,12 @@ def _read(path: Path) -> Mapping[str, Any]:
             f"'{path}' holds more than tensors and is refused, because reading it could run code: "
             "use the authors' checkpoint as published"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError):
-        raise UserError(f"'{path}' is not a checkpoint, or is damaged: fetch it again") from None
+    # What PyTorch raises on damaged bytes ranges from struct.error to AssertionError.
+    except Exception as error:
+        why = printable(error, 100) or type(error).__name__
+        raise UserError(
+            f"'{path}' is not a checkpoint, or is damaged ({why}): fetch it again"
+        ) from None
     if not isinstance(content, Mapping):
         raise UserError(f"'{path}' holds a {type(content).__name__}, not a dict of tensors")
     return content

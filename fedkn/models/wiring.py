@@ -6,42 +6,33 @@ order of its modules, which is right for models that register their layers as th
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules import activation as activations
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fedkn.layers import KernelNorm2d, KNConv2d
 from fedkn.models.blocks import Halve
+from fedkn.models.copying import copied
+from fedkn.models.hooks import strip_hooks
+from fedkn.models.layouts import Layout, Norm, channels_of, layout_of
 
 __all__ = [
     "COMPUTED_WEIGHT",
-    "UNUSABLE",
     "Conv",
     "NormSite",
     "Wiring",
     "computes_its_weight",
-    "norm_channels",
     "read_wiring",
 ]
 
 Conv = nn.Conv2d | KNConv2d
-Layout = Literal["maps", "channels_last", "other", "own"]
-
-UNUSABLE = {
-    "other": "it does not normalize image maps",
-    "own": "its class has a forward of its own, which does more than normalize",
-}
-"""Why a norm of such a layout is left as it is."""
 
 COMPUTED_WEIGHT = "weight is computed, as by torch.nn.utils.spectral_norm: take that away first"
 """Why a convolution is, whose weight `computes_its_weight` says to be no parameter."""
@@ -52,17 +43,18 @@ class NormSite:
     """A norm and its neighbours.
 
     Attributes:
-        name: the norm's path in the model. layout: what it takes, image maps (N, C, H, W),
-            channels_last (N, H, W, C), or other; own, if its class does more than normalize.
-        before: the convolution whose output this norm alone reads. after: the convolutions that
-            alone read the norm, at most through activations and dropout.
+        name: the norm's path in the model. layout: see `layout_of`. channels: how many it has.
+        before: the convolution whose output this norm alone reads. alone: why there is none.
+        after: the convolutions that alone read the norm, at most through activations and dropout.
         writers: in-place modules that would write into the norm's input if the norm handed it
             on as it is. overwritten: the model's own code does so, or nobody can tell.
     """
 
     name: str
     layout: Layout
+    channels: int
     before: str | None = None
+    alone: str = ""
     after: tuple[str, ...] = ()
     writers: tuple[str, ...] = ()
     overwritten: bool = False
@@ -73,34 +65,29 @@ class Wiring:
     """All norms of a model; `traced`: read from the data flow, not from the order of modules.
 
     `strangers` are layers of no known kind that hold parameters or buffers: they may be norms.
+    `read` are layers whose tensors the model's own code reads beside calling them.
     """
 
     sites: tuple[NormSite, ...]
     traced: bool
     convolutions: tuple[str, ...]
     strangers: tuple[str, ...]
+    read: frozenset[str]
 
 
 def read_wiring(model: nn.Module) -> Wiring:
-    """Return where the norms of `model` are and which convolutions are next to them."""
+    """Return where the norms of `model` are and which convolutions are next to them.
+
+    The model is left alone: what its code does to itself in a trace, it does to a copy.
+    """
     convolutions = tuple(name for name, m in model.named_modules() if isinstance(m, Conv))
     strangers = tuple(name for name, m in model.named_modules() if name and _is_strange(m))
-    try:
-        graph = _Tracer().trace(model)
-    except Exception:  # a trace runs the model's own code, which may raise anything
-        return Wiring(tuple(_in_module_order(model)), False, convolutions, strangers)
-    return Wiring(tuple(_in_data_flow(model, graph)), True, convolutions, strangers)
-
-
-def norm_channels(norm: nn.Module) -> int:
-    """Return the number of channels that a norm layer was made for."""
-    if isinstance(norm, _BatchNorm | _InstanceNorm):
-        return norm.num_features
-    if isinstance(norm, nn.GroupNorm):
-        return norm.num_channels
-    if isinstance(norm, nn.LayerNorm):
-        return norm.normalized_shape[-1]
-    raise TypeError(f"{type(norm).__name__} is not a norm with a number of channels")
+    graph = _trace(model)
+    if graph is None:
+        sites = tuple(_in_module_order(model))
+        return Wiring(sites, False, convolutions, strangers, frozenset())
+    sites = tuple(_in_data_flow(model, graph))
+    return Wiring(sites, True, convolutions, strangers, _read(graph))
 
 
 def computes_its_weight(conv: nn.Module) -> bool:
@@ -108,8 +95,9 @@ def computes_its_weight(conv: nn.Module) -> bool:
     return "weight" not in conv._parameters
 
 
-_Norm = _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.LayerNorm
-_NOT_MAPS = (nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm3d)
+_POOLS = (
+    nn.MaxPool2d | nn.AvgPool2d | nn.LPPool2d | nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d | Halve
+)
 _NOT_POINTWISE = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)
 _NOT_NORMS = (
     Conv
@@ -138,9 +126,32 @@ _POINTWISE: set[Callable[..., Any]] = {
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, follows_buffers: bool) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = follows_buffers
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(m, _Norm | Conv | KernelNorm2d | Halve)
+        whole = isinstance(m, Norm | Conv | KernelNorm2d | Halve)
         return whole or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(model: nn.Module) -> fx.Graph | None:
+    """Return the data flow of `model`, None where it cannot be traced."""
+    for follows_buffers in (True, False):  # code that writes its own buffers allows the second
+        traced = copied(model)
+        strip_hooks(traced)  # they are not made for a trace, and some keep what they see
+        try:
+            return _Tracer(follows_buffers).trace(traced)
+        except Exception:  # a trace runs the model's own code, which may raise anything
+            continue
+    return None
+
+
+def _read(graph: fx.Graph) -> frozenset[str]:
+    """Return the modules of which the code that was traced reads a parameter or buffer itself."""
+    return frozenset(
+        str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"
+    )
 
 
 def _in_data_flow(model: nn.Module, graph: fx.Graph) -> Iterator[NormSite]:
@@ -156,29 +167,72 @@ def _in_data_flow(model: nn.Module, graph: fx.Graph) -> Iterator[NormSite]:
         name = str(node.target)
         return name if isinstance(modules[name], Conv) and len(calls[name]) == 1 else None
 
+    def alone(source: fx.Node | None) -> str:
+        """Why `source` is no convolution that the norm after it has for itself."""
+        if source is None or source.op != "call_module":
+            return "no convolution stands right before it"
+        name = str(source.target)
+        if not isinstance(modules[name], Conv):
+            return "no convolution stands right before it"
+        if len(calls[name]) > 1:
+            return f"'{name}', whose output it reads, is called {len(calls[name])} times"
+        if len(source.users) > 1:
+            return f"what '{name}' gives is read elsewhere as well"
+        return ""
+
     for name, module in modules.items():
-        if not isinstance(module, _Norm):
+        if not isinstance(module, Norm):
             continue
-        if len(calls.get(name, ())) != 1:
+        called = calls.get(name, [])
+        if len(called) != 1:
             # Never called, or in several places: no neighbour may be changed on its behalf.
-            yield NormSite(name, _layout(module, None), overwritten=True)
+            layout = layout_of(module, None, _channels_beside(called, modules))
+            times = f"it is called {len(called)} times" if called else "nothing calls it"
+            channels = channels_of(module, layout)
+            yield NormSite(name, layout, channels, alone=times, overwritten=True)
             continue
-        node = calls[name][0]
+        node = called[0]
         source = _only_input(node)
-        layout = _layout(module, source)
+        layout = layout_of(module, source, _channels_beside(called, modules))
         if layout == "channels_last" and source is not None:
             source = _only_input(source) if len(source.users) == 1 else None
-        alone = source is not None and len(source.users) == 1
+        problem = alone(source)
         reached = list(_reached(node, modules))
         convs = [single_conv(n) for n in reached if not _is_pointwise(n, modules)]
         yield NormSite(
             name,
             layout,
-            before=single_conv(source) if alone else None,
+            channels_of(module, layout),
+            before=None if problem else single_conv(source),
+            alone=problem,
             after=tuple(conv for conv in convs if conv) if convs and all(convs) else (),
             writers=tuple(str(n.target) for n in reached if _is_writer(n, modules)),
             overwritten=any(map(_overwrites, reached)),
         )
+
+
+def _channels_beside(called: list[fx.Node], modules: dict[str, nn.Module]) -> set[int]:
+    """Return the channels of convolutions before and after the `called` norm."""
+    found: set[int] = set()
+
+    def conv(node: fx.Node | None) -> Conv | None:
+        module = modules.get(str(node.target)) if node and node.op == "call_module" else None
+        return module if isinstance(module, Conv) else None
+
+    for node in called:
+        source = _only_input(node)
+        while source is not None and _keeps_channels(source, modules):
+            source = _only_input(source)
+        if before := conv(source):
+            found.add(before.out_channels)
+        found |= {after.in_channels for user in _reached(node, modules) if (after := conv(user))}
+    return found
+
+
+def _keeps_channels(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _POOLS | Norm) or _is_pointwise(node, modules)
+    return _is_pointwise(node, modules)
 
 
 def _only_input(node: fx.Node) -> fx.Node | None:
@@ -223,22 +277,26 @@ def _in_module_order(model: nn.Module) -> Iterator[NormSite]:
     leaves = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, _Norm | Conv) or not any(module.children())
+        if isinstance(module, Norm | Conv) or not any(module.children())
     ]
     for place, (name, module) in enumerate(leaves):
-        if not isinstance(module, _Norm):
+        if not isinstance(module, Norm):
             continue
-        channels = norm_channels(module)
         earlier = leaves[place - 1] if place else ("", model)
         reached = list(leaves[place + 1 : place + 2])
         for leaf in leaves[place + 2 :]:
             if _is_pointwise_module(reached[-1][1]):
                 reached.append(leaf)
+        beside = {m.out_channels for m in (earlier[1],) if isinstance(m, Conv)}
+        beside |= {m.in_channels for _, m in reached[-1:] if isinstance(m, Conv)}
+        layout = layout_of(module, None, beside)
+        channels = channels_of(module, layout)
         convs = [n for n, m in reached if not _is_pointwise_module(m)]
         follows = bool(reached) and _is_conv(reached[-1][1], "in_channels", channels)
         yield NormSite(
             name,
-            _layout(module, None),
+            layout,
+            channels,
             before=earlier[0] if _is_conv(earlier[1], "out_channels", channels) else None,
             after=tuple(convs) if follows else (),
             writers=tuple(n for n, m in reached if getattr(m, "inplace", False)),
@@ -252,62 +310,9 @@ def _is_conv(module: nn.Module, side: str, channels: int) -> bool:
 
 def _is_strange(module: nn.Module) -> bool:
     """Whether a layer holds tensors itself and is neither a norm that is known nor none."""
-    if isinstance(module, _Norm | KernelNorm2d | _NOT_NORMS):
+    if isinstance(module, Norm | KernelNorm2d | _NOT_NORMS):
         return False
     # The containers of a model hold parameters too, such as a class token: those have parts.
     if any(module.children()):
         return False
     return bool(module._parameters or module._buffers)
-
-
-def _layout(norm: nn.Module, source: fx.Node | None) -> Layout:
-    if isinstance(norm, _NOT_MAPS):
-        return "other"
-    if not isinstance(norm, nn.LayerNorm):
-        return "maps" if _only_normalizes(norm) else "own"
-    if len(norm.normalized_shape) != 1:
-        return "other"
-    if type(norm).forward is nn.LayerNorm.forward:
-        return "channels_last" if _moves_channels_last(source) else "other"
-    return "maps" if _normalizes_maps(norm) else "other"
-
-
-def _only_normalizes(norm: nn.Module) -> bool:
-    """Whether a class derived from one of torch's norms computes what that one does: try it."""
-    base: Any = next(kind for kind in type(norm).__mro__ if kind.__module__.startswith("torch."))
-    if type(norm).forward is base.forward:
-        return True
-    return _computes(norm, norm_channels(norm), base.forward)
-
-
-def _moves_channels_last(node: fx.Node | None) -> bool:
-    if node is None or node.op not in ("call_function", "call_method"):
-        return False
-    if node.target not in (torch.permute, "permute"):
-        return False
-    order = node.args[1] if len(node.args) == 2 else node.args[1:]
-    order = order or node.kwargs.get("dims")
-    return isinstance(order, tuple | list) and list(order) == [0, 2, 3, 1]
-
-
-def _normalizes_maps(norm: nn.LayerNorm) -> bool:
-    """Whether a LayerNorm with a forward of its own normalizes (N, C, H, W) over C: try it."""
-
-    def by_hand(twin: nn.LayerNorm, maps: Tensor) -> Tensor:
-        return nn.LayerNorm.forward(twin, maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    return _computes(norm, norm.normalized_shape[0], by_hand)
-
-
-def _computes(norm: nn.Module, channels: int, by_hand: Callable[[Any, Tensor], Tensor]) -> bool:
-    """Whether `norm` gives for maps what `by_hand` gives with its tensors, in evaluation."""
-    like = next(norm.parameters(), torch.empty(0))
-    x = torch.arange(12 * channels, dtype=like.dtype, device=like.device).sin()
-    maps = x.view(2, channels, 2, 3)
-    twin = copy.deepcopy(norm).eval()  # a forward may leave marks
-    try:
-        with torch.no_grad():
-            out, expected = twin(maps), by_hand(twin, maps)
-    except Exception:  # the model's own code, or a forward for another layout, may raise anything
-        return False
-    return isinstance(out, Tensor) and out.shape == maps.shape and torch.allclose(out, expected)

@@ -21,7 +21,8 @@ class LocalContextNormalizer(Normalizer):
     Options: `window`, the window's side in pixels, the same in every layer; `channels_per_group`,
     0 for the fewest channels, two or more, that divide a layer's (the paper's 2 wherever their
     number is even). The paper's window of 227 pixels would cover the whole of a small image, which
-    is GroupNorm; 9 is ours, less than a third of a 32x32 map.
+    is GroupNorm; 9 is ours, less than a third of a 32x32 map. An odd window is centred on its
+    pixel, where the authors' code has it one pixel off.
 
     Federation rule: gamma and beta are shared.
     """

@@ -50,9 +50,8 @@ class Workspace:
         if self._standing.holds():
             self.optimizer.tie_gradients()
             return self.optimizer
-        before = self.optimizer
-        self._take_over(FlatSGD(self.model))
-        found = {name: t.shape for name, t in (self._tensors | self._transient).items()}
+        now = self.model.state_dict() | dict(self.model.named_buffers())
+        found = {name: t.shape for name, t in now.items()}
         had = {name: t.shape for name, t in (self._initial | self._passing).items()}
         if found != had:
             odd = sorted(dict(found.items() ^ had.items()))
@@ -60,6 +59,8 @@ class Workspace:
                 f"the model is not the one that its Workspace was made of ({', '.join(odd[:3])}): "
                 "make a new Workspace after changing a model"
             )
+        before = self.optimizer
+        self._take_over(FlatSGD(self.model))
         self.optimizer.resume(before)
         self._initial = _cast(self._initial, self._tensors)
         self._passing = _cast(self._passing, self._transient)

@@ -9,10 +9,11 @@ from typing import get_args
 import torch
 
 from fedkn.errors import UserError
-from fedkn.experiment import federated_data
+from fedkn.experiment import data_summary, federated_data
 from fedkn.layers import KernelNorm2d, KNConv2d, dropout_stream
 from fedkn.layers.functional import Statistics
 from fedkn.seeds import derive
+from server.run_data import refuse_changes
 from simulations.trained_model import load_trained_model
 
 __all__ = ["ModeAccuracy", "evaluation_modes"]
@@ -31,12 +32,14 @@ class ModeAccuracy:
 def evaluation_modes(folder: Path, cell: str | None, draws: int) -> list[ModeAccuracy]:
     """Evaluate the trained model of a run in every evaluation mode, "stochastic" `draws` times.
 
-    Raises UserError where the run has no trained model, or it has no kernel-normalized layer.
+    Raises UserError where the run has no trained model, it has no kernel-normalized layer, or the
+    data are not there or not those of the run.
     """
     trained = load_trained_model(folder, cell)
     layers = [m for m in trained.network.modules() if isinstance(m, KNConv2d | KernelNorm2d)]
     if not layers:
         raise UserError(f"the model of '{folder}' has no kernel-normalized layer: choose another")
+    refuse_changes(trained.data, data_summary(trained.config), f"'{folder}'")
     test = federated_data(trained.config).test
     results = []
     for mode in get_args(Statistics):

@@ -163,10 +163,10 @@ def evaluation(
 
     Example: fedkn bench evaluation runs/NAME --cell kernel-b2-dirichlet0.3-s0
     """
-    from rich.console import Console
     from rich.table import Table
 
     from simulations.benchmarks.evaluation_modes import evaluation_modes
+    from simulations.terminal import terminal
 
     results = evaluation_modes(run, cell, draws)
     if as_json:
@@ -175,7 +175,7 @@ def evaluation(
     table = Table("evaluation mode", "test accuracy", title=f"{run}, {cell or 'its cell'}")
     for result in results:
         table.add_row(result.mode, ", ".join(f"{100 * a:.2f}%" for a in result.accuracies))
-    Console().print(table)
+    terminal().print(table)
 
 
 @dataclass(frozen=True)
@@ -207,19 +207,19 @@ def _sizes(text: str) -> list[int]:
 
 def _collected(tasks: list[Callable[[], list[Row]]], as_json: bool) -> list[Row]:
     """Run the measurements one after another, with a bar on standard error."""
-    from rich.console import Console
     from rich.progress import track
 
+    from simulations.terminal import terminal
+
     rows: list[Row] = []
-    for measure in track(tasks, "Measuring", console=Console(stderr=True), disable=as_json):
+    for measure in track(tasks, "Measuring", console=terminal(stderr=True), disable=as_json):
         rows += measure()
     return rows
 
 
 def _show(benchmark: _Benchmark, rows: list[Row], out: Path | None, as_json: bool) -> None:
-    from rich.console import Console
-
     from simulations.benchmarks.results import as_json_text, plot, tables
+    from simulations.terminal import terminal
 
     text = as_json_text(benchmark.name, rows, benchmark.settings)
     if out is not None:
@@ -229,7 +229,7 @@ def _show(benchmark: _Benchmark, rows: list[Row], out: Path | None, as_json: boo
     if as_json:
         typer.echo(text)
         return
-    console = Console()
+    console = terminal()
     for view in tables(rows, benchmark.baseline):
         console.print(view)
     if out is not None:

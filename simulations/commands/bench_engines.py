@@ -57,8 +57,6 @@ def engines(
     debug: Debug = False,
 ) -> None:
     """Time rounds of whole runs: fedkn's engines, a loop by hand, Flower on Ray, pfl-research."""
-    from rich.console import Console
-
     from simulations.benchmarks.engine_tasks import TASKS
     from simulations.benchmarks.engines import (
         CONTENDERS,
@@ -66,6 +64,7 @@ def engines(
         engines_json,
         engines_table,
     )
+    from simulations.terminal import terminal
 
     tasks, contenders = ([n.strip() for n in text.split(",")] for text in (task, contender))
     for name in tasks:
@@ -77,7 +76,7 @@ def engines(
             raise unknown_name("contender", name, CONTENDERS)
     if any(name.startswith("pfl") for name in contenders) and pfl is None:
         raise UserError("pfl-research needs an environment of its own: give --pfl FOLDER")
-    progress = Console(stderr=True, quiet=as_json)
+    progress = terminal(stderr=True, quiet=as_json)
     rows = engine_rows(
         tasks,
         contenders,
@@ -95,4 +94,4 @@ def engines(
     if as_json:
         typer.echo(text)
     else:
-        Console().print(engines_table(rows))
+        terminal().print(engines_table(rows))

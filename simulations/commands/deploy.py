@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from simulations.commands.deploy_run import run
 from simulations.commands.options import Debug
+from simulations.terminal import terminal
 
 if TYPE_CHECKING:
     from server.deployment.fleet import Fleet
@@ -102,7 +104,7 @@ def status(fleet: FleetFolder, *, debug: Debug = False) -> None:
     from server.deployment.status import Status, fleet_status
 
     state: Status = fleet_status(fleet)
-    console = Console()
+    console = terminal()
     for title, columns, rows in state.tables():
         table = Table(title=title, title_justify="left", box=None, header_style="dim")
         for column in columns:
@@ -135,10 +137,10 @@ def logs(
     width = max(map(len, names), default=0)
     for name in names:
         for line in last_lines(opened, name, lines):
-            typer.echo(f"{name:{width}}  {line}")
+            typer.echo(f"{name:{width}}  {line}", file=sys.stdout)
     if follow:
         for name, line in follow_logs(opened, names):
-            typer.echo(f"{name:{width}}  {line}")
+            typer.echo(f"{name:{width}}  {line}", file=sys.stdout)
 
 
 @deploy.command()
@@ -148,7 +150,7 @@ def down(fleet: FleetFolder, *, debug: Debug = False) -> None:
     from server.deployment.processes import stop
 
     ended = stop(Fleet.open(fleet))
-    typer.echo(f"ended: {', '.join(ended)}" if ended else "nothing was running")
+    typer.echo(f"ended: {', '.join(ended)}" if ended else "nothing was running", file=sys.stdout)
 
 
 def _node_configs(fleet: Fleet) -> dict[str, dict[str, str | int | float]]:

@@ -73,6 +73,7 @@ def run(
         if config or settings or name:
             raise UserError("--resume takes the run as it was begun: leave the other options out")
         grid, folder = launch.begun(opened.runs / resume)
+        launch.refuse_other_data(grid, folder)
     else:
         grid = _grid(opened, read_toml(config) if config else {}, given(settings))
         folder = None

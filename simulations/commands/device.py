@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedkn.errors import FedknError
+from fedkn.text import printable
 from simulations.commands.options import Debug, Json
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ DeviceFile = Annotated[
     Path, typer.Argument(metavar="[DEVICE]", help="device.toml, or the folder it is in.")
 ]
 
+_LONGEST = 4000
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -77,5 +79,7 @@ def start(path: DeviceFile = Path(), *, debug: Debug = False) -> None:
 
 def _show(finding: Finding) -> None:
     status = typer.style(f"{finding.status.upper():4}", fg=_COLOURS[finding.status])
-    fix = f"\n{'':21}→ {finding.fix}" if finding.fix else ""
-    typer.echo(f"{status} {finding.name:15} {finding.message}{fix}")
+    fix = f"\n{'':21}→ {printable(finding.fix, _LONGEST)}" if finding.fix else ""
+    said = f"{status} {finding.name:15} {printable(finding.message, _LONGEST)}{fix}"
+    # Given the stream, click does not put one of its own in its place.
+    typer.echo(said, file=sys.stdout)

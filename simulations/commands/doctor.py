@@ -23,10 +23,11 @@ def doctor(*, as_json: o.Json = False, debug: o.Debug = False) -> None:
 
     Exits with 1 if something fails. A warning is about something that not every run needs.
     """
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from simulations.doctor import diagnose
+    from simulations.terminal import terminal
 
     findings = diagnose(Path("runs"))
     if as_json:
@@ -34,9 +35,9 @@ def doctor(*, as_json: o.Json = False, debug: o.Debug = False) -> None:
     else:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for finding in findings:
-            status = f"[{_STYLES[finding.status]}]{finding.status}[/]"
+            status = Text(finding.status, style=_STYLES[finding.status])
             fix = f"\n→ {finding.fix}" if finding.fix else ""
             table.add_row(status, finding.name, finding.message + fix)
-        Console().print(table)
+        terminal().print(table)
     if any(finding.status == "fail" for finding in findings):
         raise typer.Exit(1)

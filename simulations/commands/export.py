@@ -9,11 +9,16 @@ import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedkn.text import printable
 from simulations.commands import options as o
+
+if TYPE_CHECKING:
+    from simulations.programs import Written
+    from simulations.trained_model import TrainedModel
 
 __all__ = ["export"]
 
@@ -54,7 +59,7 @@ def export(
     The program takes images as they are, float32 pixels from 0 to 255 (N, channels, height,
     width), and returns logits: the experiment's pixel scaling is inside it, the names of the
     classes are in its metadata. It is read again and checked against the model on test images.
-    The run's data must still be where the run found it.
+    Classes and scaling are those that the run recorded: its data need not be there any more.
 
     Examples:
 
@@ -62,9 +67,8 @@ def export(
 
       fedkn export runs/demo --cell kernel-b2-dirichlet0.3-s0 --to pt2 --output digits.pt2
     """
-    from rich.console import Console
-
     from simulations.programs import write_program
+    from simulations.terminal import terminal
     from simulations.trained_model import load_trained_model
 
     trained = load_trained_model(folder, cell)
@@ -76,17 +80,21 @@ def export(
             "program": str(path),
             "bytes": written.size,
             "difference": written.difference,
-            "test_images": written.images,
+            "test_images": 0 if written.why_drawn else written.images,
+            "drawn_images": written.images if written.why_drawn else 0,
+            "why_drawn": written.why_drawn,
             "same_class": written.same_class,
+            "data": trained.data.identity,
+            "data_recorded": trained.recorded,
             "damaged_checkpoints": trained.damaged,
             **asdict(card),
         }
         sys.stdout.write(json.dumps(shown) + "\n")
         return
-    console = Console()
+    console = terminal()
 
     def say(name: str, text: str) -> None:
-        console.print(f"{name + ':':<9}{text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name + ':':<9}{text}", soft_wrap=True)
 
     say("Model", f"{card.cell}, round {card.round} of {trained.rounds}")
     for name in trained.damaged:
@@ -94,14 +102,26 @@ def export(
     size = f"{card.channels}x{card.height}x{card.width}"
     say("Input", f"images: float32 (N, {size.replace('x', ', ')}), pixels from 0 to 255")
     say("Output", f"logits: float32 (N, {len(card.classes)}): {_listed(card.classes)}")
+    say("Data", _data(trained, written))
+    kind = "drawn images" if written.why_drawn else "test images"
     say(
         "Checked",
         f"differs from the model by at most {written.difference:.1e} of the largest logit; the "
-        f"same class for {written.same_class} of {written.images} test images",
+        f"same class for {written.same_class} of {written.images} {kind}",
     )
     say("Program", f"{path} ({written.size / 1e6:.2f} MB)")
 
 
+def _data(trained: TrainedModel, written: Written) -> str:
+    if not trained.recorded:
+        return (
+            "this run recorded nothing of them: classes and scaling are those of the data as they "
+            "are now, which may be others"
+        )
+    text = f"{trained.data.identity}, as the run recorded them"
+    return f"{text}; {written.why_drawn}" if written.why_drawn else text
+
+
 def _listed(classes: tuple[str, ...]) -> str:
-    shown = ", ".join(classes[:10])
+    shown = ", ".join(printable(name, 60) for name in classes[:10])
     return shown if len(classes) <= 10 else f"{shown}, …"

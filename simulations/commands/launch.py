@@ -16,13 +16,22 @@ from rich.console import Console
 from rich.text import Text
 
 from fedkn.errors import FedknError, UserError
+from fedkn.experiment import data_summary
+from server.run_data import hold_to_data
 from simulations.environment import describe_environment
 from simulations.grid import GridConfig, partitions, seeds
 from simulations.preflight import check
 from simulations.progress import RoundLines, shown_progress
 from simulations.report import build_report, summary_dict, summary_table
-from simulations.run_folder import GridRecord, RunFolder, partition_label, write_json
+from simulations.run_folder import (
+    DEPLOYED,
+    GridRecord,
+    RunFolder,
+    partition_label,
+    write_json,
+)
 from simulations.scheduler import Totals, run_grid
+from simulations.terminal import terminal
 
 __all__ = [
     "begun",
@@ -30,12 +39,12 @@ __all__ = [
     "created",
     "execute",
     "how_to_resume_deployed",
+    "refuse_other_data",
     "repeat_command",
 ]
 
 _GRID_FILE = "grid.json"
 _RUNS = Path("runs")
-_DEPLOYED = "fedkn deploy run"
 
 
 def created(grid: GridConfig, command: str, out: Path | None) -> tuple[GridConfig, RunFolder]:
@@ -49,13 +58,18 @@ def created(grid: GridConfig, command: str, out: Path | None) -> tuple[GridConfi
     name = grid.compare.name or f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
     path = out or _RUNS / name
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        deployed = repeat_command().startswith(_DEPLOYED)
+        deployed = repeat_command().startswith(DEPLOYED)
         again = how_to_resume_deployed(path) if deployed else how_to_resume(path)
         raise UserError(f"'{path}' exists already: choose another --name, or '{again}'")
     tables = check(grid)
+    data = data_summary(grid.experiment)
     run = RunFolder.create(path, _record(grid, path.name))
+    # Before there is anything that a resume could go on from.
+    hold_to_data(path, grid.data, data)
     write_json(path / _GRID_FILE, grid.flat())
-    run.write_partitions(tables)
+    if not run.grid.deployed:
+        # What a fleet's devices hold, they say themselves.
+        run.write_partitions(tables)
     run.write_environment(describe_environment())
     return grid, run
 
@@ -65,7 +79,7 @@ def execute(grid: GridConfig, run: RunFolder, *, as_json: bool, each_round: bool
 
     Raises typer.Exit with 1 if a result cell failed, 130 if the run was stopped.
     """
-    console, again = Console(stderr=True), how_to_resume(run.path)
+    console, again = terminal(stderr=True), how_to_resume(run.path)
     try:
         if each_round and not as_json:
             totals = run_grid(grid, run, RoundLines(console))
@@ -94,9 +108,10 @@ def execute(grid: GridConfig, run: RunFolder, *, as_json: bool, each_round: bool
 def carry_on(path: Path, workers: int | None, *, as_json: bool) -> None:
     """Resume the run in the folder `path`; a run that is complete is only reported again."""
     grid, run = begun(path, {} if workers is None else {"compare.workers": workers})
-    if run.grid.command.startswith(_DEPLOYED):
+    if run.grid.deployed:
         again = how_to_resume_deployed(path)
         raise UserError(f"'{path}' is trained by a fleet's devices: go on with '{again}'")
+    refuse_other_data(grid, run)
     check(grid)
     execute(grid, run, as_json=as_json)
 
@@ -114,6 +129,25 @@ def begun(path: Path, changes: Mapping[str, object] | None = None) -> tuple[Grid
     return GridConfig.resolve(flat, changes or {}), run
 
 
+def refuse_other_data(grid: GridConfig, run: RunFolder) -> None:
+    """Raise UserError if the data of the run `run` are not those that it was begun with.
+
+    Where nothing was recorded to compare them with, it says so, on the terminal and in log.txt.
+    """
+    try:
+        recorded = hold_to_data(run.path, grid.data, data_summary(grid.experiment))
+        if not recorded:
+            text = (
+                f"'{run.path}' recorded nothing of the data that it was begun with: whether these "
+                "are the same cannot be checked. From now on it can"
+            )
+            _say(Console(stderr=True), text)
+            with (run.path / "log.txt").open("a", encoding="utf-8") as log:
+                log.write(f"{text}\n")
+    except OSError as error:
+        raise UserError(f"cannot write in '{run.path}': {error.strerror or error}") from None
+
+
 def how_to_resume(path: Path) -> str:
     """Return the command line that goes on with the run in `path`."""
     return f"fedkn resume {shlex.quote(str(path))}"
@@ -124,7 +158,7 @@ def how_to_resume_deployed(path: Path, fleet: Path | None = None) -> str:
 
     `fleet` is the fleet's folder as the user gave it: a run lies in its runs/.
     """
-    return f"{_DEPLOYED} {shlex.quote(str(fleet or path.parent.parent))} --resume {path.name}"
+    return f"{DEPLOYED} {shlex.quote(str(fleet or path.parent.parent))} --resume {path.name}"
 
 
 def repeat_command() -> str:
@@ -166,7 +200,7 @@ def _conclude(run: RunFolder, totals: Totals, *, as_json: bool) -> None:
         summary["cells"] |= asdict(totals)
         sys.stdout.write(json.dumps(summary) + "\n")
         return
-    console = Console()
+    console = terminal()
     for partition in summary["partitions"]:
         console.print(Text(partition["verdict"], style="bold"))
     console.print(summary_table(run))
@@ -180,4 +214,4 @@ def _quoted(run: RunFolder) -> str:
 
 def _say(console: Console, text: str) -> None:
     # Paths must stay whole, to be copied.
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)

@@ -49,11 +49,10 @@ def partition(
 
       fedkn partition shards:shards_per_client=2 --source mnist --root ~/data --picture shards.png
     """
-    from rich.console import Console
-
     from simulations.grid import GridConfig
     from simulations.partition_view import partition_table, save_picture
     from simulations.preflight import count_labels
+    from simulations.terminal import terminal
 
     if picture.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--picture {picture}: the name must end in .png, .svg or .pdf")
@@ -74,7 +73,7 @@ def partition(
         shown = {"picture": str(picture), "partitions": [asdict(table) for table in tables]}
         sys.stdout.write(json.dumps(shown) + "\n")
         return
-    console = Console()
+    console = terminal()
     for table in tables:
         console.print(partition_table(table))
-    console.print(f"Picture:  {picture}", highlight=False, soft_wrap=True)
+    console.print(f"Picture:  {picture}", soft_wrap=True)

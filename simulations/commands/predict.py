@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedkn.errors import UserError
+from fedkn.text import printable
 from simulations.commands import options as o
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from simulations.image_files import ImageFile
 
 __all__ = ["predict"]
+
+# A path is shown whole, for it is to be found again.
+_LONGEST = 4096
+_NAMED = 20
 
 
 def predict(
@@ -45,7 +50,8 @@ def predict(
 ) -> None:
     """Classify images with a program of fedkn export, or with the newest checkpoint of a run.
 
-    IMAGES are files or folders. They become grey or RGB as the model needs; those of another size
+    IMAGES are files or folders. Exits with 1 if some of them cannot be read: they are named, and
+    the others classified. They become grey or RGB as the model needs; those of another size
     are cropped to the model's proportions around their centre and resized. Use .pt2 files only
     from people you trust: such a file can run code when it is loaded.
 
@@ -57,24 +63,33 @@ def predict(
     """
     import torch
 
-    from simulations.image_files import find_images, read_image
+    from simulations.image_files import find_images, read_images
 
     paths = find_images(images)
     classifier = _classifier(model, cell)
     card = classifier.card
-    files = [read_image(path, card.channels, card.height, card.width) for path in paths]
+    files, failed = read_images(paths, card.channels, card.height, card.width)
     probabilities = classifier.probabilities(torch.stack([file.pixels for file in files]))
     if as_json:
-        _write_json(model, card, files, probabilities)
+        _write_json(model, card, files, probabilities, failed)
     else:
         _show(card, files, probabilities)
+    if failed:
+        _say_failed(failed, len(paths))
+        raise typer.Exit(1)
 
 
 def _classifier(path: Path, cell: str | None) -> Classifier:
     if path.is_dir():
         from simulations.trained_model import load_trained_model
 
-        return load_trained_model(path, cell).classifier
+        trained = load_trained_model(path, cell)
+        if not trained.recorded:
+            sys.stderr.write(
+                f"'{path}' recorded nothing of its data: classes and scaling are those of the data "
+                "as they are now, which may be others\n"
+            )
+        return trained.classifier
     from simulations.programs import load_program
 
     if cell is not None:
@@ -83,9 +98,10 @@ def _classifier(path: Path, cell: str | None) -> Classifier:
 
 
 def _show(card: Card, files: list[ImageFile], probabilities: Tensor) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from simulations.terminal import terminal
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("image", overflow="fold")
@@ -94,22 +110,37 @@ def _show(card: Card, files: list[ImageFile], probabilities: Tensor) -> None:
     best, index = probabilities.max(1)
     for file, probability, label in zip(files, best.tolist(), index.tolist(), strict=True):
         # Text, because a bracket in a file's name is not markup.
-        table.add_row(Text(str(file.path)), Text(card.classes[label]), f"{probability:.1%}")
-    console = Console()
+        shown = (printable(file.path, _LONGEST), printable(card.classes[label]))
+        table.add_row(*map(Text, shown), f"{probability:.1%}")
+    console = terminal()
     console.print(table)
     resized = [file for file in files if file.resized_from]
     if resized and resized[0].resized_from:
         width, height = resized[0].resized_from
         console.print(
             f"Resized to the model's {card.width}x{card.height} pixels: {len(resized)} of "
-            f"{len(files)} images ({resized[0].path} is {width}x{height}).",
-            highlight=False,
-            markup=False,
+            f"{len(files)} images ({printable(resized[0].path, _LONGEST)} is {width}x{height}).",
             soft_wrap=True,
         )
 
 
-def _write_json(model: Path, card: Card, files: list[ImageFile], probabilities: Tensor) -> None:
+def _say_failed(failed: dict[Path, str], number: int) -> None:
+    from simulations.terminal import terminal
+
+    console = terminal(stderr=True)
+    for path, why in list(failed.items())[:_NAMED]:
+        console.print(f"cannot use '{printable(path, _LONGEST)}': it {why}", soft_wrap=True)
+    more = f" ({len(failed) - _NAMED} more than those named)" if len(failed) > _NAMED else ""
+    console.print(f"{len(failed)} of {number} images cannot be used{more}.", soft_wrap=True)
+
+
+def _write_json(
+    model: Path,
+    card: Card,
+    files: list[ImageFile],
+    probabilities: Tensor,
+    failed: dict[Path, str],
+) -> None:
     predictions = [
         {
             "image": str(file.path),
@@ -127,5 +158,6 @@ def _write_json(model: Path, card: Card, files: list[ImageFile], probabilities: 
         "classes": card.classes,
         "size": [card.width, card.height],
         "predictions": predictions,
+        "failed": [{"image": str(path), "reason": why} for path, why in failed.items()],
     }
     sys.stdout.write(json.dumps(shown) + "\n")

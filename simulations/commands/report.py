@@ -28,11 +28,10 @@ def report(
 
       fedkn report runs/demo-20261123-064512
     """
-    from rich.console import Console
-
     from fedkn.errors import UserError
     from simulations.flower_runs import open_run
     from simulations.report import build_report, summary_dict, summary_table
+    from simulations.terminal import terminal
 
     runs = [open_run(folder) for folder in folders]
     written: list[Path | None] = []
@@ -51,10 +50,10 @@ def report(
         ]
         sys.stdout.write(json.dumps({"runs": summaries}) + "\n")
     else:
-        console = Console()
+        console = terminal()
         for run, path in zip(runs, written, strict=True):
             console.print(summary_table(run))
             if path:
-                console.print(f"Report:  {path}", highlight=False, soft_wrap=True)
+                console.print(f"Report:  {path}", soft_wrap=True)
     if problem:
         raise problem

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedkn.config import ExperimentConfig
+from fedkn.experiment import data_summary
+from server.run_data import refuse_changes
 from simulations.engines.channel import ClosedError, Letter, receive
 from simulations.engines.host import Answer, ClientHost, Request
 from simulations.engines.records import Bytes, pack, unpack
@@ -71,6 +73,9 @@ class Crew:
 
         A worker that has not answered `timeout` seconds from now is ended, and its group's answers
         are errors. This process's own clients cannot be interrupted.
+
+        Raises:
+            DataChanged: a worker found other data than this process.
         """
         answers: list[list[Answer]] = []
         for start in range(0, len(groups), WorkQueue.CAPACITY):
@@ -158,6 +163,8 @@ class Crew:
             self._bury(worker)
             return
         if number == READY:
+            # It has read them anew: who trains a client must change nothing.
+            refuse_changes(data_summary(self._task[0]), value, "this run")
             worker.ready = True
         elif number == IDLE:
             worker.idle_since = value

@@ -17,6 +17,7 @@ import sys
 from typing import NoReturn
 
 from fedkn.config import ExperimentConfig
+from fedkn.experiment import data_summary
 from simulations.engines.channel import ClosedError, receive, send
 from simulations.engines.host import Request
 from simulations.engines.local_host import host_of
@@ -25,7 +26,8 @@ from simulations.engines.records import Bytes, pack, unpack
 __all__ = ["IDLE", "READY", "WorkQueue", "WorkerProcess"]
 
 READY, IDLE = -1, -2
-"""Numbers of a worker's messages that are not the index of a group."""
+"""Numbers of a worker's messages that are not the index of a group: it has come up, with these data
+(a DataSummary); it found nothing more to do."""
 
 _ITEM = struct.Struct("<II")
 
@@ -141,6 +143,7 @@ def _environment(gpu: str) -> dict[str, str]:
         **os.environ,
         # The parent's import path, so that both run the same code.
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -152,9 +155,10 @@ def _environment(gpu: str) -> dict[str, str]:
 def _main(parent: socket.socket, queue: WorkQueue) -> NoReturn:
     _, (run_config, together, parent_id), _ = receive(parent)
     _die_with(parent_id)
-    host = host_of(ExperimentConfig.resolve(run_config), together=together)
+    config = ExperimentConfig.resolve(run_config)
+    host, found = host_of(config, together=together), data_summary(config)
     gc.freeze()  # as in the parent, but for good
-    send(parent, READY, None)
+    send(parent, READY, found)
     wave, groups, read = receive(parent)
     while True:
         item = queue.take_any()

@@ -10,6 +10,7 @@ import html
 import io
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,10 +22,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedkn import normalizers
+from fedkn.text import printable
 from simulations.run_folder import PartitionRecord
 from simulations.statistics import mean_interval
 
-__all__ = ["COLOURS", "Curves", "learning_curves", "partition_picture", "style_index", "swatch"]
+__all__ = [
+    "COLOURS",
+    "PLAIN_TEXT",
+    "Curves",
+    "learning_curves",
+    "partition_picture",
+    "style_index",
+    "swatch",
+]
 
 # Normalizer -> one curve per seed, each accuracy (0 to 1) by round.
 Curves = Mapping[str, Sequence[Mapping[int, float]]]
@@ -43,8 +53,14 @@ _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--line)", _SOFT: "var(--soft)"} |
 # white and on black.
 _IMAGE_RGB = (0.20, 0.53, 0.80)
 
+# Names of classes are no mathematics: "$" in one could end the drawing.
+PLAIN_TEXT: dict[Any, Any] = {
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.formatter.use_mathtext": False,
+}
 # Any: what matplotlib calls the type of a setting differs from version to version.
-_STYLE: dict[Any, Any] = {
+_STYLE: dict[Any, Any] = PLAIN_TEXT | {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -122,7 +138,7 @@ def partition_picture(table: PartitionRecord) -> str:
         image[..., 3] = np.sqrt(counts / max(counts.max(), 1))
         grid.imshow(image, aspect="auto", interpolation="none")
         shown = range(0, labels, max(1, math.ceil(labels / 20)))
-        grid.set_yticks(list(shown), [_short(table.classes[i]) for i in shown])
+        grid.set_yticks(list(shown), [printable(table.classes[i], 14) for i in shown])
         grid.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         grid.set_xlabel("client")
         grid.set_ylabel("label")
@@ -169,7 +185,11 @@ def _svg(figure: Figure, label: str, salt: str = "") -> str:
     """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with mpl.rc_context({"svg.hashsalt": salt or label}):
+    # The name of a run may be bytes that are no UTF-8.
+    encodable = (salt or label).encode("utf-8", "backslashreplace").decode()
+    with mpl.rc_context({"svg.hashsalt": encodable}), warnings.catch_warnings():
+        # It is the browser that draws the text, in its own fonts.
+        warnings.filterwarnings("ignore", r"Glyph .* missing", UserWarning)
         figure.savefig(buffer, format="svg", metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -180,9 +200,6 @@ def _svg(figure: Figure, label: str, salt: str = "") -> str:
     svg = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in used else "", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
-    role = f'role="img" aria-label="{html.escape(label)}"' if label else 'aria-hidden="true"'
+    spoken = html.escape(printable(label))
+    role = f'role="img" aria-label="{spoken}"' if label else 'aria-hidden="true"'
     return svg.replace("<svg ", f'<svg class="{"figure" if label else "swatch"}" {role} ', 1)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else f"{name[:13]}…"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from simulations.metrics_lines import Round
@@ -11,7 +11,7 @@ from simulations.report.formats import count
 from simulations.report.verdict import enumerated
 from simulations.run_folder import CellRecord
 
-__all__ = ["DIVIDED", "LossLine", "losses"]
+__all__ = ["DIVIDED", "LossLine", "losses", "named_clients"]
 
 # Nothing is lost by it: parts too small for the normalizer are among the skipped batches.
 DIVIDED = "divided batches"
@@ -44,6 +44,14 @@ def losses(cells: Sequence[CellRecord], damaged_lines: int) -> list[LossLine]:
         why = "cut short by a kill, or not written by this fedkn"
         lines.append(LossLine("unreadable lines", "", 0, count(damaged_lines, "line"), why))
     return lines
+
+
+def named_clients(clients: Collection[int]) -> str:
+    """Return "client 3", "clients 1, 2 and 9", or the first of many and how many others."""
+    shown = [str(client) for client in sorted(clients)[:_CLIENTS_SHOWN]]
+    if len(clients) > len(shown):
+        shown.append(f"{len(clients) - len(shown)} others")
+    return f"client{'s' if len(clients) > 1 else ''} {enumerated(shown)}"
 
 
 def _untrainable(cells: Sequence[CellRecord]) -> tuple[str, str] | None:
@@ -84,6 +92,12 @@ def _lost_states(cells: Sequence[CellRecord]) -> tuple[str, str] | None:
     return _of_clients("time", Counter({why: len(clients)} if clients else {}), set(clients))
 
 
+def _changed_data(cells: Sequence[CellRecord]) -> tuple[str, str] | None:
+    clients = [client for r in _rounds(cells) for client in r.data_changed]
+    why = "the client's own images were others than in its first round"
+    return _of_clients("update", Counter({why: len(clients)} if clients else {}), set(clients))
+
+
 def _late(cells: Sequence[CellRecord]) -> tuple[str, str] | None:
     clients = [client for r in _rounds(cells) for client in r.late]
     why = "the round had enough updates and did not wait (server.enough_updates)"
@@ -99,11 +113,7 @@ def _not_evaluated(cells: Sequence[CellRecord]) -> tuple[str, str] | None:
 def _of_clients(noun: str, reasons: Counter[str], clients: set[int]) -> tuple[str, str] | None:
     if not reasons:
         return None
-    shown = [str(client) for client in sorted(clients)[:_CLIENTS_SHOWN]]
-    if len(clients) > len(shown):
-        shown.append(f"{len(clients) - len(shown)} others")
-    who = f"client{'s' if len(clients) > 1 else ''} {enumerated(shown)}"
-    return f"{count(reasons.total(), noun)} ({who})", _listed(reasons)
+    return f"{count(reasons.total(), noun)} ({named_clients(clients)})", _listed(reasons)
 
 
 def _unanswered(cells: Sequence[CellRecord]) -> tuple[str, str] | None:
@@ -146,6 +156,7 @@ _KINDS: dict[str, Callable[[Sequence[CellRecord]], tuple[str, str] | None]] = {
     "failed clients": _failed_clients,
     "refused updates": _refused_updates,
     "clients that lost their state": _lost_states,
+    "clients whose data changed": _changed_data,
     "own models not evaluated": _not_evaluated,
     "unanswered requests": _unanswered,
     "late updates": _late,

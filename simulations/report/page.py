@@ -15,8 +15,10 @@ from markupsafe import Markup
 import fedkn
 from fedkn.errors import UserError
 from fedkn.files import write_atomically
+from fedkn.text import printable
+from server.run_data import Recorded
 from simulations.report import figures, formats
-from simulations.report.losses import DIVIDED, losses
+from simulations.report.losses import DIVIDED, LossLine, losses
 from simulations.report.settings import display_name, held_equal, normalizer_notes, unequal
 from simulations.report.summary import RunSummary, Section, summarize
 from simulations.report.tables import group_counts
@@ -27,6 +29,8 @@ from simulations.statistics import FEWEST_SEEDS
 
 __all__ = ["build_report"]
 
+# More than any sentence of ours, and all of most commands.
+_LONGEST = 10_000
 # More tables than this (one per seed) would bury the rest of the page.
 _PARTITION_PICTURES = 2
 # From this shade of the heat map on, white text is easier to read than black.
@@ -70,6 +74,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(here),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -78,19 +83,16 @@ def _environment() -> Environment:
     environment.globals["version"] = fedkn.__version__
     environment.globals["fewest_seeds"] = FEWEST_SEEDS
     environment.globals["keeps_tensors"] = f"{formats.KEEPS} {formats.KEEPS_TENSORS}"
-    for name in (
-        "accuracy",
-        "epsilon",
-        "milliseconds",
-        "p_value",
-        "percent",
-        "points",
-        "rounds",
-        "size",
-    ):
+    for name in _FORMATS:
         environment.filters[name] = getattr(formats, name)
     environment.filters["value"] = _value
     return environment
+
+
+def _visible(value: object) -> str:
+    """Return what a template writes of `value`: text of outside has no characters of control."""
+    text = value if isinstance(value, Markup) else str(value)
+    return text if isinstance(text, Markup) or text.isprintable() else printable(text, _LONGEST)
 
 
 def _context(summaries: Sequence[RunSummary]) -> dict[str, Any]:
@@ -114,16 +116,31 @@ def _run(summary: RunSummary, unknown: Sequence[str]) -> dict[str, Any]:
         "summary": summary,
         "sections": [_section(summary, section, unknown) for section in summary.sections],
         "alarms": _alarms(summary),
-        "losses": losses(summary.results, summary.damaged_lines),
+        "losses": [*losses(summary.results, summary.damaged_lines), *_left_out(summary)],
         "search_losses": losses([c for c in summary.cells if c.purpose == "search"], 0),
         "notes": normalizer_notes(names, groups.pop() if len(groups) == 1 else 0),
         "equal": held_equal(summary.results),
         "unequal": unequal(summary.results),
         "environment": _flat(summary.folder.environment()),
+        "data": [_data_line(entry) for entry in summary.folder.data()],
         "search": _flat(summary.grid.search),
         "power": what_the_seeds_show(summary.comparisons, contests),
         "own_power": what_own_models_show(summary.own_comparisons, own),
     }
+
+
+def _data_line(entry: Recorded) -> str:
+    """What the run trained on, in one line; class names are left to the partition's picture."""
+    summary = entry.summary
+    shape = "x".join(map(str, summary.shape))
+    counts = "images"
+    if summary.fingerprint:
+        training, validation, test = summary.fingerprint.counts
+        counts = f"{training} training, {validation} validation and {test} test images"
+    return (
+        f"{entry.settings['source']}: {counts} of {shape} in {len(summary.classes)} classes "
+        f"(fingerprint {summary.identity})"
+    )
 
 
 def _alarms(summary: RunSummary) -> list[str]:
@@ -131,6 +148,13 @@ def _alarms(summary: RunSummary) -> list[str]:
     lines = losses(summary.results, summary.damaged_lines)
     known = ("untrainable cells", DIVIDED)
     return list(dict.fromkeys(line.what for line in lines if line.what not in known))
+
+
+def _left_out(summary: RunSummary) -> list[LossLine]:
+    """What of the data was not read, or has no image, as the run's partitions tell."""
+    tables = [table for section in summary.sections for table in section.tables]
+    notes = dict.fromkeys(note for table in tables for note in table.notes)
+    return [LossLine("of the data", "", 0, "", note) for note in notes]
 
 
 def _section(summary: RunSummary, section: Section, unknown: Sequence[str]) -> dict[str, Any]:
@@ -163,9 +187,9 @@ def _section(summary: RunSummary, section: Section, unknown: Sequence[str]) -> d
         "used_rates": _used_rates(section),
         "fastest": {size: _fastest(section, size) for size in section.batch_sizes},
         "pictures": [
-            (table, Markup(figures.partition_picture(table)))
+            (table, Markup(figures.partition_picture(table.record)))
             for table in section.tables[:_PARTITION_PICTURES]
-            if table.counts and table.counts[0]
+            if table.record.counts and table.record.counts[0]
         ],
     }
 

@@ -9,9 +9,10 @@ from typing import TypeVar
 
 from fedkn.errors import UserError
 from simulations.report.entries import Entry, entry_of
+from simulations.report.holdings import ClientTable, client_tables
 from simulations.report.trials import Trial, trials_of
 from simulations.report.verdict import Contest, verdicts
-from simulations.run_folder import CellRecord, GridRecord, PartitionRecord, RunFolder
+from simulations.run_folder import CellRecord, GridRecord, RunFolder
 from simulations.statistics import Comparison, Group, compare_all_pairs
 
 __all__ = ["RunSummary", "Section", "summarize"]
@@ -37,7 +38,7 @@ class Section:
     contests: list[Contest]
     own_contests: list[Contest]
     trials: dict[tuple[str, int], list[Trial]]
-    tables: list[PartitionRecord]
+    tables: list[ClientTable]
 
     @property
     def verdicts(self) -> list[str]:
@@ -217,7 +218,7 @@ def _section(
             for key, entry in entries.items()
             if (trials := trials_of(entry, of_partition))
         },
-        tables=[table for table in run.partitions() if table.partition == partition],
+        tables=client_tables(run, partition, [c for c in of_partition if c.purpose == "result"]),
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
+from fedkn.text import printable
 from simulations.report import formats
 from simulations.report.entries import Entry, OwnModels, PrivacySpent
 from simulations.report.settings import display_name
@@ -24,7 +26,11 @@ def summary_table(run: RunFolder) -> Table:
     (summary,) = summarize([run])
     # No lines between columns: a run of one partition then fits 80 columns.
     table = Table(
-        title=f"{summary.grid.name}: test accuracy after the last round, mean ± 95% interval",
+        title=Text(
+            f"{printable(summary.grid.name)}: test accuracy after the last round, "
+            "mean ± 95% interval",
+            style="table.title",
+        ),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -45,16 +51,17 @@ def summary_table(run: RunFolder) -> Table:
         for batch_size in section.batch_sizes:
             table.add_section()
             for entry in section.ranked(batch_size):
-                row = [section.partition] if several else []
+                row = [_text(section.partition)] if several else []
                 mark = formats.KEEPS if entry.normalizer in section.keepers else ""
                 figures = _figures(entry)
                 table.add_row(
                     *row,
                     str(batch_size),
-                    entry.normalizer + mark,
+                    _text(entry.normalizer + mark),
                     *(figures.get(name, formats.NOTHING) for name in columns),
                 )
-    table.caption = "\n".join(_caption(summary))
+    caption = "\n".join(printable(line, 1000) for line in _caption(summary))
+    table.caption = Text(caption, style="table.caption")
     return table
 
 
@@ -72,6 +79,7 @@ def summary_dict(run: RunFolder) -> dict[str, Any]:
         "name": summary.grid.name,
         "command": summary.grid.command,
         "complete": not summary.partial,
+        "data": [{**entry.settings, "fingerprint": entry.summary.identity} for entry in run.data()],
         "cells": {"planned": summary.planned, "ended": summary.ended},
         "partitions": [_section_dict(section) for section in summary.sections],
     }
@@ -84,6 +92,11 @@ def group_counts(entry: Entry) -> int:
 
 _COLUMNS = ("accuracy", "seeds", "rounds to target", "ms/step", "bytes/round")
 _OWN_COLUMNS = ("accuracy", "own models", "worst tenth", "spread", "seeds", "rounds to target")
+
+
+def _text(outside: str) -> Text:
+    """Text, because a bracket in a name of the run folder is not markup."""
+    return Text(printable(outside))
 
 
 def _has_own(summary: RunSummary) -> bool:

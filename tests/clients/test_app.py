@@ -63,9 +63,11 @@ def test_joining_tells_partition_and_size():
         join_request(data_summary(config)), dst_node_id=9, message_type=MessageType.QUERY
     )
     answer = app(query, context(config, 4))
+    labels = federated_data(config).client(4).labels.tolist()
     assert dict(answer.content.metric_records["metrics"]) == {
         "partition-id": 4,
-        "num-examples": len(federated_data(config).parts[4]),
+        "num-examples": len(labels),
+        "labels": [labels.count(label) for label in range(10)],
     }
 
 

@@ -10,6 +10,7 @@ import torch
 from flwr.app import Context, RecordDict
 
 from clients.local_state import STATE_FOLDER, LocalState, local_state
+from fedkn.data.fingerprint import Fingerprint
 from fedkn.errors import UserError
 
 RUN = "0123456789abcdef"
@@ -110,3 +111,33 @@ def test_every_flipped_bit_is_seen(tmp_path):
 def test_a_token_cannot_name_another_folder(context, token):
     with pytest.raises(UserError, match="token"):
         state(context, token)
+
+
+def fingerprint(seed: int) -> Fingerprint:
+    return Fingerprint(*[f"{seed:064x}"] * 3, (seed, 0, 0), "0" * 64, "1" * 64)
+
+
+def test_the_first_data_of_a_run_are_remembered(context):
+    one, other = fingerprint(1), fingerprint(2)
+    assert state(context).first_data(one) == one
+    assert state(context).first_data(other) == one
+    state(context).keep(3, kept(3), horizon=4)
+    assert state(context).first_data(other) == one
+    # Between runs a device may well get more images.
+    assert state(context, run="f" * 16).first_data(other) == other
+
+
+def test_a_damaged_or_unwritable_record_of_the_data_is_said(tmp_path, caplog):
+    context = Context(1, 9, {STATE_FOLDER: str(tmp_path)}, RecordDict(), {})
+    state(context).first_data(fingerprint(1))
+    (path,) = Path(tmp_path).rglob("data")
+    path.write_text("{")
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        assert state(context).first_data(fingerprint(2)) == fingerprint(2)
+    assert str(path) in caplog.text
+    caplog.clear()
+    (tmp_path / "file").write_text("in the way")
+    blocked = Context(1, 9, {STATE_FOLDER: str(tmp_path / "file")}, RecordDict(), {})
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        assert state(blocked).first_data(fingerprint(2)) == fingerprint(2)
+    assert "unseen" in caplog.text

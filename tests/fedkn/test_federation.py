@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.federation import (
@@ -32,7 +33,13 @@ from fedkn.federation import (
 from fedkn.normalizers import TensorRole
 from fedkn.training import LocalUpdate
 
-SUMMARY = DataSummary(("an ape", "ein Bär"), (3, 8, 6), (0.1, 0.2, 1 / 3), (0.5, 1.0, 0.25))
+SUMMARY = DataSummary(
+    ("an ape", "ein Bär"),
+    (3, 8, 6),
+    (0.1, 0.2, 1 / 3),
+    (0.5, 1.0, 0.25),
+    Fingerprint(*["a1" * 32] * 3, (7, 0, 2), "b2" * 32, "c3" * 32),
+)
 DTYPES = [np.dtype(n) for n in ("float32", "float64", "float16", "int64", "int32", "uint8", "bool")]
 ARRAYS = hnp.arrays(
     st.sampled_from(DTYPES),
@@ -147,7 +154,7 @@ def test_the_metrics_of_an_update():
     )
     record = update_metrics(7, 22, update)
     assert list(record) == list(TRAIN_METRICS)
-    assert list(record.values()) == [7, 22, 44, 6, 1, 2, 0.5, 1.5, 0, 0.0, 0]
+    assert list(record.values()) == [7, 22, 44, 6, 1, 2, 0.5, 1.5, 0, 0.0, 0, 0]
     assert update_metrics(7, 22, replace(update, batch_size=2))["batch-size"] == 2
     private = replace(update, epsilon=2.5)
     spent = update_metrics(7, 22, private, state_lost=True)
@@ -159,6 +166,11 @@ def test_joining():
     assert dict(join_answer(3, 40).metric_records["metrics"]) == {
         "partition-id": 3,
         "num-examples": 40,
+    }
+    assert dict(join_answer(3, 40, [30, 0, 10]).metric_records["metrics"]) == {
+        "partition-id": 3,
+        "num-examples": 40,
+        "labels": [30, 0, 10],
     }
 
 
@@ -179,6 +191,8 @@ def test_what_images_are_like_survives_the_wire(summary):
         ({"classes": ["a", "b"], "shape": [1, 2, 2], "mean": [0.5]}, "images are like"),
         ({"classes": "ab", "shape": [1, 2, 2]}, "no list 'classes'"),
         ({"classes": ["a", "b"], "shape": [1.0, 2.0, 2.0]}, "no list of int 'shape'"),
+        ({"classes": ["a", "b"], "shape": [1, 2, 2], "fingerprint": "{"}, "images are like"),
+        ({"classes": ["a", "b"], "shape": [1, 2, 2], "fingerprint": "{}"}, "images are like"),
     ],
 )
 def test_what_says_nothing_of_the_images_is_refused(record, named):

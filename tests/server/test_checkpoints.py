@@ -7,12 +7,15 @@ import logging
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fedkn.data.fingerprint import Fingerprint
+from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from server import checkpoints as module
 from server.checkpoints import Checkpoint, CheckpointNotWritten, CheckpointStore, weights_sha256
@@ -243,3 +246,38 @@ def test_the_hash_of_weights_is_as_documented():
     assert weights_sha256(dict(reversed(arrays.items()))) == expected.hexdigest()
     assert weights_sha256({**arrays, "a": np.array(3.0)}) != expected.hexdigest()
     assert weights_sha256({**arrays, "b": np.array([1.0, 2.0], np.float32)}) != expected.hexdigest()
+
+
+DIGESTS = Fingerprint(*["0" * 64] * 3, (3, 0, 1), "1" * 64, "2" * 64)
+DATA = DataSummary(("no", "yes"), (1, 2, 2), (0.1,), (1 / 3,), DIGESTS)
+
+
+def test_the_data_come_back_and_others_are_refused(tmp_path):
+    kept = store(tmp_path)
+    kept.save(replace(checkpoint(1), data=DATA))
+    restored = kept.load_newest(DATA)
+    assert_same(restored, checkpoint(1))
+    assert restored is not None
+    assert restored.data == DATA
+    renamed = replace(DATA, classes=("yes", "no"))
+    with pytest.raises(UserError, match=r"the data changed since .*: class names \(no, yes; now"):
+        kept.load_newest(renamed)
+    # To be looked at, not to train on from there.
+    assert kept.load_newest() is not None
+
+
+def test_a_checkpoint_that_says_nothing_of_its_data_is_taken_and_said(tmp_path, caplog):
+    kept = filled(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        assert_same(kept.load_newest(DATA), checkpoint(3))
+    assert "says nothing of its data" in caplog.text
+
+
+def test_other_data_written_into_a_checkpoint_are_noticed(tmp_path, caplog):
+    kept = filled(tmp_path, 2)
+    kept.save(replace(checkpoint(3), data=DATA))
+    content = path(tmp_path, 3).read_bytes()
+    for old, new in ((b'\\"yes\\"', b'\\"not\\"'), (b'"data":', b'"dada":')):
+        assert content.count(old) == 1
+        path(tmp_path, 3).write_bytes(content.replace(old, new))
+        assert_damage_is_noticed(tmp_path, caplog)

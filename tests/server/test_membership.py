@@ -163,3 +163,36 @@ def test_a_silent_extra_node_is_not_asked_again_in_every_round():
     for _ in range(3):
         membership.online([0, 1])
     assert grid.asked.count(3) == 1
+
+
+def answered(**metrics) -> RecordDict:
+    return RecordDict({"metrics": MetricRecord({"partition-id": 0, "num-examples": 9, **metrics})})
+
+
+def test_who_joins_is_told_once_with_what_it_holds():
+    grid = Nodes(n1=join_answer(0, 9, [4, 5]), n2=1)
+    membership = Membership(grid, 2, timeout=1.0, data=IMAGES)
+    membership.join()
+    assert membership.newcomers() == [Member(1, 0, 9, (4, 5)), Member(2, 1, 11)]
+    assert membership.newcomers() == []
+    # Back under another node's id, with other images.
+    grid.answers = {2: 1, 3: join_answer(0, 7, [7, 0])}
+    grid.nodes = [2, 3]
+    membership.online([0, 1])
+    assert membership.newcomers() == [Member(3, 0, 7, (7, 0))]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[4, 4], [10, -1], [9], [4, 5, 0], [4.0, 5.0], 9, 0, [9, 0, *[0] * 50_000]],
+)
+def test_counts_that_cannot_be_are_refused(labels):
+    with pytest.raises(ClientsMissing, match="cannot be those of 9 examples in 2 classes"):
+        Membership(Nodes(n1=answered(labels=labels)), 1, timeout=0.05, data=IMAGES).join()
+
+
+def test_a_partition_that_is_not_expected_is_no_newcomer():
+    grid = Nodes(n1=0, n2=join_answer(10**12, 9, [4, 5]))
+    membership = Membership(grid, 1, timeout=1.0, data=IMAGES)
+    membership.join()
+    assert [member.partition for member in membership.newcomers()] == [0]

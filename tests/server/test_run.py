@@ -59,7 +59,7 @@ def test_the_log_tells_the_run(tmp_path):
     config = logged(tmp_path, rounds=3, evaluation__every=2, train__schedule="exponential")
     outcome = run(config)
     lines = log_of(tmp_path)
-    kinds = ["start", "memory", "evaluation", "round", "round", "evaluation", "round"]
+    kinds = ["start", "memory", "evaluation", "joined", "round", "round", "evaluation", "round"]
     assert [line["kind"] for line in lines] == [*kinds, "evaluation", "end"]
     start = lines[0]
     assert start["config"] == config.flat()

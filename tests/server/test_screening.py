@@ -24,7 +24,7 @@ SENT = {
     "nothing": np.zeros((0, 4), np.float32),
     "mask": np.array([1, 2, 3], np.int64),
 }
-METRICS = dict(zip(TRAIN_METRICS, (3, 40, 40, 20, 0, 0, 1.25, 0.1, 0, 0.0, 0), strict=True))
+METRICS = dict(zip(TRAIN_METRICS, (3, 40, 40, 20, 0, 0, 1.25, 0.1, 0, 0.0, 0, 0), strict=True))
 
 
 @pytest.fixture(scope="module", autouse=True)

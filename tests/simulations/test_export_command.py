@@ -222,14 +222,6 @@ def test_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "a folder" in refused(capsys, "export", run, "--output", tmp_path / "folder.onnx")
 
 
-def test_a_run_whose_data_is_gone_says_where_it_was(
-    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = run / "metrics.jsonl"
-    log.write_text(log.read_text().replace(str(data), str(tmp_path / "gone")))
-    assert str(tmp_path / "gone") in refused(capsys, "export", run)
-
-
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
 def test_a_missing_package_is_named(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str

@@ -1,6 +1,7 @@
 import io
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,3 +48,20 @@ def test_other_formats(tmp_path: Path, suffix: str) -> None:
 def test_a_picture_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
         save_picture([RECORD], tmp_path / "missing" / "p.png")
+
+
+def test_names_of_classes_are_plain_text(tmp_path: Path) -> None:
+    names = ["$\\frac{", "[/red] :smile:", "a\n\x1b[2J", "$x$"]
+    record = PartitionRecord("iid", 0, names, [[1, 2, 3, 4]])
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(partition_table(record))
+    header = console.export_text().splitlines()[2]
+    assert [cell.strip() for cell in header.split("┃")[2:6]] == [
+        "$\\frac{",
+        "[/red] :smile:",
+        "a \\x1b[2J",
+        "$x$",
+    ]
+    with mpl.rc_context({"text.usetex": True}):
+        save_picture([record], tmp_path / "p.svg")
+    assert "$" in (tmp_path / "p.svg").read_text()

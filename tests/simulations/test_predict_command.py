@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -145,14 +146,46 @@ def test_folders_are_searched_and_hidden_files_left(
 
 
 def test_bad_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no such file" in refused(capsys, run, tmp_path / "no.png")
+    assert "No such file" in refused(capsys, run, tmp_path / "no.png")
     assert "no images in folder" in refused(capsys, run, tmp_path)
     assert "Missing argument" in refused(capsys, run)
     (tmp_path / "half.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    assert "cannot decode" in refused(capsys, run, tmp_path / "half.png")
+    assert "half.png' is damaged, or is none of" in refused(capsys, run, tmp_path / "half.png")
     deep = Image.fromarray(np.zeros((HEIGHT, WIDTH), dtype=np.uint16))
     deep.save(tmp_path / "deep.png")
     assert "8 bits" in refused(capsys, run, tmp_path / "deep.png")
+
+
+def test_one_bad_image_does_not_cost_the_others(
+    run: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    # A name that is no UTF-8, and one that a terminal or a table would act on.
+    good = [os.fsdecode(b"caf\xe9.png"), "[red]\x1b[2J\n.png"]
+    for name in good:
+        shutil.copy(data / "test" / "cat" / "0.png", tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / good[0]).read_bytes()[:200])
+    (tmp_path / "photo.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    arguments = ("predict", run, tmp_path, tmp_path / "gone.png")
+    assert fedkn(*arguments, "--json") == 1
+    shown, said = capsys.readouterr()
+    answer = json.loads(shown)
+    assert [Path(p["image"]).name for p in answer["predictions"]] == sorted(good)
+    bad = {Path(of["image"]).name: of["reason"] for of in answer["failed"]}
+    assert set(bad) == {"gone.png", "half.png", "photo.png", "pipe.png"}
+    assert bad["pipe.png"] == "is a named pipe"
+    assert "4 of 6 images cannot be used." in said
+    assert all(name in said for name in bad)
+    assert fedkn(*arguments) == 1
+    shown, _ = capsys.readouterr()
+    assert "caf\\udce9.png" in "".join(shown.split())
+    assert "[red]\\x1b[2J.png" in "".join(shown.split())
+    assert "\x1b" not in shown
 
 
 def test_bad_programs(

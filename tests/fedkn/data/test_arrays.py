@@ -1,9 +1,13 @@
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedkn.data.sources import load
 from fedkn.errors import UserError
@@ -83,7 +87,7 @@ def _with_nan() -> np.ndarray:
         ({"images": _IMAGES[:, 0, 0], "labels": _LABELS}, r"\(N, H, W\)"),
         ({"images": _IMAGES[:, :3], "labels": _LABELS}, "ambiguous"),
         ({"images": _IMAGES, "labels": _LABELS / 1.0}, "integers"),
-        ({"images": _IMAGES, "labels": _LABELS - 1}, r"0\.\.2, found -1"),
+        ({"images": _IMAGES, "labels": _LABELS - 1}, r"'labels' holds -1 \(first at index 0\)"),
         ({"images": _IMAGES, "labels": _LABELS * 0}, "one class"),
         ({"images": _IMAGES[:0], "labels": _LABELS[:0]}, "no training images|one class"),
         ({"images": _IMAGES, "labels": _LABELS, "classes": np.arange(4)}, "array of text"),
@@ -121,15 +125,6 @@ def test_damaged_file(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
         load("arrays", path)
 
 
-def test_header_that_claims_absurd_sizes(tmp_path: Path) -> None:
-    path = _saved(tmp_path, images=_IMAGES, labels=_LABELS)
-    with zipfile.ZipFile(path, "w") as archive, archive.open("images.npy", "w") as member:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (10**15, 28, 28)}
-        np.lib.format.write_array_header_1_0(member, header)
-    with pytest.raises(UserError, match="not an intact"):
-        load("arrays", path)
-
-
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -139,6 +134,150 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pickle"):
         load("arrays", path)
     assert not (tmp_path / "sprung").exists()
+
+
+_NEEDED = {"images": _IMAGES, "labels": _LABELS}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.where(_LABELS == 3, 300_000_000, _LABELS), r"[45] different numbers up to 300000000"),
+        (np.where(_LABELS == 3, -1, _LABELS).astype(np.uint32), "4294967295.*-1 stored as uint32"),
+        (np.where(_LABELS == 3, -1, _LABELS).astype(np.uint64), "-1 stored as uint64"),
+        (
+            np.where(_LABELS == 3, -1, _LABELS).astype(np.uint8),
+            "up to 255, which is -1 stored as uint8",
+        ),
+        (_LABELS + 1, r"from 1 to 4, and none is 0.*subtract 1"),
+        (np.where(_LABELS == 3, -7, _LABELS), r"holds -7 \(first at index 3\)"),
+        (_LABELS.astype(np.float32), r"integers, got float32: store labels\.astype"),
+        (np.where(_LABELS == 3, np.nan, _LABELS), "nan is no label"),
+        (_LABELS + 0.5, "0.5 is no label"),
+        (_LABELS == 1, "got bool"),
+        (_LABELS[:, None], r"got \(20, 1\): give labels\.ravel"),
+        (np.eye(4, dtype=np.int64)[_LABELS], r"labels\.argmax\(1\)"),
+        (np.array(["a", "b"] * 10), "'classes'"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("part", ["labels", "test_labels"])
+def test_labels_that_are_none(labels: np.ndarray, message: str, part: str, tmp_path: Path) -> None:
+    arrays = dict(_NEEDED, **({} if part == "labels" else {"test_images": _IMAGES}))
+    if part == "test_labels" and "none is 0" in message:
+        # The two parts together decide which classes there are.
+        arrays["labels"] = labels
+    path = _saved(tmp_path, **(arrays | {part: labels}))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=message) as caught:
+        load("arrays", path)
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_beyond_the_names_of_classes(tmp_path: Path) -> None:
+    labels = np.where(_LABELS == 3, -1, _LABELS).astype(np.uint8)
+    path = _saved(tmp_path, images=_IMAGES, labels=labels, classes=np.array(["a", "b", "c", "d"]))
+    with pytest.raises(
+        UserError, match=r"0\.\.3, because 'classes' has 4.*255.*-1 stored as uint8"
+    ):
+        load("arrays", path)
+
+
+def test_a_gap_is_a_class_without_an_image_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = np.where(_LABELS == 3, 5, _LABELS)
+    source = load("arrays", _saved(tmp_path, images=_IMAGES, labels=labels))
+    assert source.train.classes == ("0", "1", "2", "3", "4", "5")
+    assert source.notes == ("no training image of 2 of 6 classes: 3, 4",)
+    assert source.notes[0] in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["a", "b", "a", "d"], "classes 0 and 2 are both called 'a'"),
+        (["a", " ", "b", "c"], "class 1 has no name"),
+        (["a", "b\udcff", "c", "d"], "class 1, .*is no text"),
+    ],
+)
+def test_names_of_classes_that_are_none(classes: list[str], message: str, tmp_path: Path) -> None:
+    path = _saved(tmp_path, **_NEEDED, classes=np.array(classes))
+    with pytest.raises(UserError, match=message):
+        load("arrays", path)
+
+
+def test_other_names_are_told_what_was_found(tmp_path: Path) -> None:
+    # As in Keras' mnist.npz.
+    path = _saved(
+        tmp_path, x_train=_IMAGES, y_train=_LABELS.astype(np.uint8), **{"x\x1b[2J": np.array([{}])}
+    )
+    with pytest.raises(UserError) as caught:
+        load("arrays", path)
+    said = str(caught.value)
+    assert "no array 'images'" in said
+    assert "x_train uint8 (20, 6, 5, 3), y_train uint8 (20,)" in said
+    assert "(no plain array)" in said
+    assert said.isprintable()
+
+
+def test_a_declared_size_that_is_not_there_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, shape in (("images", (10**15, 28, 28)), ("labels", (10**15,))):
+            with archive.open(f"{name}.npy", "w") as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+    with pytest.raises(
+        UserError, match=r"declared as uint8 \(1000000000000000, 28, 28\), but has 0"
+    ):
+        load("arrays", path)
+
+
+def test_arrays_that_would_not_fit_into_memory_are_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Zeros: a bomb of 20 kB that is 20 MB.
+    np.savez_compressed(
+        tmp_path / "data.npz", images=np.zeros((20, 1000, 1000), np.uint8), labels=_LABELS
+    )
+    free = psutil.virtual_memory()._replace(available=10_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"0\.0 GB of arrays.*memory"):
+        load("arrays", tmp_path / "data.npz")
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    places=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=4),
+    bits=st.integers(1, 255),
+    cut=st.booleans(),
+)
+def test_whatever_is_damaged_is_one_line(
+    places: list[float], bits: int, cut: bool, tmp_path: Path
+) -> None:
+    path = _saved(tmp_path, images=_IMAGES[:, :, :, 0], labels=_LABELS)
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[int(place * len(content))] ^= bits
+    path.write_bytes(content[: int(places[0] * len(content))] if cut else content)
+    said, source = "", None
+    try:
+        source = load("arrays", path)
+    except UserError as error:
+        said = str(error)
+    assert said.isprintable()
+    if source is not None:
+        # What is neither the arrays nor their sums, such as a date, may change.
+        images = np.concatenate([source.train.images.numpy(), source.test.images.numpy()])
+        assert sorted(map(bytes, images)) == sorted(map(bytes, _IMAGES[:, None, :, :, 0]))
 
 
 def test_no_such_file(tmp_path: Path) -> None:

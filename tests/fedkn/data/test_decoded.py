@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedkn.data.decoded import CACHE_FOLDER, Decoded, load_decoded
 from fedkn.errors import UserError
@@ -37,11 +39,11 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_written_once_then_mapped(root: Path) -> None:
-    assert np.array_equal(load_decoded(root, "native", "k", _decode).numpy(), _PIXELS)
-    mapped = load_decoded(root, "native", "k", _never)
+    assert np.array_equal(load_decoded(root, "native", "k", _decode).images.numpy(), _PIXELS)
+    mapped = load_decoded(root, "native", "k", _never).images
     assert np.array_equal(mapped.numpy(), _PIXELS)
     mapped.zero_()
-    assert np.array_equal(load_decoded(root, "native", "k", _never).numpy(), _PIXELS)
+    assert np.array_equal(load_decoded(root, "native", "k", _never).images.numpy(), _PIXELS)
 
 
 def test_a_new_key_replaces_the_old_file_of_its_variant_only(root: Path) -> None:
@@ -55,7 +57,7 @@ def test_a_new_key_replaces_the_old_file_of_its_variant_only(root: Path) -> None
 def test_damaged_file_is_decoded_anew(content: bytes, root: Path) -> None:
     load_decoded(root, "native", "k", _decode)
     (root / CACHE_FOLDER / "native-k.npy").write_bytes(content)
-    assert np.array_equal(load_decoded(root, "native", "k", _decode).numpy(), _PIXELS)
+    assert np.array_equal(load_decoded(root, "native", "k", _decode).images.numpy(), _PIXELS)
     load_decoded(root, "native", "k", _never)
 
 
@@ -63,7 +65,49 @@ def test_cut_file_is_decoded_anew(root: Path) -> None:
     load_decoded(root, "native", "k", _decode)
     path = root / CACHE_FOLDER / "native-k.npy"
     os.truncate(path, path.stat().st_size - 1)
-    assert np.array_equal(load_decoded(root, "native", "k", _decode).numpy(), _PIXELS)
+    assert np.array_equal(load_decoded(root, "native", "k", _decode).images.numpy(), _PIXELS)
+
+
+def test_left_out_images_are_remembered(root: Path) -> None:
+    def decode() -> Decoded:
+        left_out: dict[int, str] = {}
+
+        def chunks() -> Iterator[np.ndarray]:
+            yield _PIXELS[:6]
+            left_out.update({7: "is damaged", 6: "is empty"})
+            yield _PIXELS[8:]
+
+        return Decoded(_PIXELS.shape, chunks(), left_out)
+
+    for how in (decode, _never):
+        mapped = load_decoded(root, "native", "k", how)
+        assert mapped.left_out == {6: "is empty", 7: "is damaged"}
+        assert np.array_equal(mapped.images.numpy(), _PIXELS[[0, 1, 2, 3, 4, 5, 8, 9]])
+    # It is an .npy file that others can read.
+    (path,) = (root / CACHE_FOLDER).glob("*.npy")
+    assert np.array_equal(np.load(path, mmap_mode="r"), _PIXELS[[0, 1, 2, 3, 4, 5, 8, 9]])
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(place=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255), cut=st.booleans())
+def test_any_damage_is_noticed_said_and_mended(
+    place: float, bits: int, cut: bool, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_decoded(root, "native", "k", _decode)
+    path = root / CACHE_FOLDER / "native-k.npy"
+    content = bytearray(path.read_bytes())
+    index = int(place * len(content))
+    if cut:
+        del content[index:]
+    else:
+        content[index] ^= bits
+    path.write_bytes(content)
+    caplog.clear()
+    assert np.array_equal(load_decoded(root, "native", "k", _decode).images.numpy(), _PIXELS)
+    assert [record.getMessage().count("is damaged") for record in caplog.records] == [1]
+    load_decoded(root, "native", "k", _never)
 
 
 def test_unwritable_root_uses_the_users_cache(root: Path, cache_home: Path) -> None:
@@ -105,7 +149,7 @@ def test_failure_leaves_nothing_behind(root: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         load_decoded(root, "native", "k", lambda: Decoded(_PIXELS.shape, chunks()))
     assert [path.name for path in (root / CACHE_FOLDER).iterdir()] == ["lock"]
-    assert np.array_equal(load_decoded(root, "native", "k", _decode).numpy(), _PIXELS)
+    assert np.array_equal(load_decoded(root, "native", "k", _decode).images.numpy(), _PIXELS)
 
 
 _WORKER = textwrap.dedent(
@@ -125,7 +169,7 @@ _WORKER = textwrap.dedent(
                 time.sleep(pause)
         return Decoded((8, 1, 3, 3), chunks())
 
-    images = load_decoded(root, "native", "k", decode)
+    images = load_decoded(root, "native", "k", decode).images
     print(images[:, 0, 0, 0].tolist())
     """
 )
@@ -151,5 +195,5 @@ def test_a_killed_process_is_cleaned_up_after(root: Path) -> None:
     worker.send_signal(signal.SIGKILL)
     worker.communicate()
     assert not list(root.rglob("*.npy"))
-    assert np.array_equal(load_decoded(root, "native", "k", _decode).numpy(), _PIXELS)
+    assert np.array_equal(load_decoded(root, "native", "k", _decode).images.numpy(), _PIXELS)
     assert not list(root.rglob("partial-*"))

@@ -1,13 +1,18 @@
 import os
+import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fedkn.data.decoded import CACHE_FOLDER
+from fedkn.data.decoded import CACHE_FOLDER, Decoded
+from fedkn.data.decoding import decode_files
 from fedkn.data.sources import load
+from fedkn.data.split import stratified_split
 from fedkn.errors import UserError
 
 
@@ -176,6 +181,207 @@ def test_hidden_and_foreign_files_are_no_images(parts: Path) -> None:
     assert np.bincount(source.train.labels).tolist() == [4, 3]
 
 
+@pytest.mark.parametrize(
+    "name", [None, ".gitkeep", ".DS_Store", "._0.png", "desktop.ini", "Thumbs.db", ".deep/0.png"]
+)
+def test_a_class_folder_with_hidden_files_alone_is_empty(name: str | None, parts: Path) -> None:
+    for part in ("train", "test"):
+        (parts / part / "newt").mkdir()
+        if name:
+            path = parts / part / "newt" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"")
+    source = load("image_folder", parts)
+    assert source.train.classes == ("cat", "dog", "newt")
+    assert source.notes == ("no training image of 1 of 3 classes: newt",)
+
+
+def test_what_systems_leave_behind_is_no_class_and_holds_no_images(parts: Path) -> None:
+    left = ("__MACOSX", "lost+found", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
+    for name in left:
+        _save(parts / "train" / name / "0.png", _picture(0))
+        _save(parts / name / "0.png", _picture(0))
+    # A thumbnail, as Synology makes one of every picture.
+    _save(parts / "train" / "cat" / "@eaDir" / "0.png" / "thumb.png", _picture(0))
+    _save(parts / "train" / "cat" / "__MACOSX" / "0.png", _picture(0))
+    source = load("image_folder", parts)
+    assert source.train.classes == ("cat", "dog")
+    assert len(source.train) == 6
+    assert source.notes == ()
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAIN", "testing"), ("Training", "VAL")])
+def test_parts_may_be_spelt_otherwise(names: tuple[str, str], parts: Path) -> None:
+    expected = load("image_folder", parts)
+    for old, new in zip(("train", "test"), names, strict=True):
+        (parts / old).rename(parts / new)
+    source = load("image_folder", parts)
+    assert source.train.images.equal(expected.train.images)
+    assert source.test.images.equal(expected.test.images)
+    assert not source.held_out
+    took_val = names[1] == "VAL"
+    assert [note for note in source.notes if "there is no test/" in note] == (
+        ["the test images are those of VAL/, because there is no test/"] if took_val else []
+    )
+
+
+def test_a_part_twice_is_refused_and_val_beside_test_is_named(parts: Path) -> None:
+    _save(parts / "val" / "cat" / "0.png", _picture(0))
+    (note,) = load("image_folder", parts).notes
+    assert "val/ is not used" in note
+    _save(parts / "Train" / "cat" / "0.png", _picture(0))
+    with pytest.raises(UserError, match=r"both Train/ and train/"):
+        load("image_folder", parts)
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    # As one of CIFAR-100 is.
+    for label, name in enumerate(("bus", "train", "test")):
+        for number in range(5):
+            _save(tmp_path / "data" / name / f"{number}.png", _picture(10 * label + number))
+    assert load("image_folder", tmp_path / "data").train.classes == ("bus", "test", "train")
+
+
+def test_parts_without_classes_are_no_classes(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        _save(tmp_path / "data" / name / "0.png", _picture(0))
+    with pytest.raises(UserError, match="train must hold one folder for each class"):
+        load("image_folder", tmp_path / "data")
+
+
+def test_what_is_passed_over_is_named(parts: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (parts / "extra").mkdir()
+    _save(parts / "train" / "loose.png", _picture(0))
+    for number in range(3):
+        (parts / "train" / "cat" / f"{number}.heic").write_bytes(b"x")
+    notes = load("image_folder", parts).notes
+    assert any("extra" in note for note in notes)
+    assert any("loose.png" in note for note in notes)
+    assert any(".heic: 3" in note for note in notes)
+    assert all(note in caplog.text for note in notes)
+
+
+def _odd(root: Path) -> dict[str, str]:
+    """Put beside the good files every kind of bad one; return what is wrong with each."""
+    folder = root / "train" / "cat"
+    good = (folder / "0.png").read_bytes()
+    (folder / "cut.png").write_bytes(good[: len(good) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "postscript.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    Image.fromarray(np.zeros((4, 6), dtype=np.uint16)).save(folder / "deep.png")
+    # 100 million pixels in a few kilobytes.
+    Image.new("1", (10_000, 10_000)).save(folder / "huge.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "nowhere.png").symlink_to(root / "nowhere")
+    (folder / "folder.png").symlink_to(root)
+    with socket.socket(socket.AF_UNIX) as bound:
+        here = Path.cwd()
+        os.chdir(folder)  # the address of a socket is short
+        bound.bind("socket.png")
+        os.chdir(here)
+    return {
+        "cut.png": "damaged|cannot be read",
+        "empty.png": "is empty",
+        "postscript.png": "none of PNG, JPEG",
+        "deep.png": "8 bits",
+        "huge.png": "89,478,485 pixels",
+        "pipe.png": "a named pipe",
+        "device.png": "a device",
+        "loop.png": "symbolic links",
+        "nowhere.png": "No such file",
+        "folder.png": "a folder",
+        "socket.png": "a socket",
+    }
+
+
+@pytest.mark.filterwarnings("error")
+def test_all_bad_files_are_named_at_once_and_can_be_left_out(
+    parts: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = load("image_folder", parts)
+    odd = _odd(parts)
+    with pytest.raises(
+        UserError, match=r"11 of 19 image files.*and 1 more.*skip_damaged"
+    ) as caught:
+        load("image_folder", parts)
+    said = str(caught.value)
+    assert said.isprintable()
+    assert sum(bool(re.search(rf"{name} [^/]*({why})", said)) for name, why in odd.items()) == 10
+    for _ in range(2):  # decoded, then from the cache
+        source = load("image_folder", parts, skip_damaged=True)
+        assert source.train.images.equal(expected.train.images)
+        assert source.train.labels.equal(expected.train.labels)
+        assert source.test.images.equal(expected.test.images)
+        (note,) = source.notes
+        assert "left out: 11 of 19 image files" in note
+        assert note in caplog.text
+    # The cache was written by one who left them out.
+    with pytest.raises(UserError, match="11 of 19 image files"):
+        load("image_folder", parts)
+
+
+def test_a_folder_of_bad_files_alone(parts: Path) -> None:
+    for path in parts.rglob("*.png"):
+        path.write_bytes(b"hello")
+    with pytest.raises(UserError, match="8 of 8 image files cannot be used"):
+        load("image_folder", parts, skip_damaged=True)
+
+
+def test_a_file_that_is_too_large_is_not_read(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedkn.data.decoding._MOST_BYTES", 2**20)
+    with (parts / "train" / "cat" / "0.png").open("ab") as file:
+        file.truncate(2**20 + 1)
+    with pytest.raises(UserError, match="more than 1 MiB"):
+        load("image_folder", parts)
+
+
+def test_limits_choose_before_they_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "data"
+    for label, name in enumerate("abc"):
+        for number in range(20):
+            _save(root / name / f"{number}.png", _picture(100 * label + number))
+    whole = load("image_folder", root)
+    asked: list[str] = []
+
+    def decode(paths: list[str], *arguments: Any, **options: Any) -> Decoded:
+        asked.extend(paths)
+        return decode_files(paths, *arguments, **options)
+
+    monkeypatch.setattr("fedkn.data.folder.decode_files", decode)
+    for _ in range(2):
+        part = load("image_folder", root, train_limit=9, test_limit=6)
+        assert len(asked) == 15
+        for name, data, all_data, limit in (
+            ("train", part.train, whole.train, 9),
+            ("test", part.test, whole.test, 6),
+        ):
+            # As it was chosen when all were decoded.
+            fraction = limit / len(all_data)
+            _, chosen = stratified_split(all_data.labels, fraction, 0, f"limit-{name}")
+            assert data.images.equal(all_data.images[chosen])
+            assert data.labels.equal(all_data.labels[chosen])
+    # The caches lie side by side.
+    assert len(load("image_folder", root).train) == 48
+    assert len(asked) == 15
+
+
+def test_names_that_are_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = os.fsencode(tmp_path / "data")
+    for label, name in enumerate((b"caf\xe9", "thé".encode())):
+        for number in range(5):
+            path = Path(os.fsdecode(b"%s/%s/\xff%d.png" % (root, name, number)))
+            _save(path, _picture(10 * label + number))
+    for _ in range(2):
+        source = load("image_folder", tmp_path / "data")
+        assert source.train.classes == ("caf\\xe9", "thé")
+        assert np.bincount(source.train.labels).tolist() == [4, 4]
+    (tmp_path / "data" / "caf\\xe9").mkdir()
+    with pytest.raises(UserError, match="both read"):
+        load("image_folder", tmp_path / "data")
+
+
 def test_a_device_may_lack_a_class(parts: Path) -> None:
     (parts / "train" / "newt").mkdir()
     source = load("image_folder", parts)
@@ -237,10 +443,10 @@ def _dangling(root: Path) -> None:
         (_strange_test_class, "lacks: cow"),
         (_empty, "no images"),
         (_foreign, "cat holds files but no images"),
-        (_broken, r"cannot decode .*1\.png"),
-        (_not_an_image, r"cannot decode .*1\.png"),
+        (_broken, r"1 of 8 image files cannot be used: .*1\.png (is damaged|cannot be read)"),
+        (_not_an_image, r"cannot be used: .*1\.png is damaged, or is none of PNG"),
         (_deep, "8 bits"),
-        (_dangling, r"cannot read .*7\.png"),
+        (_dangling, r"7\.png cannot be read: No such file"),
     ],
 )
 def test_unfit_folders(change: Callable[[Path], None], message: str, parts: Path) -> None:

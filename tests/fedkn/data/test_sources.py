@@ -9,7 +9,24 @@ import torch
 from sklearn.datasets import load_digits as sklearn_digits
 
 from fedkn.data.sources import load, names
+from fedkn.data.split import stratified_split
 from fedkn.errors import UserError
+
+
+@pytest.mark.parametrize("limits", [(100, 40), (0, 40), (5000, 0)])
+def test_limits_draw_a_stratified_part(limits: tuple[int, int]) -> None:
+    whole = load("digits")
+    part = load("digits", train_limit=limits[0], test_limit=limits[1])
+    for name, limit, data, all_data in (
+        ("train", limits[0], part.train, whole.train),
+        ("test", limits[1], part.test, whole.test),
+    ):
+        size = min(limit, len(all_data)) or len(all_data)
+        assert len(data) == size
+        if size < len(all_data):
+            fraction = size / len(all_data)
+            _, chosen = stratified_split(all_data.labels, fraction, 0, f"limit-{name}")
+            assert data.images.equal(all_data.images[chosen])
 
 
 def test_names_start_with_the_embedded_source() -> None:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import json
+import re
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.images import ImageData
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
@@ -49,3 +54,65 @@ def test_what_is_strange_is_refused_naming_both_lists():
 def test_other_shapes_are_refused(shape, named):
     with pytest.raises(UserError, match=named):
         WANTED.conformed(images(NAMES, [0], shape))
+
+
+def told(**changes) -> DataSummary:
+    data = images(NAMES, [0, 1, 2, 3, 4, 0])
+    settings = {
+        "classes": NAMES,
+        "shape": (2, 3, 4),
+        "mean": (0.25, 1 / 3),
+        "deviation": (0.5, 0.125),
+        "fingerprint": Fingerprint.of(data, data.select(np.arange(2)), data),
+    }
+    return DataSummary(**(settings | changes))
+
+
+@pytest.mark.parametrize("summary", [told(), WANTED])
+def test_a_summary_comes_back_from_its_record(summary):
+    record = json.loads(json.dumps(summary.to_record()))
+    assert DataSummary.from_record(record) == summary
+    assert DataSummary.from_record(summary.to_record()) == summary
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": None},
+        {"classes": ["a", 2]},
+        {"shape": [2, 3]},
+        {"shape": [2, 3, True]},
+        {"mean": [0.5]},
+        {"fingerprint": {}},
+        {"fingerprint": "none"},
+    ],
+)
+def test_what_is_no_record_is_refused(changes):
+    with pytest.raises(ValueError, match=r"it|fingerprint"):
+        DataSummary.from_record(told().to_record() | changes)
+
+
+def test_changes_are_named():
+    renamed = told(classes=("ape", "bee", "dog", "cat", "eel"))
+    assert told().changes(renamed) == [
+        "class names (ape, bee, cat, dog, eel; now ape, bee, dog, cat, eel)"
+    ]
+    assert told().changes(told(shape=(2, 4, 3))) == ["shape of the images (2x3x4, now 2x4x3)"]
+    other = images(NAMES, [0, 1, 2, 3, 4, 1])
+    relabelled = Fingerprint.of(other, other.select(np.arange(2)), other)
+    assert told().changes(told(fingerprint=relabelled)) == ["labels"]
+    # Nothing is said of what nobody told, nor of figures that follow from the images.
+    assert told().changes(told(fingerprint=None, mean=(), deviation=())) == []
+
+
+def test_names_from_outside_are_shown_on_one_line():
+    (found,) = told().changes(told(classes=("ape\n\x1b[31m", *NAMES[1:])))
+    assert "\n" not in found
+    assert "\x1b" not in found
+
+
+def test_the_identity_tells_data_apart():
+    assert told().identity == told(mean=(), deviation=()).identity
+    others = [told(classes=NAMES[::-1]), told(shape=(2, 4, 3)), told(fingerprint=None)]
+    assert len({one.identity for one in (told(), *others)}) == 4
+    assert re.fullmatch("[0-9a-f]{12}", told().identity)

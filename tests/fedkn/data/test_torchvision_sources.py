@@ -10,6 +10,8 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedkn.data.sources import load
 from fedkn.data.vision import import_torchvision
@@ -109,6 +111,32 @@ def test_damaged_idx_file(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(UserError, match=r"cannot read 'mnist' in .*MNIST/raw.*--download"):
         load("mnist", tmp_path)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.sampled_from(["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]),
+    places=st.lists(st.integers(0, 16), min_size=1, max_size=4),
+    bits=st.integers(1, 255),
+    keep=st.floats(0, 4),
+)
+def test_whatever_is_damaged_is_one_line(
+    name: str, places: list[int], bits: int, keep: float, tmp_path: Path
+) -> None:
+    folder = tmp_path / "MNIST" / "raw"
+    _write_idx_source(folder, ("train", "t10k"), 10)
+    content = bytearray((folder / name).read_bytes())
+    for place in places:
+        content[place] ^= bits
+    (folder / name).write_bytes(content[: int(keep * len(content))] if keep < 1 else content)
+    said = ""
+    try:
+        load("mnist", tmp_path)
+    except UserError as error:
+        said = str(error)
+    assert said.isprintable()
 
 
 def test_images_and_labels_of_different_length(tmp_path: Path) -> None:

@@ -109,6 +109,18 @@ def test_the_original_is_left_alone_and_weights_are_kept():
 
 
 @pytest.mark.parametrize("name", normalizers.names())
+def test_global_random_state_is_left_alone(name):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    source = conv_bn()
+    torch.manual_seed(5)
+    models.convert(source, normalizers.create(name))
+    models.fold_batch_norm(source)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("name", normalizers.names())
 def test_every_normalizer_and_its_rule(name):
     normalizer = normalizers.create(name)
     model, report = models.convert(conv_bn(nn.Conv2d(6, 4, 1), nn.GroupNorm(2, 4)), normalizer)
@@ -323,7 +335,9 @@ def test_weights_that_are_computed():
     model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4))
     assert "its weight is computed" in reasons(model)["0"]
     model(torch.randn(2, 4, 3, 3))
-    with pytest.raises(UserError, match="remove_spectral_norm"):
+    assert "its weight is computed" in reasons(model)["0"]
+    model.last = [model(torch.randn(2, 4, 3, 3))]
+    with pytest.raises(UserError, match="cannot be copied"):
         models.convert(model, KERNEL)
 
 

@@ -58,13 +58,30 @@ class Fickle(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        return self.scale * x.mean((2, 3)) + torch.rand(x.shape[1])
+        return self.scale * x.mean((2, 3)) + float(torch.compiler.is_compiling())
 
 
 def test_a_file_with_other_outputs_is_not_written(tmp_path):
     with pytest.raises(FedknError, match="differ"):
         export(Fickle(), torch.randn(2, 1, 4, 4), tmp_path / "net.pt2", to="pt2")
     assert not list(tmp_path.iterdir())
+
+
+class Noisy(Fickle):
+    def forward(self, x):
+        return self.scale * x.mean((2, 3)) + torch.rand(x.shape[1])
+
+
+@pytest.mark.parametrize("model", [Noisy, lambda: Always(0.5)])
+def test_a_model_whose_evaluation_is_random_is_refused(model, tmp_path):
+    with pytest.raises(UserError, match="another output each time"):
+        export(model(), torch.rand(2, 1, 4, 4), tmp_path / "net.pt2", to="pt2")
+    assert not list(tmp_path.iterdir())
+
+
+class Always(nn.Dropout):
+    def forward(self, x):
+        return nn.functional.dropout(x.flatten(1), self.p, training=True)
 
 
 def test_bad_input(tmp_path, monkeypatch):

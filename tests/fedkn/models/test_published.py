@@ -3,6 +3,8 @@ import re
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedkn import models, normalizers
 from fedkn.errors import UserError
@@ -104,6 +106,50 @@ def test_files_that_cannot_be_read_safely(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list"):
         models.load_published_weights(model, tmp_path / "list.pth")
+
+
+@pytest.fixture(scope="module")
+def published_files(tmp_path_factory):
+    """One checkpoint in both of PyTorch's formats."""
+    folder = tmp_path_factory.mktemp("published")
+    tensors = {"model": checkpoint(knresnet(width=4), 18)}
+    torch.save(tensors, folder / "zip.pth")
+    torch.save(tensors, folder / "legacy.pth", _use_new_zipfile_serialization=False)
+    return {path.stem: path.read_bytes() for path in folder.iterdir()}
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    kind=st.sampled_from(["zip", "legacy"]),
+    # What describes the tensors stands at the beginning and at the end.
+    flips=st.dictionaries(
+        st.integers(-8000, 3000) | st.integers(-300, 300), st.integers(1, 255), max_size=4
+    ),
+    keep=st.floats(0, 4),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_is_damaged_is_one_line(kind, flips, keep, published_files, tmp_path):
+    content = bytearray(published_files[kind])
+    for place, bits in flips.items():
+        content[place] ^= bits
+    path = tmp_path / "damaged.pth"
+    path.write_bytes(content[: int(keep * len(content))] if keep < 1 else content)
+    said = ""
+    try:
+        models.load_published_weights(knresnet(width=4), path)
+    except UserError as error:
+        said = str(error)
+    assert said.isprintable()
+
+
+def test_a_flipped_bit_of_a_weight_is_noticed(published_files, tmp_path):
+    content = bytearray(published_files["zip"])
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"the checksum of .* does not match"):
+        models.load_published_weights(knresnet(width=4), tmp_path / "flipped.pth")
 
 
 def test_tensors_that_cannot_be_weights_are_named():

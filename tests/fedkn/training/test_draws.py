@@ -7,7 +7,7 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -253,17 +253,25 @@ def _second_round(
     return results
 
 
+@pytest.fixture(scope="module")
+def workers() -> Iterator[concurrent.futures.Executor]:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+        yield pool
+
+
+@pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize("kind", ["vgg", "depth"])
-def test_one_worker_two_workers_and_a_resume_agree(kind: str, torchvision: object) -> None:
+def test_one_worker_two_workers_and_a_resume_agree(
+    kind: str, workers: concurrent.futures.Executor
+) -> None:
     """Networks of torchvision's parts with dropout and stochastic depth."""
     workspace = Workspace(_with_depth(kind))
     updates = [after(workspace, replace(TASK, client=client)) for client in (0, 1)]
     received = {name: value.numpy() for name, value in updates[1].items()}
     together = _second_round(kind, received, [0, 1])
     assert any((together[0][n] != together[1][n]).any() for n in received)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        tasks = [pool.submit(_second_round, kind, received, [client]) for client in (1, 0)]
-        apart = tasks[0].result() | tasks[1].result()
+    tasks = [workers.submit(_second_round, kind, received, [client]) for client in (1, 0)]
+    apart = tasks[0].result() | tasks[1].result()
     for client in (0, 1):
         assert all((together[client][n] == apart[client][n]).all() for n in received)

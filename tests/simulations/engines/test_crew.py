@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
 import psutil
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from fedkn.config import ExperimentConfig
-from fedkn.experiment import build_model
+from fedkn.experiment import build_model, federated_data
 from fedkn.federation import (
     ARRAYS,
     CONFIG,
@@ -24,10 +27,12 @@ from fedkn.federation import (
     STATE_ROUND,
     tensors_to_arrays,
 )
+from server.run_data import DataChanged
 from simulations.engines import crew as crew_module
 from simulations.engines.crew import Crew
 from simulations.engines.host import FIRST_NODE, Answer, Request
 from simulations.engines.local_host import host_of
+from tests.server.fake_grid import small
 
 
 @pytest.fixture
@@ -127,3 +132,27 @@ def test_workers_end_with_their_parent() -> None:
         worker = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
     assert not psutil.wait_procs([worker], timeout=20)[1]
+
+
+def test_a_worker_that_finds_other_data_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads them anew: what it trains would depend on which clients it happens to take."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    root = tmp_path / "a.npz"
+    np.savez(root, images=images, labels=np.arange(60) % 3)
+    experiment = small(data__source="arrays", data__root=str(root), partition__minimum=2)
+    federated_data(experiment)
+    np.savez(root, images=images, labels=np.arange(60) // 20)
+    monkeypatch.setattr(crew_module, "PATIENCE", 0.0)
+    crew = Crew(host_of(experiment, together=False), (experiment, False), 2)
+    try:
+        with pytest.raises(DataChanged, match="this run was begun: labels"):
+            _answer_for_ever(crew, experiment)
+    finally:
+        crew.close()
+
+
+def _answer_for_ever(crew: Crew, experiment: ExperimentConfig) -> NoReturn:
+    while True:
+        crew.answer(_requests(experiment))

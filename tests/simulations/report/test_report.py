@@ -1,8 +1,11 @@
 """Reports of whole, partial and broken runs: complete, honest, self-contained, valid."""
 
+import dataclasses
+import html as html_
 import io
 import json
 import math
+import os
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -15,6 +18,7 @@ from rich.console import Console
 from scipy import stats
 
 from fedkn.errors import UserError
+from fedkn.text import printable
 from simulations.report import build_report, summary_dict, summary_table
 from simulations.run_folder import RunFolder
 from tests.simulations.report.synthetic import Synthetic
@@ -315,6 +319,50 @@ def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
     text = build_report(run.folder).read_text()
     assert "<script" not in text
     assert "&lt;script&gt;" in text
+
+
+# Mathematics and its end, a page's script, markup, a terminal's commands, bytes that are no UTF-8.
+HOSTILE = [
+    "$",
+    "$\\frac{",
+    "a$b$",
+    "<script>alert(1)</script>",
+    "</svg>",
+    "x\n\x1b[2J",
+    "\udcff日本",
+]
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_outside_are_plain_text_everywhere(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9 <b>")
+    normalizers = ("kernel", "</table>[/red]")
+    run = Synthetic(path, normalizers=normalizers, batch_sizes=(2,), seeds=3)
+    run.write_extras()
+    run.write_cells()
+    tables = [
+        dataclasses.replace(
+            table,
+            classes=HOSTILE,
+            counts=[row[: len(HOSTILE)] for row in table.counts],
+            notes=["no training image of <i>\x07</i>"],
+        )
+        for table in run.folder.partitions()
+    ]
+    run.folder.write_partitions(tables)
+    build_report(run.folder)
+    text = (path / "report.html").read_text(encoding="utf-8")
+    assert all(c.isprintable() or c in "\n" for c in text)
+    assert "<script" not in text
+    assert "<b>" not in text
+    assert "caf\\udce9 &lt;b&gt;" in text
+    assert "no training image of &lt;i&gt;\\x07&lt;/i&gt;" in text
+    shown = [html_.escape(printable(name, 14), quote=False) for name in HOSTILE]
+    picture = text[text.index('<figure class="picture">') :]
+    assert [name for name in shown if f">{name}</text>" not in picture] == []
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(summary_table(run.folder))
+    assert "</table>[/red]" in console.export_text()
 
 
 def test_a_report_leaves_matplotlib_as_it_was_and_is_reproducible(

@@ -1,0 +1,80 @@
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fedkn.data.decoding import Header, UnusableImage, decode, header
+
+ROOT = Path(__file__).parents[3]
+_PIXELS = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+_FORMATS = ("png", "jpeg", "bmp", "gif", "ppm", "tiff", "webp")
+
+
+def _encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(_PIXELS).save(buffer, kind)
+    return buffer.getvalue()
+
+
+_ENCODED = {kind: _encoded(kind) for kind in _FORMATS}
+
+
+@pytest.mark.parametrize("kind", _FORMATS)
+def test_formats_that_are_wanted_whatever_the_ending_says(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(_ENCODED[kind])
+    assert header(path) == Header(7, 9, grey=False)
+    expected = Image.open(path).convert("RGB")
+    assert np.array_equal(decode(path, 3, None), np.asarray(expected).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("kind", ["eps", "pdf", "sgi", "tga", "pcx", "ico", "icns", "xbm"])
+def test_no_other_decoder_is_asked(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    picture = Image.fromarray(_PIXELS[..., 0]).convert("1" if kind == "xbm" else "RGB")
+    picture.save(path, kind)
+    with pytest.raises(UnusableImage, match="none of PNG"):
+        header(path)
+
+
+def test_images_are_opened_in_one_place() -> None:
+    packages = ("fedkn", "clients", "server", "simulations")
+    importing = [
+        path.relative_to(ROOT).as_posix()
+        for package in packages
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"\bPIL\b|imread", path.read_text(encoding="utf-8"))
+    ]
+    assert importing == ["fedkn/data/decoding.py"]
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    kind=st.sampled_from(_FORMATS),
+    # Most of what a decoder can stumble over stands at the beginning.
+    places=st.lists(st.integers(0, 60) | st.integers(0, 1000), min_size=1, max_size=6),
+    bits=st.integers(1, 255),
+    keep=st.integers(0, 1000),
+)
+def test_damaged_bytes_raise_nothing_else(
+    kind: str, places: list[int], bits: int, keep: int, tmp_path: Path
+) -> None:
+    content = bytearray(_ENCODED[kind])
+    for place in places:
+        content[place % len(content)] ^= bits
+    path = tmp_path / "damaged.png"
+    path.write_bytes(content[:keep] if keep < len(content) else content)
+    try:
+        found = header(path)
+        pixels = decode(path, 3, (5, 4))
+    except UnusableImage:
+        return
+    assert found.width * found.height <= 89_478_485
+    assert pixels.shape == (3, 4, 5)

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fedkn.data.fingerprint import Fingerprint
+from fedkn.data.images import ImageData
+
+CLASSES = ("cat", "dog", "owl")
+
+
+def images(seed: int, count: int) -> ImageData:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (count, 3, 4, 5), dtype=np.uint8)
+    return ImageData(torch.from_numpy(pixels), torch.from_numpy(rng.integers(0, 3, count)), CLASSES)
+
+
+PARTS = (images(1, 9), images(2, 4), images(3, 5))
+THEN = Fingerprint.of(*PARTS)
+
+
+def changed(which: int, **changes) -> Fingerprint:
+    """Return the fingerprint of `PARTS` with one of them changed."""
+    parts = list(PARTS)
+    own = parts[which]
+    parts[which] = ImageData(
+        changes.get("images", own.images), changes.get("labels", own.labels), CLASSES
+    )
+    return Fingerprint.of(*parts)
+
+
+def naive(digests: list[bytes]) -> str:
+    whole = hashlib.sha256()
+    for digest in digests:
+        whole.update(digest)
+    return whole.hexdigest()
+
+
+def test_every_digest_is_sha256_of_what_the_description_says():
+    own = [
+        [
+            hashlib.sha256(bytes(image.flatten().tolist())).digest()
+            + int(label).to_bytes(8, "little")
+            for image, label in zip(part.images, part.labels, strict=True)
+        ]
+        for part in PARTS
+    ]
+    every = sorted(digest for digests in own for digest in digests)
+    assert [THEN.training, THEN.validation, THEN.test] == [naive(digests) for digests in own]
+    assert THEN.labelled == naive(every)
+    assert THEN.images == naive(sorted(digest[:32] for digest in every))
+    assert THEN.counts == (9, 4, 5)
+
+
+def test_equal_images_have_equal_fingerprints_however_they_lie_in_memory():
+    turned = PARTS[0].images.to(memory_format=torch.channels_last)
+    assert not turned.is_contiguous()
+    assert changed(0, images=turned) == THEN
+    assert THEN.changes(THEN) == []
+
+
+def test_one_pixel_is_noticed_in_every_part():
+    for which, name in enumerate(("training", "validation", "test")):
+        for at in (0, -1):
+            other = PARTS[which].images.clone()
+            other.view(-1)[at] ^= 1
+            assert THEN.changes(changed(which, images=other)) == [f"{name} images"]
+
+
+def test_one_label_is_noticed_in_every_part():
+    for which in range(3):
+        labels = PARTS[which].labels.clone()
+        labels[-1] = (labels[-1] + 1) % 3
+        assert THEN.changes(changed(which, labels=labels)) == ["labels"]
+
+
+def test_labels_that_change_places_are_noticed():
+    """As many of each class as before, and as many in each part."""
+    labels = PARTS[0].labels
+    at = int((labels != labels[0]).nonzero()[0])
+    swapped = labels.clone()
+    swapped[0], swapped[at] = labels[at], labels[0]
+    assert THEN.changes(changed(0, labels=swapped)) == ["labels"]
+
+
+def test_another_order_and_another_division_are_told_from_other_images():
+    order = torch.arange(9).flip(0)
+    (found,) = THEN.changes(
+        changed(0, images=PARTS[0].images[order], labels=PARTS[0].labels[order])
+    )
+    assert found.startswith("order")
+    (found,) = THEN.changes(Fingerprint.of(PARTS[1], PARTS[0], PARTS[2]))
+    assert found.startswith("order")
+
+
+def test_added_and_removed_images_are_counted():
+    assert THEN.changes(Fingerprint.of(PARTS[0].select(np.arange(8)), *PARTS[1:])) == [
+        "training images (9, now 8)"
+    ]
+    assert THEN.changes(Fingerprint.of(PARTS[0], PARTS[1], images(4, 6))) == [
+        "test images (5, now 6)"
+    ]
+
+
+def test_images_alone_are_the_training_images():
+    alone = Fingerprint.of(PARTS[0])
+    assert alone.counts == (9, 0, 0)
+    assert alone.training == THEN.training
+
+
+def test_it_comes_back_from_json():
+    assert Fingerprint.from_json(THEN.to_json()) == THEN
+    assert "\n" not in THEN.to_json()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data.pop("test"),
+        lambda data: data.update(more=1),
+        lambda data: data.update(test="g" * 64),
+        lambda data: data.update(test=7),
+        lambda data: data.update(counts=[1, 2]),
+        lambda data: data.update(counts=[1, 2, True]),
+        lambda data: data.update(counts="abc"),
+    ],
+)
+def test_what_is_no_fingerprint_is_refused(spoil):
+    data = json.loads(THEN.to_json())
+    spoil(data)
+    with pytest.raises(ValueError, match=r"fingerprint|counts|digest"):
+        Fingerprint.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"text"'])
+def test_what_is_no_json_of_ours_is_refused(text):
+    with pytest.raises(ValueError, match=r".+"):
+        Fingerprint.from_json(text)
