@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import click
 import typer
 
+from fedkn import __version__
 from fedkn.errors import FedknError, UserError
 from simulations.commands.bench import bench
 from simulations.commands.compare import compare
@@ -38,6 +40,27 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedkn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Hold what may stand before a command."""
+
+
 for command in (demo, compare, run, resume, report, export, predict, partition, doctor):
     app.command()(command)
 app.add_typer(bench, name="bench")
@@ -92,3 +115,7 @@ def _explained(error: Exception) -> int:
             message = f"{type(error).__name__}: {error} (--debug shows where)"
     click.echo(f"fedkn: {' '.join(message.split())}", err=True)
     return code
+
+
+if __name__ == "__main__":
+    main()

@@ -121,17 +121,13 @@ def _grid(fleet: Fleet, table: Mapping[str, Any], flags: Mapping[str, Any]) -> G
         "partition.clients": fleet.clients,
         "cohort": min(ExperimentConfig().cohort, fleet.clients),
     }
-    grid = GridConfig.resolve(base, table, flags, {"compare.seeds": 1, "compare.workers": 1})
+    grid = GridConfig.single(base, table, flags)
     if grid.partition.clients != fleet.clients:
         raise UserError(
             f"partition.clients = {grid.partition.clients}, but the fleet has {fleet.clients} "
             "devices, each of which is one partition: leave it out"
         )
-    return grid.overlay(
-        compare__normalizers=grid.normalizer.name,
-        compare__batch_sizes=grid.train.batch_size,
-        compare__learning_rates=grid.train.learning_rate,
-    )
+    return grid
 
 
 def _created(fleet: Fleet, grid: GridConfig, name: str | None) -> tuple[GridConfig, RunFolder]:

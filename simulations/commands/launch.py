@@ -43,6 +43,11 @@ def created(grid: GridConfig, command: str, out: Path | None) -> tuple[GridConfi
 
     Raises UserError, having written nothing, for anything that would make the run fail.
     """
+    if grid.evaluation.split != "test":
+        raise UserError(
+            f"evaluation.split = {grid.evaluation.split}: a run measures on test images, and "
+            "searches on validation images, by itself: leave it out"
+        )
     if grid.data.root:
         root = str(Path(grid.data.root).expanduser().resolve())
         grid = grid.overlay(data__root=root)

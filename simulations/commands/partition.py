@@ -67,8 +67,8 @@ def partition(
         seed=seed,
     )
     # No cohort is drawn here: one client always fits.
-    layers = (read_toml(file) if file else {}, flags, {"cohort": 1, "compare.seeds": 1})
-    tables = count_labels(GridConfig.resolve(*layers))
+    layers = (read_toml(file) if file else {}, flags, {"cohort": 1})
+    tables = count_labels(GridConfig.single(*layers))
     save_picture(tables, picture)
     if as_json:
         shown = {"picture": str(picture), "partitions": [asdict(table) for table in tables]}
