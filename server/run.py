@@ -59,18 +59,18 @@ def run_server(grid: Grid, config: ExperimentConfig) -> Outcome:
             checkpoints were written with.
     """
     log = MetricsLog(config.checkpoint.folder, config.checkpoint.cell)
-    started = time.time()
+    started = time.monotonic()
     try:
         outcome = _run(grid, config, log)
     except FedknError as error:
         # The error itself must get through, also where the log is what cannot be written.
         with suppress(LogNotWritten):
-            log.write("end", status="failed", seconds=time.time() - started, error=str(error))
+            log.write("end", status="failed", seconds=time.monotonic() - started, error=str(error))
         raise
     log.write(
         "end",
         status="completed",
-        seconds=time.time() - started,
+        seconds=time.monotonic() - started,
         weights_sha256=outcome.weights_sha256,
     )
     return outcome

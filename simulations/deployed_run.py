@@ -17,6 +17,7 @@ from server.deployment.control import Control, RunState, SuperLinkAway
 from server.deployment.fleet import Fleet
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
+from simulations.metrics_lines import number
 from simulations.run_folder import MetricsTail
 
 __all__ = ["Progress", "run_deployed"]
@@ -58,13 +59,13 @@ class Progress:
             case "round":
                 self.rounds += 1
                 self.round_seconds.append(line["seconds"])
-                self.training += line["train_seconds"] / max(line["updates"], 1)
+                trained = number(line["train_seconds"])
+                self.training += 0.0 if math.isnan(trained) else trained / max(line["updates"], 1)
                 named = {loss["client"] for loss in (*line["refused"], *line["failed"])}
                 for client in named - {None}:
                     self.missing.setdefault(client, []).append(line["round"])
             case "evaluation":
-                accuracy = line["accuracy"]
-                self.accuracy = math.nan if accuracy is None else accuracy
+                self.accuracy = number(line["accuracy"])
             case "end":
                 self.completed = line["status"] == "completed"
                 self.weights_sha256 = line.get("weights_sha256", "")
@@ -158,8 +159,8 @@ def _tell(line: Mapping[str, Any], config: ExperimentConfig, say: Say) -> None:
                 for loss in line[kind]:
                     say(f"  {kind}: client {loss['client']}: {loss['reason']}")
         case "evaluation":
-            accuracy, loss = line["accuracy"], line["loss"]
-            shown = "not finite" if loss is None else f"{loss:.4f}"
+            accuracy, loss = number(line["accuracy"]), number(line["loss"])
+            shown = "not finite" if math.isnan(loss) else f"{loss:.4f}"
             say(f"round {line['round']}/{config.rounds}: accuracy {accuracy:.4f}, loss {shown}")
 
 

@@ -10,7 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter
 
 from fedkn.config import ExperimentConfig, PartitionConfig
 from fedkn.errors import UserError
@@ -35,6 +37,7 @@ __all__ = [
     "write_json",
 ]
 
+ReadT = TypeVar("ReadT")
 Purpose = Literal["search", "result"]
 Status = Literal["completed", "failed", "untrainable", "unfinished"]
 
@@ -175,10 +178,12 @@ class RunFolder:
     @property
     def grid(self) -> GridRecord:
         """experiment.json. Raises UserError if it is damaged."""
-        data = self._read("experiment.json")
+        data = self.read("experiment.json")
         try:
-            return GridRecord(**data)
-        except TypeError:
+            if data.keys() - GridRecord.__dataclass_fields__.keys():
+                raise ValueError
+            return _strictly(GridRecord, data)
+        except ValueError:
             raise UserError(
                 f"'{self.path}' is not a run folder of this fedkn: "
                 "experiment.json has other fields than expected"
@@ -190,7 +195,7 @@ class RunFolder:
 
     def environment(self) -> dict[str, Any]:
         """Return environment.json, empty where it was not written yet."""
-        return self._read("environment.json", missing={})
+        return self.read("environment.json", missing={})
 
     def write_partitions(self, partitions: Sequence[PartitionRecord]) -> None:
         """Write partition.json: one table of client x label counts per partition and seed."""
@@ -199,10 +204,13 @@ class RunFolder:
 
     def partitions(self) -> list[PartitionRecord]:
         """Return the tables of partition.json, empty where it was not written yet."""
-        data = self._read("partition.json", missing={"partitions": []})
+        data = self.read("partition.json", missing={"partitions": []})
         try:
-            return [PartitionRecord(**table) for table in data["partitions"]]
-        except (KeyError, TypeError):
+            tables = _strictly(list[PartitionRecord], data.get("partitions"))
+            if not all(_is_rectangular(table) for table in tables):
+                raise ValueError
+            return tables
+        except ValueError:
             raise UserError(
                 f"'{self.path / 'partition.json'}' has other fields than expected"
             ) from None
@@ -230,10 +238,26 @@ class RunFolder:
             by_cell.setdefault(line["cell"], []).append(line)
         return [self._cell(cell, lines) for cell, lines in by_cell.items()]
 
+    def read(self, name: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the JSON object in the file `name` of the folder.
+
+        Raises UserError where it cannot be read; a file that is not there is `missing`, if given.
+        """
+        path = self.path / name
+        if missing is not None and not path.exists():
+            return missing
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"cannot read '{path}' of the run folder: {error}") from None
+        if not isinstance(data, dict):
+            raise UserError(f"cannot read '{path}' of the run folder: it is not a JSON object")
+        return data
+
     def _cell(self, cell: str, lines: Sequence[dict[str, Any]]) -> CellRecord:
         starts = [line for line in lines if line["kind"] == "start"]
         start = starts[-1] if starts else {}
-        flat = start.get("config") or self._read(f"cells/{cell}/config.json")
+        flat = start.get("config") or self.read(f"cells/{cell}/config.json")
         config = ExperimentConfig.resolve(flat)
         record = CellRecord(
             id=cell,
@@ -269,17 +293,16 @@ class RunFolder:
         record.evaluations = [evaluated[key] for key in sorted(evaluated)]
         return record
 
-    def _read(self, name: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-        path = self.path / name
-        if missing is not None and not path.exists():
-            return missing
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read '{path}' of the run folder: {error}") from None
-        if not isinstance(data, dict):
-            raise UserError(f"cannot read '{path}' of the run folder: it is not a JSON object")
-        return data
+
+def _strictly(kind: type[ReadT], data: Any) -> ReadT:
+    """Return what JSON `data` read as. Raises ValueError for a value of another type than asked."""
+    # As text: from objects a strict check would want the very class.
+    return TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
+
+
+def _is_rectangular(table: PartitionRecord) -> bool:
+    """Whether every client has a count, 0 or more, for every class."""
+    return all(len(row) == len(table.classes) and min(row, default=0) >= 0 for row in table.counts)
 
 
 def partition_label(partition: PartitionConfig) -> str:

@@ -186,6 +186,11 @@ class _Scheduler:
 
     def _begin(self) -> None:
         self._history.poll()
+        if skipped := self._history.skipped:
+            self._watcher.notice(
+                f"{skipped} line(s) of '{self._run.metrics_path}' cannot be read, and are passed "
+                "over"
+            )
         for group in groups(self._grid):
             if reason := untrainable(group):
                 self._skip(group, reason)

@@ -112,11 +112,7 @@ def begun(path: Path, changes: Mapping[str, object] | None = None) -> tuple[Grid
     Raises UserError where there is none, or its grid cannot be read.
     """
     run = RunFolder.open(path)
-    try:
-        flat = json.loads((path / _GRID_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot resume '{path}': {_GRID_FILE}: {error}") from None
-    return GridConfig.resolve(flat, changes or {}), run
+    return GridConfig.resolve(run.read(_GRID_FILE), changes or {}), run
 
 
 def how_to_resume(path: Path) -> str:

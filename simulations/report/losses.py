@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from simulations.metrics_lines import Round
@@ -96,12 +96,17 @@ def _not_evaluated(cells: Sequence[CellRecord]) -> tuple[str, str] | None:
     return _of_clients("time", reasons, {loss.client for loss in failed})
 
 
-def _of_clients(noun: str, reasons: Counter[str], clients: set[int]) -> tuple[str, str] | None:
+def _of_clients(
+    noun: str, reasons: Counter[str], clients: Collection[int | None]
+) -> tuple[str, str] | None:
     if not reasons:
         return None
-    shown = [str(client) for client in sorted(clients)[:_CLIENTS_SHOWN]]
-    if len(clients) > len(shown):
-        shown.append(f"{len(clients) - len(shown)} others")
+    known = sorted(client for client in clients if client is not None)
+    shown = [str(client) for client in known[:_CLIENTS_SHOWN]]
+    if len(known) > len(shown):
+        shown.append(f"{len(known) - len(shown)} others")
+    if None in clients:
+        shown.append("unknown")
     who = f"client{'s' if len(clients) > 1 else ''} {enumerated(shown)}"
     return f"{count(reasons.total(), noun)} ({who})", _listed(reasons)
 
