@@ -16,6 +16,7 @@ import typer
 
 from fedkn import __version__
 from fedkn.errors import FedknError, UserError
+from fedkn.text import printable
 from simulations.commands.bench import bench
 from simulations.commands.compare import compare
 from simulations.commands.demo import demo
@@ -30,6 +31,9 @@ from simulations.commands.resume import resume
 from simulations.commands.run import run
 
 __all__ = ["app", "main"]
+
+_LONGEST = 4000
+"""Letters of an error: what it quotes is shortened where it is made, so that the advice is seen."""
 
 app = typer.Typer(
     name="fedkn",
@@ -113,7 +117,7 @@ def _explained(error: Exception) -> int:
             pass
         case _:
             message = f"{type(error).__name__}: {error} (--debug shows where)"
-    click.echo(f"fedkn: {' '.join(message.split())}", err=True)
+    click.echo(f"fedkn: {printable(message, _LONGEST)}", err=True)
     return code
 
 

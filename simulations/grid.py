@@ -62,7 +62,11 @@ def _entries(value: Any) -> Any:
         value = [entry.strip() for entry in value.split(",") if entry.strip()]
     elif isinstance(value, (int, float)):
         value = [value]
-    return list(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    if any(isinstance(entry, (list, dict)) for entry in value):
+        raise ValueError("must be a list of plain values")
+    return list(dict.fromkeys(value))
 
 
 def _safe_name(value: Any) -> Any:

@@ -7,7 +7,8 @@ metrics.jsonl; everything here reads them, also while a run is under way or afte
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -142,22 +143,50 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, grid: GridRecord) -> RunFolder:
-        """Make the folder and write experiment.json, the mark of a run folder.
+        """Make the folder of a new run, with nothing in it but experiment.json; see `creating`."""
+        with cls.creating(path, grid) as folder:
+            return folder
 
-        Raises UserError, having written nothing, if `path` exists and is not an empty folder.
+    @classmethod
+    @contextmanager
+    def creating(cls, path: str | Path, grid: GridRecord) -> Iterator[RunFolder]:
+        """Make the folder, yield it for whatever else a run needs, then write experiment.json.
+
+        That file is the mark of a run folder, so one with the mark can be resumed, and a beginning
+        that was cut short without it can be begun again. Raises UserError, with nothing left
+        behind, if the disk does not take it all, or, having touched nothing, if `path` holds
+        anything else.
         """
         path = Path(path)
+        if not cls.may_begin(path):
+            raise UserError(
+                f"'{path}' exists already: choose another folder, or go on with its run "
+                f"by 'fedkn resume {path}'"
+            )
+        there = path.exists()
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise UserError(
-                    f"'{path}' exists already: choose another folder, or go on with its run "
-                    f"by 'fedkn resume {path}'"
-                )
             (path / "cells").mkdir(parents=True, exist_ok=True)
+            (path / _BEGINNING).touch()
+            yield cls(path)
+            write_json(path / "experiment.json", asdict(grid))
+            (path / _BEGINNING).unlink()
+        except OSError as error:
+            _take_away(path, there)
+            raise UserError(f"cannot make the run folder '{path}': {error.strerror}") from None
+
+    @classmethod
+    def may_begin(cls, path: Path) -> bool:
+        """Whether a run can begin in `path`: nothing is there, or a beginning that was cut short.
+
+        Raises UserError where it cannot be looked into.
+        """
+        try:
+            if not path.is_dir():
+                return not path.exists()
+            names = {entry.name for entry in path.iterdir()}
         except OSError as error:
             raise UserError(f"cannot make the run folder '{path}': {error.strerror}") from None
-        write_json(path / "experiment.json", asdict(grid))
-        return cls(path)
+        return not names or (_BEGINNING in names and "experiment.json" not in names)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -292,6 +321,21 @@ class RunFolder:
         record.rounds = [rounds[number] for number in sorted(rounds)]
         record.evaluations = [evaluated[key] for key in sorted(evaluated)]
         return record
+
+
+_BEGINNING = ".beginning"
+"""A file that is there until a run folder is whole."""
+
+
+def _take_away(path: Path, there: bool) -> None:
+    """Remove all that a beginning left in `path`, and the folder itself unless it was `there`."""
+    with suppress(OSError):
+        for entry in path.iterdir():
+            if not entry.is_dir():
+                entry.unlink()
+        (path / "cells").rmdir()
+        if not there:
+            path.rmdir()
 
 
 def _strictly(kind: type[ReadT], data: Any) -> ReadT:

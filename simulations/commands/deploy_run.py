@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedkn.config import ExperimentConfig, read_toml
+from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError, UserError
+from fedkn.tables import read_toml
 from simulations.commands import options as o
 from simulations.commands.options import given
 

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from fedkn.errors import FedknError, UserError
+from fedkn.files import expanded
+from server.metrics_log import LogNotWritten
 from simulations.environment import describe_environment
 from simulations.grid import GridConfig, partitions, seeds
 from simulations.preflight import check
@@ -49,19 +51,19 @@ def created(grid: GridConfig, command: str, out: Path | None) -> tuple[GridConfi
             "searches on validation images, by itself: leave it out"
         )
     if grid.data.root:
-        root = str(Path(grid.data.root).expanduser().resolve())
+        root = str(expanded(grid.data.root).resolve())
         grid = grid.overlay(data__root=root)
     name = grid.compare.name or f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
     path = out or _RUNS / name
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not RunFolder.may_begin(path):
         deployed = repeat_command().startswith(_DEPLOYED)
         again = how_to_resume_deployed(path) if deployed else how_to_resume(path)
         raise UserError(f"'{path}' exists already: choose another --name, or '{again}'")
     tables = check(grid)
-    run = RunFolder.create(path, _record(grid, path.name))
-    write_json(path / _GRID_FILE, grid.flat())
-    run.write_partitions(tables)
-    run.write_environment(describe_environment())
+    with RunFolder.creating(path, _record(grid, path.name)) as run:
+        write_json(path / _GRID_FILE, grid.flat())
+        run.write_partitions(tables)
+        run.write_environment(describe_environment())
     return grid, run
 
 
@@ -80,6 +82,8 @@ def execute(grid: GridConfig, run: RunFolder, *, as_json: bool, each_round: bool
     except KeyboardInterrupt:
         _say(console, f"stopped; what was done is kept. Go on with: {again}")
         raise typer.Exit(130) from None
+    except LogNotWritten as error:
+        raise FedknError(f"{error}. What was done is kept. Go on with: {again}") from error
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise FedknError(

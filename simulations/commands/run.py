@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from fedkn.config import read_toml
 from fedkn.errors import UserError
+from fedkn.tables import read_toml
 from simulations.commands import options as o
 from simulations.commands.options import given
 

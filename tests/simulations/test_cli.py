@@ -11,6 +11,7 @@ from fedkn import __version__
 from fedkn.data.sources import load
 from simulations import cli
 from simulations.run_folder import RunFolder
+from tests.full_disk import fill, small_file_system
 
 # Two rounds of a few steps: what is tested is the way through, not the accuracy.
 TINY = [
@@ -221,6 +222,27 @@ def test_a_full_disk_says_how_to_go_on(
     said = " ".join(capfd.readouterr().err.split())
     assert "No space left on device (runs/one/metrics.jsonl)" in said
     assert "fedkn resume runs/one" in said
+
+
+def test_a_disk_too_small_for_the_beginning_keeps_nothing_from_beginning_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    out = ("--out", str(place / "run"))
+    with small_file_system(place, "64k"):
+        filler = fill(place)
+        assert fedkn("run", *TINY, *out) == 2
+        check_one_line(capfd, "No space left on device")
+        assert written(place) == [str(filler)]
+        with filler.open("r+b") as file:
+            file.truncate(44 * 1024)
+        assert fedkn("run", *TINY, *out) != 0  # for the model, there is no room
+        said = " ".join(capfd.readouterr().err.split())
+        assert "No space left on device" in said
+        if (place / "run").exists():
+            assert f"fedkn resume {place / 'run'}" in said
+    assert fedkn("run", *TINY, *out) == 0
 
 
 def test_run_prints_every_round_and_repeats_to_the_bit(capfd: pytest.CaptureFixture[str]) -> None:

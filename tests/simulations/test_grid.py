@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fedkn.config import read_toml
 from fedkn.errors import UserError
+from fedkn.tables import read_toml
 from simulations.grid import (
     Cell,
     GridConfig,

@@ -35,7 +35,7 @@ def write(metrics: Path, cell: Cell, rounds: int, seconds: float) -> None:
         for round_ in range(1, rounds + 1):
             line: dict[str, object] = dict.fromkeys(Round.__dataclass_fields__, 0)
             line |= {"round": round_, "seconds": seconds}
-            nobody: dict[str, object] = dict.fromkeys(("cohort", "refused", "failed"), [])
+            nobody: dict[str, object] = {name: [] for name in ("cohort", "refused", "failed")}
             nobody |= {"late": [], "state_lost": [], "epsilon": {}, "batch_sizes": {}}
             line = {"cell": cell.id, "kind": "round", **line, **nobody}
             file.write(json.dumps(line) + "\n")
