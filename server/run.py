@@ -25,6 +25,7 @@ from server.membership import Membership
 from server.metrics_log import LogNotWritten, MetricsLog
 from server.participation import Participation, begin
 from server.rounds import NoValidUpdates, RoundReport, run_round
+from server.waiting import Waiting
 
 __all__ = ["Outcome", "run_server"]
 
@@ -90,6 +91,7 @@ def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
     )
     if finished < config.rounds or config.evaluation.client_fraction:
         membership.join()
+    waiting = Waiting(log, membership.age, membership.look)
     evaluation = None
     failed_rounds = 0
     for round_ in range(finished + 1, config.rounds + 1):
@@ -101,6 +103,7 @@ def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
             membership=membership,
             aggregator=aggregator,
             participation=participation,
+            waiting=waiting,
         )
         participation = participation.after(round_, [u.partition for u in report.updates])
         failed_rounds = 0 if report.updates else failed_rounds + 1

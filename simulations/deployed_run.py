@@ -35,11 +35,14 @@ class Progress:
     """What came of a run: its seconds of wall clock, and what its metrics.jsonl says.
 
     `training` is the time that a round's devices spent training, on average, summed over rounds;
-    `missing` has by client the rounds that name it under refused or failed.
+    `missing` has by client the rounds that name it under refused or failed; `waiting` the seconds in
+    which nothing was waited for but the clients `waited_for`, which were not there.
     """
 
     seconds: float = 0.0
     training: float = 0.0
+    waiting: float = 0.0
+    waited_for: set[int] = field(default_factory=set)
     rounds: int = 0
     accuracy: float = math.nan
     weights_sha256: str = ""
@@ -61,6 +64,8 @@ class Progress:
                 self.round_seconds.append(line["seconds"])
                 trained = number(line["train_seconds"])
                 self.training += 0.0 if math.isnan(trained) else trained / max(line["updates"], 1)
+                self.waiting += line.get("waiting_seconds", 0.0)
+                self.waited_for |= set(line.get("waited_for", ()))
                 named = {loss["client"] for loss in (*line["refused"], *line["failed"])}
                 for client in named - {None}:
                     self.missing.setdefault(client, []).append(line["round"])
@@ -158,10 +163,25 @@ def _tell(line: Mapping[str, Any], config: ExperimentConfig, say: Say) -> None:
             for kind in ("refused", "failed"):
                 for loss in line[kind]:
                     say(f"  {kind}: client {loss['client']}: {loss['reason']}")
+        case "waiting":
+            say(f"round {line['round']}/{config.rounds}: {_waiting(line)}")
         case "evaluation":
             accuracy, loss = number(line["accuracy"]), number(line["loss"])
             shown = "not finite" if math.isnan(loss) else f"{loss:.4f}"
             say(f"round {line['round']}/{config.rounds}: accuracy {accuracy:.4f}, loss {shown}")
+
+
+def _waiting(line: Mapping[str, Any]) -> str:
+    ages = line.get("heartbeats", {})
+    named = [
+        f"{client} (last heartbeat {ages[str(client)]:.0f} s ago)"
+        if str(client) in ages
+        else f"{client}"
+        for client in line["clients"][:_NAMED]
+    ]
+    rest = len(line["clients"]) - len(named)
+    more = f" and {rest} others" if rest else ""
+    return f"waiting for client {', '.join(named)}{more}, for {line['seconds']:.0f} s"
 
 
 def _failure(progress: Progress, state: RunState, control: Control) -> str:
@@ -176,6 +196,8 @@ def _failure(progress: Progress, state: RunState, control: Control) -> str:
     reason = (errors or said or [state.details or "no reason given"])[-1]
     return f"the run {state.outcome or 'ended early'} after {progress.rounds} rounds: {reason}"
 
+
+_NAMED = 8
 
 # The last line of a traceback.
 _ERROR = re.compile(r"(?:[a-z_]\w*\.)*[A-Z]\w*: (.+)")

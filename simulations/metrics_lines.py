@@ -321,6 +321,8 @@ _KINDS: dict[str, tuple[_Checks, _Checks]] = {
             "state_lost": _list_of(_is_count),
             "epsilon": _by_client(_is_number),
             "batch_sizes": _by_client(_is_count),
+            "waiting_seconds": _is_amount,
+            "waited_for": _list_of(_is_count),
         },
     ),
     "evaluation": (
@@ -343,6 +345,10 @@ _KINDS: dict[str, tuple[_Checks, _Checks]] = {
             "failed": _list_of(_is_loss),
         },
         {},
+    ),
+    "waiting": (
+        {"round": _is_count, "clients": _list_of(_is_count), "seconds": _is_amount},
+        {"heartbeats": _by_client(_is_amount)},
     ),
     "memory": ({"peak_bytes": _is_count}, {}),
     "resume": ({"round": _is_count}, {}),

@@ -164,10 +164,15 @@ def _training_time(progress: Progress, config: ExperimentConfig) -> str:
         f"Devices trained for {progress.training:.1f} of {progress.seconds:.1f} s "
         f"({share:.0%} of the wall clock)"
     )
-    if share >= _ENOUGH or not progress.training or not progress.rounds:
+    if progress.waiting >= 1.0:
+        who = ", ".join(map(str, sorted(progress.waited_for)))
+        text += f"; for {progress.waiting:.1f} s nothing was waited for but client {who}, not there"
+    overhead = max(0.0, progress.seconds - progress.training - progress.waiting)
+    busy = progress.training + overhead
+    if not progress.training or not progress.rounds or progress.training >= _ENOUGH * busy:
         return f"{text}."
-    rest = (progress.seconds - progress.training) / progress.rounds
-    factor = math.ceil((1 - share) / share)
+    rest = overhead / progress.rounds
+    factor = math.ceil(overhead / progress.training)
     key = "local_steps" if config.train.local_steps else "local_epochs"
     value = getattr(config.train, key) * factor
     return (
