@@ -86,8 +86,7 @@ class Waiting:
             heartbeats={str(client): age for client, age in known.items()},
         )
         named = ", ".join(
-            str(client)
-            + (f" (last heartbeat {known[client]:.0f} s ago)" if client in known else "")
+            str(client) + (f" (heartbeat {known[client]:.0f} s ago)" if client in known else "")
             for client in clients[:_NAMED]
         )
         more = f" and {len(clients) - _NAMED} others" if len(clients) > _NAMED else ""

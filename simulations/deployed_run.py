@@ -35,8 +35,8 @@ class Progress:
     """What came of a run: its seconds of wall clock, and what its metrics.jsonl says.
 
     `training` is the time that a round's devices spent training, on average, summed over rounds;
-    `missing` has by client the rounds that name it under refused or failed; `waiting` the seconds in
-    which nothing was waited for but the clients `waited_for`, which were not there.
+    `missing` has by client the rounds that name it under refused or failed; `waiting` is the time
+    in which nothing was waited for but the clients `waited_for`, which were not there.
     """
 
     seconds: float = 0.0
@@ -174,7 +174,7 @@ def _tell(line: Mapping[str, Any], config: ExperimentConfig, say: Say) -> None:
 def _waiting(line: Mapping[str, Any]) -> str:
     ages = line.get("heartbeats", {})
     named = [
-        f"{client} (last heartbeat {ages[str(client)]:.0f} s ago)"
+        f"{client} (heartbeat {ages[str(client)]:.0f} s ago)"
         if str(client) in ages
         else f"{client}"
         for client in line["clients"][:_NAMED]
