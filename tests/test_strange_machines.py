@@ -38,12 +38,14 @@ def without(module, *names):
         if hasattr(module, name):
             delattr(module, name)
 
-without(os, *"""sched_getaffinity sched_setaffinity sched_setscheduler sched_getscheduler memfd_create
-    MFD_CLOEXEC eventfd pidfd_open posix_fallocate posix_fadvise copy_file_range splice getrandom
+without(os, *"""sched_getaffinity sched_setaffinity sched_setscheduler sched_getscheduler
+    memfd_create MFD_CLOEXEC eventfd pidfd_open posix_fallocate posix_fadvise copy_file_range splice getrandom
     setns unshare pipe2 fdatasync getresuid getxattr setxattr listxattr sendfile""".split())
-without(signal, *"SIGRTMIN SIGRTMAX SIGPWR SIGSTKFLT sigtimedwait sigwaitinfo pidfd_send_signal".split())
+without(signal, *"""SIGRTMIN SIGRTMAX SIGPWR SIGSTKFLT sigtimedwait sigwaitinfo
+    pidfd_send_signal""".split())
 without(select, "epoll")
-without(socket, *"AF_NETLINK AF_PACKET AF_VSOCK SO_PEERCRED TCP_USER_TIMEOUT MSG_CMSG_CLOEXEC".split())
+without(socket, *"""AF_NETLINK AF_PACKET AF_VSOCK SO_PEERCRED TCP_USER_TIMEOUT
+    MSG_CMSG_CLOEXEC""".split())
 without(resource, "prlimit")
 
 def guarded(opener):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 from fedkn.data.decoded import Decoded
 from fedkn.data.optional import require
 from fedkn.errors import UserError
-from fedkn.machine import usable_cores
 
 __all__ = ["decode_files"]
 
@@ -59,7 +59,7 @@ def _batches(paths: Sequence[str], channels: int, image_size: int) -> Iterator[n
 
     # Pillow decodes outside the interpreter's lock. A window of one batch per thread at a time
     # bounds what waits in memory to be written.
-    threads = usable_cores()
+    threads = os.cpu_count() or 1
     batches = [paths[start : start + _BATCH] for start in range(0, len(paths), _BATCH)]
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(batches), threads):
