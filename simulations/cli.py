@@ -33,7 +33,6 @@ from simulations.commands.run import run
 __all__ = ["app", "main"]
 
 _LONGEST = 4000
-"""Letters of an error: what it quotes is shortened where it is made, so that the advice is seen."""
 
 app = typer.Typer(
     name="fedkn",
@@ -117,7 +116,8 @@ def _explained(error: Exception) -> int:
             pass
         case _:
             message = f"{type(error).__name__}: {error} (--debug shows where)"
-    click.echo(f"fedkn: {printable(message, _LONGEST)}", err=True)
+    # Given the stream, click does not put one of its own in its place.
+    click.echo(f"fedkn: {printable(message, _LONGEST)}", file=sys.stderr)
     return code
 
 
