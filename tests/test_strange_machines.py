@@ -40,7 +40,8 @@ def without(module, *names):
 
 without(os, *"""sched_getaffinity sched_setaffinity sched_setscheduler sched_getscheduler
     memfd_create MFD_CLOEXEC eventfd pidfd_open posix_fallocate posix_fadvise
-    copy_file_range splice getrandom setns unshare pipe2 fdatasync getresuid getxattr setxattr listxattr sendfile""".split())
+    copy_file_range splice getrandom setns unshare pipe2 fdatasync getresuid
+    getxattr setxattr listxattr sendfile""".split())
 without(signal, *"""SIGRTMIN SIGRTMAX SIGPWR SIGSTKFLT sigtimedwait sigwaitinfo
     pidfd_send_signal""".split())
 without(select, "epoll")
