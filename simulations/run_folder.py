@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -38,7 +38,6 @@ __all__ = [
     "write_json",
 ]
 
-ReadT = TypeVar("ReadT")
 Purpose = Literal["search", "result"]
 Status = Literal["completed", "failed", "untrainable", "unfinished"]
 
@@ -211,7 +210,8 @@ class RunFolder:
         try:
             if data.keys() - GridRecord.__dataclass_fields__.keys():
                 raise ValueError
-            return _strictly(GridRecord, data)
+            _check(GridRecord, data)
+            return GridRecord(**data)
         except ValueError:
             raise UserError(
                 f"'{self.path}' is not a run folder of this fedkn: "
@@ -235,11 +235,12 @@ class RunFolder:
         """Return the tables of partition.json, empty where it was not written yet."""
         data = self.read("partition.json", missing={"partitions": []})
         try:
-            tables = _strictly(list[PartitionRecord], data.get("partitions"))
+            _check(list[PartitionRecord], data.get("partitions"))
+            tables = [PartitionRecord(**table) for table in data["partitions"]]
             if not all(_is_rectangular(table) for table in tables):
                 raise ValueError
             return tables
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(
                 f"'{self.path / 'partition.json'}' has other fields than expected"
             ) from None
@@ -338,10 +339,12 @@ def _take_away(path: Path, there: bool) -> None:
             path.rmdir()
 
 
-def _strictly(kind: type[ReadT], data: Any) -> ReadT:
-    """Return what JSON `data` read as. Raises ValueError for a value of another type than asked."""
-    # As text: from objects a strict check would want the very class.
-    return TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
+def _check(kind: Any, data: Any) -> None:
+    """Raise ValueError where JSON `data` is not of the types that `kind` has."""
+    # As text: from objects a strict check would want the very class. Names of files that are not
+    # UTF-8 stand in it, whose bytes do not matter here.
+    text = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+    TypeAdapter(kind).validate_json(text, strict=True)
 
 
 def _is_rectangular(table: PartitionRecord) -> bool:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -387,3 +387,9 @@ def test_a_file_nested_too_deeply_is_named(folder: RunFolder) -> None:
     (folder.path / "partition.json").write_text('{"partitions":' + "[" * 100_000)
     with pytest.raises(UserError, match=r"partition\.json"):
         folder.partitions()
+
+
+def test_names_that_are_not_utf_8_are_kept(tmp_path: Path) -> None:
+    odd = replace(GRID, name=os.fsdecode(b"caf\xe9"), command="fedkn compare \U0001f600")
+    folder = RunFolder.create(tmp_path / odd.name, odd)
+    assert RunFolder.open(folder.path).grid == odd
