@@ -216,50 +216,50 @@ _LARGEST_NUMBER = 1e39  # beyond every float32; its square is still a float
 _LONGEST = 1000
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_hash(value: object) -> bool:
+def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and bool(_HASH.fullmatch(value))
 
 
-def _is_cell(value: object) -> bool:
+def _is_cell(value: Any) -> bool:
     """Whether it names a cell: it is part of paths, too."""
     sound = isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()
     return sound and not set(value) & set("/\\") and value not in (".", "..")
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: Any) -> bool:
     whole = isinstance(value, int) and not isinstance(value, bool)
     return whole and 0 <= value <= _LARGEST_COUNT
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     """Whether it is a number, NaN and null included, which both say that there is none."""
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def _is_amount(value: object) -> bool:
+def _is_amount(value: Any) -> bool:
     """Whether it is a number that is there, finite and not negative."""
     usable = isinstance(value, int | float) and not isinstance(value, bool)
     return usable and 0 <= value <= _LARGEST_NUMBER
 
 
-def _is_share(value: object) -> bool:
+def _is_share(value: Any) -> bool:
     return _is_number(value) and (math.isnan(number(value)) or 0 <= number(value) <= 1)
 
 
-def _one_of(*values: str) -> Callable[[object], bool]:
+def _one_of(*values: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and value in values
 
 
-def _list_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
-def _by_client(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    def sound(value: object) -> bool:
+def _by_client(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def sound(value: Any) -> bool:
         return isinstance(value, dict) and all(
             _CLIENT.fullmatch(key) and check(of_client) for key, of_client in value.items()
         )
@@ -267,7 +267,7 @@ def _by_client(check: Callable[[object], bool]) -> Callable[[object], bool]:
     return sound
 
 
-def _is_loss(value: object) -> bool:
+def _is_loss(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and {"client", "reason"} <= value.keys()
@@ -276,7 +276,7 @@ def _is_loss(value: object) -> bool:
     )
 
 
-def _is_client_result(value: object) -> bool:
+def _is_client_result(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and {"client", "examples", "correct", "loss"} <= value.keys()
@@ -287,7 +287,7 @@ def _is_client_result(value: object) -> bool:
     )
 
 
-def _is_config(value: object) -> bool:
+def _is_config(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(setting, str | int | float | bool) for setting in value.values()
     )
@@ -296,7 +296,7 @@ def _is_config(value: object) -> bool:
 _CLIENT = re.compile(r"[0-9]{1,15}")
 _HASH = re.compile(r"[0-9a-f]{1,128}")
 _SPLIT = _one_of("test", "validation")
-_Checks = Mapping[str, Callable[[object], bool]]
+_Checks = Mapping[str, Callable[[Any], bool]]
 
 _KINDS: dict[str, tuple[_Checks, _Checks]] = {
     "start": (
