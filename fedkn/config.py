@@ -9,9 +9,7 @@ booleans, because those are what Flower's run config carries.
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -25,6 +23,7 @@ from pydantic import (
 )
 
 from fedkn.errors import UserError, unknown_name
+from fedkn.tables import flattened, nest, shown
 
 __all__ = [
     "CheckpointConfig",
@@ -40,8 +39,6 @@ __all__ = [
     "StrategyConfig",
     "TrainConfig",
     "check_keys",
-    "nest",
-    "read_toml",
     "validated",
 ]
 
@@ -75,6 +72,14 @@ class Section(BaseModel):
             and cls.model_fields[info.field_name or ""].annotation in _NUMBERS
         ):
             raise ValueError(f"must be a number, not {str(value).lower()}")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_integer_beyond_64_bits(cls, value: object) -> object:
+        # Flower's run config cannot carry it, nor a checkpoint.
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("must be a whole number of at most 64 bits")
         return value
 
 
@@ -295,7 +300,7 @@ class ExperimentConfig(Section):
         """
         flat: dict[str, Any] = {}
         for layer in layers:
-            flat.update(dict(_flatten(layer)))
+            flat.update(flattened(layer))
         check_keys(cls, flat)
         config = validated(cls, nest(flat))
         if config.partition.clients and config.cohort > config.partition.clients:
@@ -307,7 +312,7 @@ class ExperimentConfig(Section):
 
     def flat(self) -> dict[str, Scalar]:
         """Return the configuration as dotted keys: Flower's run config of this experiment."""
-        return dict(_flatten(self.model_dump()))
+        return flattened(self.model_dump())
 
     def for_nodes(self, count: int) -> Self:
         """Return the configuration for a federation of `count` nodes.
@@ -345,36 +350,6 @@ def check_keys(section: type[BaseModel], flat: Iterable[str]) -> None:
             raise unknown_name("configuration key", key, valid)
 
 
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn dotted keys into nested tables: ``{"a.b": 1}`` into ``{"a": {"b": 1}}``."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *path, last = key.split(".")
-        table = nested
-        for name in path:
-            table = table.setdefault(name, {})
-        table[last] = value
-    return nested
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file, with a UserError naming the file and line where it is malformed."""
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read '{path}': {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"'{path}' is not valid TOML: {error}") from None
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         kind = field.annotation
@@ -392,4 +367,6 @@ def _first_problem(section: type[BaseModel], error: ValidationError) -> UserErro
     while len(parts) > 1 and ".".join(parts) not in valid:
         parts.pop()
     message = problem["msg"].removeprefix("Value error, ")
-    return UserError(f"{'.'.join(parts)} = {problem['input']!r}: {message[0].lower()}{message[1:]}")
+    return UserError(
+        f"{'.'.join(parts)} = {shown(problem['input'])}: {message[0].lower()}{message[1:]}"
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from fedkn.text import printable
+
 __all__ = ["FedknError", "UserError", "unknown_name"]
 
 
@@ -22,7 +24,7 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
     Example: ``raise unknown_name("normalizer", "kernal", NAMES)`` reads
     "unknown normalizer 'kernal': did you mean 'kernel'? (valid: batch, group, …)".
     """
-    choices = sorted(valid)
+    choices, name = sorted(valid), printable(name, 80)
     nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hints = [f"did you mean '{nearest[0]}'?"] if nearest else []
     if not nearest or len(choices) <= _LISTED:

@@ -6,7 +6,24 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+from fedkn.errors import UserError
+from fedkn.text import printable
+
+__all__ = ["expanded", "write_atomically"]
+
+
+def expanded(path: str) -> Path:
+    """Return `path` with ``~`` and ``~user`` at its beginning replaced by that user's home.
+
+    Raises UserError where there is no such user, or no home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"'{printable(path)}' begins with the home of a user that is not known here: write the "
+            "path in full"
+        ) from None
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int | None = None) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["supernode_command"]
+__all__ = ["supernode_command", "uncarried"]
 
 
 def supernode_command(
@@ -21,10 +21,30 @@ def supernode_command(
         port: of its own API, on 127.0.0.1, through which its training processes reach it.
         node_config: what the ClientApp is told about the device.
     """
-    settings = " ".join(f"{name}={json.dumps(value)}" for name, value in node_config.items())
+    settings = " ".join(f"{name}={_toml(value)}" for name, value in node_config.items())
     return (
         *(sys.executable, "-P", "-m", "clients.device.supernode", "--superlink", server),
         *("--root-certificates", str(ca)),
         *("--auth-supernode-private-key", str(key)),
         *("--port", str(port), "--node-config", settings),
     )
+
+
+def uncarried(text: str) -> str:
+    """Return why a SuperNode's node config cannot carry `text`, empty if it can."""
+    if '"' in text or "'" in text:
+        return "has a quotation mark, which Flower's node config cannot carry"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is not UTF-8, which Flower's node config cannot carry"
+    return ""
+
+
+def _toml(value: str | int) -> str:
+    """Return a value as TOML has it, which Flower reads: JSON, but for two letters.
+
+    JSON may write a letter beyond 16 bits as two halves, which TOML takes for none, and leaves the
+    control character DEL as it is, which TOML does not allow.
+    """
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

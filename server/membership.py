@@ -13,10 +13,15 @@ from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError
 from fedkn.federation import EXAMPLES, LABELS, METRICS, PARTITION, failure_reason, join_request
 from server.exchange import exchange
+from server.heartbeats import Heartbeats
+from server.waiting import Waiting
 
 __all__ = ["ClientsMissing", "Member", "Membership", "count_nodes"]
 
 _POLL_SECONDS = 1.0
+# A client that went offline is waited for until so long after its last heartbeat: a restart takes
+# less, and a device that was killed is taken for gone by then.
+_GRACE_SECONDS = 60.0
 
 
 class ClientsMissing(FedknError):
@@ -49,6 +54,9 @@ class Membership:
         data: what they are told of the experiment's images.
         max_examples: a client that declares more is refused: it is not waited for and takes no
             part (0: any number).
+
+    Attributes:
+        waited, waited_for: seconds that the last `online` waited, and for which partitions.
     """
 
     def __init__(
@@ -70,6 +78,18 @@ class Membership:
         self._max_examples = max_examples
         self._refused: dict[int, str] = {}
         self._newcomers: dict[int, Member] = {}
+        self._heartbeats = Heartbeats(grid)
+        self.waited = 0.0
+        self.waited_for: list[int] = []
+
+    def age(self, partition: int) -> float | None:
+        """Return how many seconds ago a member was last heard from, None where nobody knows."""
+        member = self._members.get(partition)
+        return self._heartbeats.age(member.node_id) if member else None
+
+    def look(self) -> None:
+        """Ask the SuperLink for the members' heartbeats."""
+        self._heartbeats.online()
 
     def join(self) -> None:
         """Wait until all partitions are online.
@@ -85,18 +105,26 @@ class Membership:
         if missing:
             raise ClientsMissing(_missing(missing, self._expected, self._timeout, complaints))
 
-    def online(self, partitions: Iterable[int]) -> dict[int, Member]:
+    def online(
+        self, partitions: Iterable[int], waiting: Waiting | None = None
+    ) -> dict[int, Member]:
         """Return those of the `partitions` that are online, in their order.
 
-        Waits for one that is not, but only once: from then on it is missing until it comes back.
+        Waits for one that is not, but only once, and no longer than until a minute after its last
+        heartbeat: from then on it is missing until it comes back. Where nobody at all is online it
+        is the SuperLink that was away, and everybody is waited for. `waiting` is told of it.
         """
         wanted = list(partitions)
+        began = time.monotonic()
         if set(wanted) - self._present().keys():
             self._ask(self._strangers() - self._asked, self._timeout)
         self._given_up -= self._present().keys()
-        missing, _ = self._wait_for(set(wanted) - self._given_up)
+        awaited = set(wanted) - self._given_up - self._present().keys()
+        missing, _ = self._wait_for(set(wanted) - self._given_up, waiting)
         self._given_up.update(missing)
         present = self._present()
+        self.waited_for = sorted(awaited - self._refused.keys())
+        self.waited = time.monotonic() - began if self.waited_for else 0.0
         return {partition: present[partition] for partition in wanted if partition in present}
 
     def newcomers(self) -> list[Member]:
@@ -110,27 +138,39 @@ class Membership:
         refusal = self._refused.get(partition)
         return f"refused on joining: {refusal}" if refusal else "not online when the round began"
 
-    def _wait_for(self, wanted: set[int]) -> tuple[list[int], list[str]]:
+    def _wait_for(
+        self, wanted: set[int], waiting: Waiting | None = None
+    ) -> tuple[list[int], list[str]]:
         """Wait for partitions; return those still missing and what nodes complained of."""
         complaints: list[str] = []
         deadline = time.monotonic() + self._timeout
         while missing := wanted - self._present().keys() - self._refused.keys():
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or missing <= self._known_dead():
                 break
+            if waiting:
+                waiting.look(missing)
             complaints = self._ask(self._strangers(), left)
             if wanted - self._present().keys() - self._refused.keys():
                 time.sleep(min(_POLL_SECONDS, left))
         return sorted(missing), complaints
 
+    def _known_dead(self) -> set[int]:
+        """Return the members that are offline and have been silent for longer than the grace."""
+        present = self._present()
+        if not present:
+            return set()
+        ages = {p: self.age(p) for p in self._members.keys() - present.keys()}
+        return {p for p, age in ages.items() if age is not None and age >= _GRACE_SECONDS}
+
     def _present(self) -> dict[int, Member]:
-        online = set(self._grid.get_node_ids())
+        online = self._heartbeats.online()
         return {p: member for p, member in self._members.items() if member.node_id in online}
 
     def _strangers(self) -> set[int]:
         """Return the nodes online of which it is not known who they are."""
         known = {member.node_id for member in self._members.values()}
-        return set(self._grid.get_node_ids()) - known
+        return self._heartbeats.online() - known
 
     def _ask(self, nodes: set[int], timeout: float) -> list[str]:
         """Ask `nodes` who they are; return their complaints."""

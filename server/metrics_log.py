@@ -44,8 +44,8 @@ class MetricsLog:
             _append(self._path, text)
         except OSError as error:
             raise LogNotWritten(
-                f"cannot write {self._path} ({error.strerror or error}): free space or give "
-                "another folder, and start again to resume"
+                f"cannot write {self._path} ({error.strerror or error}): free space, or let it be "
+                "written, and resume"
             ) from error
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedkn.config import ServerConfig
@@ -26,6 +28,9 @@ class Replies:
         refused, failed: ``{"client": partition or None, "reason": one line}``.
         late: partitions that had not replied when there were enough updates, ascending.
         bytes: of the arrays received, refused ones included.
+        slowest: seconds after which the last answer came, 0 where none did.
+        waited, waited_for: seconds after the last answer in which nothing was waited for but
+            clients that then brought none, and which these are.
     """
 
     updates: list[Update] = field(default_factory=list)
@@ -33,10 +38,17 @@ class Replies:
     failed: list[dict[str, Any]] = field(default_factory=list)
     late: list[int] = field(default_factory=list)
     bytes: int = 0
+    slowest: float = 0.0
+    waited: float = 0.0
+    waited_for: list[int] = field(default_factory=list)
 
 
 def collect(
-    grid: Grid, messages: Mapping[int, Message], gate: Screen, limits: ServerConfig
+    grid: Grid,
+    messages: Mapping[int, Message],
+    gate: Screen,
+    limits: ServerConfig,
+    still_missing: Callable[[set[int]], None] = lambda partitions: None,
 ) -> Replies:
     """Send `messages`, by partition, and return what comes back within ``round_timeout`` seconds.
 
@@ -54,6 +66,7 @@ def collect(
         limits.round_timeout,
         one_by_one=limits.enough_updates > 0,
     )
+    # `still_missing` is told a few times a second who has not answered.
     for arrived in arriving:
         for reply in arrived.replies:
             sorting.take(reply)
@@ -61,6 +74,7 @@ def collect(
             sorting.lose(message_id, reason)
         if 0 < limits.enough_updates <= sorting.valid:
             return sorting.finish(enough=True)
+        still_missing(sorting.silent)
     return sorting.finish(enough=False)
 
 
@@ -74,6 +88,13 @@ class _Sorting:
         self._heard: set[int] = set()
         self._updates: dict[int, Update] = {}
         self._replies = Replies()
+        self._gone: set[int] = set()
+        self._began = self._answered = time.monotonic()
+
+    @property
+    def silent(self) -> set[int]:
+        """Return the partitions that have not answered yet."""
+        return self._messages.keys() - self._heard
 
     @property
     def valid(self) -> int:
@@ -85,6 +106,7 @@ class _Sorting:
         partition = self._partition(message_id)
         if partition is not None:
             self._heard.add(partition)
+            self._gone.add(partition)
             self._replies.failed.append({"client": partition, "reason": reason})
 
     def take(self, reply: Message) -> None:
@@ -100,12 +122,16 @@ class _Sorting:
 
     def finish(self, *, enough: bool) -> Replies:
         """Return what came; whoever has not answered is late if that was `enough`, else failed."""
-        silent = sorted(self._messages.keys() - self._heard)
+        silent = sorted(self.silent)
         if enough:
             self._replies.late = silent
         else:
+            self._replies.waited_for = sorted(self._gone.union(silent))
+            if self._replies.waited_for:
+                self._replies.waited = time.monotonic() - self._answered
             reason = "no reply: node gone, or slower than server.round_timeout"
             self._replies.failed.extend({"client": p, "reason": reason} for p in silent)
+        self._replies.slowest = self._answered - self._began
         self._replies.updates = [self._updates[partition] for partition in sorted(self._updates)]
         return self._replies
 
@@ -125,12 +151,17 @@ class _Sorting:
         if reply.has_error():
             # Those which Flower makes itself, for a node that went away, do not carry its id.
             self._heard.add(partition)
+            if reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                self._gone.add(partition)
+            else:
+                self._answered = time.monotonic()
             entry = {"client": partition, "reason": failure_reason(reply)}
             self._replies.failed.append(entry)
             return
         if reply.metadata.src_node_id != self._messages[partition].metadata.dst_node_id:
             raise RefusedUpdate("from a node that was not asked")
         self._heard.add(partition)
+        self._answered = time.monotonic()
         update = self._gate.check(reply)
         if update.partition != partition:
             raise RefusedUpdate(f"claims to be partition {update.partition}")

@@ -32,6 +32,7 @@ from server.membership import Membership
 from server.participation import Participation
 from server.replies import Replies, collect
 from server.screening import Screen, Update
+from server.waiting import Waiting
 from server.wire import sent_through
 
 __all__ = ["NoValidUpdates", "RoundReport", "run_round"]
@@ -54,7 +55,9 @@ class RoundReport:
         strategy: what the strategy adds: under client-level privacy ``clip_norm`` and
             ``noise_deviation``.
         bytes_down, bytes_up: of arrays, over the cohort; refused ones were received as well.
-        learning_rate: the clients'. seconds: wall-clock time of the round.
+        learning_rate: the clients'. seconds: how long the round took.
+        waiting_seconds: in which nothing was waited for but clients that were not there.
+        waited_for: these partitions.
     """
 
     round_: int
@@ -68,6 +71,8 @@ class RoundReport:
     bytes_up: int
     learning_rate: float
     seconds: float
+    waiting_seconds: float
+    waited_for: list[int]
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of the log's line."""
@@ -104,6 +109,8 @@ class RoundReport:
             "bytes_up": self.bytes_up,
             "train_seconds": total("train-seconds"),
             "learning_rate": self.learning_rate,
+            "waiting_seconds": self.waiting_seconds,
+            "waited_for": self.waited_for,
             **self.strategy,
         }
 
@@ -117,6 +124,7 @@ def run_round(
     membership: Membership,
     aggregator: Aggregator,
     participation: Participation,
+    waiting: Waiting,
 ) -> tuple[dict[str, np.ndarray], RoundReport]:
     """Run one round and return the next global tensors (the same if no update was valid).
 
@@ -127,7 +135,8 @@ def run_round(
     cohort = draw_cohort(
         range(config.partition.clients), config.cohort, seed=config.seed, round_=round_
     )
-    members = membership.online(cohort)
+    waiting.begin(round_)
+    members = membership.online(cohort, waiting)
     rate = learning_rate(config.train, round_, config.rounds)
     instructions = aggregator.training_config(
         round_, tensors, ConfigRecord({ROUND: round_, LEARNING_RATE: rate})
@@ -159,7 +168,9 @@ def run_round(
         config.train,
         max_norm=config.server.max_update_norm,
     )
-    replies = collect(grid, messages, gate, config.server)
+    waiting.begin(round_)
+    replies = collect(grid, messages, gate, config.server, waiting.look)
+    waiting.end(replies.slowest)
     replies.failed.extend(
         {"client": partition, "reason": membership.why_absent(partition)}
         for partition in cohort
@@ -188,6 +199,8 @@ def run_round(
         bytes_up=replies.bytes,
         learning_rate=rate,
         seconds=time.perf_counter() - started,
+        waiting_seconds=membership.waited + replies.waited,
+        waited_for=sorted({*membership.waited_for, *replies.waited_for}),
     )
     return following, report
 

@@ -32,6 +32,7 @@ from server.metrics_log import LogNotWritten, MetricsLog
 from server.participation import Participation, begin
 from server.rounds import NoValidUpdates, RoundReport, run_round
 from server.run_data import hold_to_data
+from server.waiting import Waiting
 
 __all__ = ["Outcome", "run_server"]
 
@@ -66,18 +67,18 @@ def run_server(grid: Grid, config: ExperimentConfig) -> Outcome:
             checkpoints were written with.
     """
     log = MetricsLog(config.checkpoint.folder, config.checkpoint.cell)
-    started = time.time()
+    started = time.monotonic()
     try:
         outcome = _run(grid, config, log)
     except FedknError as error:
         # The error itself must get through, also where the log is what cannot be written.
         with suppress(LogNotWritten):
-            log.write("end", status="failed", seconds=time.time() - started, error=str(error))
+            log.write("end", status="failed", seconds=time.monotonic() - started, error=str(error))
         raise
     log.write(
         "end",
         status="completed",
-        seconds=time.time() - started,
+        seconds=time.monotonic() - started,
         weights_sha256=outcome.weights_sha256,
     )
     return outcome
@@ -100,6 +101,7 @@ def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
     if finished < config.rounds or config.evaluation.client_fraction:
         membership.join()
         _log_joined(log, finished, membership)
+    waiting = Waiting(log, membership.age, membership.look)
     evaluation = None
     failed_rounds = 0
     for round_ in range(finished + 1, config.rounds + 1):
@@ -111,6 +113,7 @@ def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
             membership=membership,
             aggregator=aggregator,
             participation=participation,
+            waiting=waiting,
         )
         participation = participation.after(round_, [u.partition for u in report.updates])
         failed_rounds = 0 if report.updates else failed_rounds + 1

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import click
 import typer
 
+from fedkn import __version__
 from fedkn.errors import FedknError, UserError
 from fedkn.text import printable
 from simulations.commands.bench import bench
@@ -43,6 +45,27 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedkn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Hold what may stand before a command."""
+
+
 for command in (demo, compare, run, resume, report, export, predict, partition, doctor):
     app.command()(command)
 app.add_typer(bench, name="bench")
@@ -99,3 +122,7 @@ def _explained(error: Exception) -> int:
     # Given the stream, click does not put one of its own in its place.
     click.echo(f"fedkn: {printable(message, _LONGEST)}", file=sys.stderr)
     return code
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from server.deployment.control import Control, RunState, SuperLinkAway
 from server.deployment.fleet import Fleet
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
+from simulations.metrics_lines import number
 from simulations.run_folder import MetricsTail
 
 __all__ = ["Progress", "run_deployed"]
@@ -34,11 +35,14 @@ class Progress:
     """What came of a run: its seconds of wall clock, and what its metrics.jsonl says.
 
     `training` is the time that a round's devices spent training, on average, summed over rounds;
-    `missing` has by client the rounds that name it under refused or failed.
+    `missing` has by client the rounds that name it under refused or failed; `waiting` is the time
+    in which nothing was waited for but the clients `waited_for`, which were not there.
     """
 
     seconds: float = 0.0
     training: float = 0.0
+    waiting: float = 0.0
+    waited_for: set[int] = field(default_factory=set)
     rounds: int = 0
     accuracy: float = math.nan
     weights_sha256: str = ""
@@ -58,13 +62,15 @@ class Progress:
             case "round":
                 self.rounds += 1
                 self.round_seconds.append(line["seconds"])
-                self.training += line["train_seconds"] / max(line["updates"], 1)
+                trained = number(line["train_seconds"])
+                self.training += 0.0 if math.isnan(trained) else trained / max(line["updates"], 1)
+                self.waiting += line.get("waiting_seconds", 0.0)
+                self.waited_for |= set(line.get("waited_for", ()))
                 named = {loss["client"] for loss in (*line["refused"], *line["failed"])}
                 for client in named - {None}:
                     self.missing.setdefault(client, []).append(line["round"])
             case "evaluation":
-                accuracy = line["accuracy"]
-                self.accuracy = math.nan if accuracy is None else accuracy
+                self.accuracy = number(line["accuracy"])
             case "end":
                 self.completed = line["status"] == "completed"
                 self.weights_sha256 = line.get("weights_sha256", "")
@@ -159,10 +165,25 @@ def _tell(line: Mapping[str, Any], config: ExperimentConfig, say: Say) -> None:
                     say(f"  {kind}: client {loss['client']}: {loss['reason']}")
             for client in line.get("data_changed", ()):
                 say(f"  client {client}: its own data changed since its first round of this run")
+        case "waiting":
+            say(f"round {line['round']}/{config.rounds}: {_waiting(line)}")
         case "evaluation":
-            accuracy, loss = line["accuracy"], line["loss"]
-            shown = "not finite" if loss is None else f"{loss:.4f}"
+            accuracy, loss = number(line["accuracy"]), number(line["loss"])
+            shown = "not finite" if math.isnan(loss) else f"{loss:.4f}"
             say(f"round {line['round']}/{config.rounds}: accuracy {accuracy:.4f}, loss {shown}")
+
+
+def _waiting(line: Mapping[str, Any]) -> str:
+    ages = line.get("heartbeats", {})
+    named = [
+        f"{client} (heartbeat {ages[str(client)]:.0f} s ago)"
+        if str(client) in ages
+        else f"{client}"
+        for client in line["clients"][:_NAMED]
+    ]
+    rest = len(line["clients"]) - len(named)
+    more = f" and {rest} others" if rest else ""
+    return f"waiting for client {', '.join(named)}{more}, for {line['seconds']:.0f} s"
 
 
 def _failure(progress: Progress, state: RunState, control: Control) -> str:
@@ -177,6 +198,8 @@ def _failure(progress: Progress, state: RunState, control: Control) -> str:
     reason = (errors or said or [state.details or "no reason given"])[-1]
     return f"the run {state.outcome or 'ended early'} after {progress.rounds} rounds: {reason}"
 
+
+_NAMED = 8
 
 # The last line of a traceback.
 _ERROR = re.compile(r"(?:[a-z_]\w*\.)*[A-Z]\w*: (.+)")

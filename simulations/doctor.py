@@ -8,7 +8,6 @@ import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import requires
 from pathlib import Path
 from typing import Literal
 
@@ -16,14 +15,17 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from fedkn.data.vision import import_torchvision
+from fedkn import __version__
+from fedkn.data.vision import import_torchvision, way_round_taken
 from fedkn.errors import UserError
+from fedkn.installation import installed_version, requirements
 from fedkn.layers import native
-from simulations.environment import installed_version
+from fedkn.machine import usable_cores
 
 __all__ = ["Finding", "diagnose"]
 
 _GIB = 2**30
+_TORCH = "https://pytorch.org/get-started"
 _FLOWER_PORTS = {
     8000: "a Flower SuperLink's default",
     39091: "what 'flwr run' starts its SuperLink on",
@@ -56,7 +58,8 @@ def diagnose(folder: Path) -> list[Finding]:
 
 def _packages() -> Iterator[Finding]:
     yield Finding("python", "ok", platform.python_version())
-    for text in requires("fedkn") or ():
+    yield _fedkn()
+    for text in requirements():
         requirement = Requirement(text)
         needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         simulation = requirement.marker is not None and requirement.marker.evaluate(
@@ -64,6 +67,16 @@ def _packages() -> Iterator[Finding]:
         )
         if needed or simulation:
             yield _package(requirement, needed=needed)
+
+
+def _fedkn() -> Finding:
+    if installed_version("fedkn"):
+        return Finding("fedkn", "ok", __version__)
+    folder = Path(__file__).parent.parent
+    message = f"{__version__}, not installed: run from '{folder}'"
+    if not requirements():
+        message += "; which versions it needs is not known here"
+    return Finding("fedkn", "warn", message, f"pip install -e '{folder}'")
 
 
 def _package(requirement: Requirement, *, needed: bool) -> Finding:
@@ -83,13 +96,21 @@ def _package(requirement: Requirement, *, needed: bool) -> Finding:
 def _torchvision() -> Finding:
     name = "torchvision's import"
     try:
-        import_torchvision()
+        torchvision = import_torchvision()
     except UserError as error:
         return Finding(name, "warn", "data sets other than digits cannot be read", str(error))
     except Exception as error:
         first = str(error).partition("\n")[0]
-        fix = "install the torchvision that belongs to your torch: https://pytorch.org/get-started"
+        fix = f"install the torchvision that belongs to your torch: {_TORCH}"
         return Finding(name, "fail", f"{type(error).__name__}: {first}", fix)
+    if way_round_taken():
+        message = (
+            f"fails by itself: the compiled part of {torchvision.__version__} does not load beside "
+            f"torch {torch.__version__}. fedkn goes round that by declaring torchvision's "
+            "operators, and reads data sets all the same; other programs cannot"
+        )
+        fix = "for those, install the torchvision that belongs to your torch: " + _TORCH
+        return Finding(name, "warn", message, fix)
     return Finding(name, "ok", "works")
 
 
@@ -98,14 +119,14 @@ def _gpu() -> Finding:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Finding("GPU", "ok", ", ".join(names))
     if Path("/dev/nvidia0").exists():
-        fix = "install a CUDA build: https://pytorch.org/get-started; check nvidia-smi"
+        fix = f"install a CUDA build: {_TORCH}; check nvidia-smi"
         return Finding("GPU", "warn", f"there is one, but torch {torch.__version__} has none", fix)
     return Finding("GPU", "ok", "none; the CPU is used")
 
 
 def _memory() -> Finding:
     available = psutil.virtual_memory().available
-    workers = len(os.sched_getaffinity(0))
+    workers = usable_cores()
     message = f"{available / _GIB:.1f} GiB available for {workers} workers"
     if available < workers * _GIB:
         fix = f"close programs, or give --workers {max(1, available // _GIB)}"

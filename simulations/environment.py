@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 import torch
 
-__all__ = ["PACKAGES", "describe_environment", "installed_version"]
+from fedkn import __version__
+from fedkn.installation import installed_version
+from fedkn.machine import processor, usable_cores
+
+__all__ = ["PACKAGES", "describe_environment"]
 
 PACKAGES = ("fedkn", "torch", "torchvision", "flwr", "numpy", "scikit-learn", "opacus", "ray")
 """The packages on which numbers may depend."""
@@ -24,23 +26,18 @@ def describe_environment() -> dict[str, object]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": {name: installed_version(name) or "not installed" for name in PACKAGES},
+        "packages": {
+            **{name: installed_version(name) or "not installed" for name in PACKAGES},
+            "fedkn": __version__,
+        },
         "machine": {
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
+            "processor": processor(),
+            "cores": usable_cores(),
             "memory_bytes": psutil.virtual_memory().total,
             "gpus": ", ".join(_gpus()) or "none",
         },
     }
-
-
-def installed_version(package: str) -> str | None:
-    """Return the version of an installed package, None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str:
@@ -59,15 +56,6 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return result.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
 
 
 def _gpus() -> list[str]:

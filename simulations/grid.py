@@ -46,6 +46,7 @@ __all__ = [
     "partitions",
     "result_cells",
     "search_cells",
+    "searches",
     "seeds",
     "untrainable",
 ]
@@ -61,7 +62,11 @@ def _entries(value: Any) -> Any:
         value = [entry.strip() for entry in value.split(",") if entry.strip()]
     elif isinstance(value, (int, float)):
         value = [value]
-    return list(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    if any(isinstance(entry, (list, dict)) for entry in value):
+        raise ValueError("must be a list of plain values")
+    return list(dict.fromkeys(value))
 
 
 def _safe_name(value: Any) -> Any:
@@ -108,7 +113,7 @@ class GridConfig(ExperimentConfig):
     def resolve(cls, *layers: Any) -> Self:
         """Return the grid of the defaults overlaid by each of `layers`; see ExperimentConfig."""
         grid = super().resolve(*layers)
-        if _searches(grid) and grid.data.validation_fraction == 0:
+        if searches(grid) and grid.data.validation_fraction == 0:
             raise UserError(
                 "data.validation_fraction = 0 leaves no images to search a learning rate on: "
                 "raise it, or give a single compare.learning_rates"
@@ -121,6 +126,18 @@ class GridConfig(ExperimentConfig):
                     f"partition '{spec}': lower cohort"
                 )
         return grid
+
+    @classmethod
+    def single(cls, *layers: Any) -> Self:
+        """Return the grid of one experiment, of `layers` as in `resolve`: nothing is searched."""
+        one = {"compare.seeds": 1, "compare.workers": 1}
+        own = super().resolve(*layers, one)
+        axes = {
+            "compare.normalizers": own.normalizer.name,
+            "compare.batch_sizes": own.train.batch_size,
+            "compare.learning_rates": own.train.learning_rate,
+        }
+        return cls.resolve(*layers, one, axes)
 
     @property
     def experiment(self) -> ExperimentConfig:
@@ -209,16 +226,17 @@ def result_cells(grid: GridConfig, group: Group, learning_rate: float) -> tuple[
     )
 
 
+def searches(grid: GridConfig) -> bool:
+    """Whether learning rates are searched: a single one is used as it is."""
+    return len(grid.compare.learning_rates) > 1
+
+
 def untrainable(group: Group) -> str:
     """Return why `group` cannot be trained, empty if it can."""
     needed = normalizers.create(group.normalizer).minimum_batch
     if group.batch_size >= needed:
         return ""
     return f"{group.normalizer} needs a local batch of at least {needed}"
-
-
-def _searches(grid: GridConfig) -> bool:
-    return len(grid.compare.learning_rates) > 1
 
 
 def _partitions(grid: GridConfig) -> dict[str, PartitionConfig]:

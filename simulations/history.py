@@ -52,6 +52,11 @@ class History:
     def __getitem__(self, cell: str) -> CellHistory:
         return self._cells.get(cell) or CellHistory()
 
+    @property
+    def skipped(self) -> int:
+        """How many lines were passed over so far because they could not be read."""
+        return self._tail.skipped
+
     def poll(self) -> None:
         """Take in the lines appended to metrics.jsonl since the last call."""
         self._take(self._tail.poll())
@@ -75,7 +80,7 @@ class History:
                     cell.round = line["round"]
                 case "round":
                     cell.round = line["round"]
-                    cell.seconds += line["seconds"] or 0.0
+                    cell.seconds += line["seconds"]
                     cell.timed_rounds += 1
                 case "evaluation":
                     cell.evaluations[line["round"]] = (

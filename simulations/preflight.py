@@ -9,7 +9,15 @@ from fedkn.experiment import build_model, device_of, federated_data, normalizer_
 from fedkn.normalizers import TensorRole
 from fedkn.training import refuse_unprivate
 from server.strategies import create_strategy
-from simulations.grid import GridConfig, groups, partitions, result_cells, seeds, untrainable
+from simulations.grid import (
+    GridConfig,
+    groups,
+    partitions,
+    result_cells,
+    searches,
+    seeds,
+    untrainable,
+)
 from simulations.run_folder import PartitionRecord, partition_label
 
 __all__ = ["check", "count_labels"]
@@ -30,7 +38,7 @@ def check(grid: GridConfig) -> list[PartitionRecord]:
     create_strategy(grid.experiment)
     device_of(grid.experiment)
     for partition in partitions(grid):
-        for seed in seeds(grid, "search"):
+        for seed in seeds(grid, "search") if searches(grid) else ():
             _count(grid, partition, seed)
     tables = count_labels(grid)
     _check_models(grid)

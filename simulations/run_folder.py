@@ -7,10 +7,13 @@ metrics.jsonl; everything here reads them, also while a run is under way or afte
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from fedkn.config import DataConfig, ExperimentConfig, PartitionConfig
 from fedkn.data.summary import DataSummary
@@ -158,22 +161,50 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, grid: GridRecord) -> RunFolder:
-        """Make the folder and write experiment.json, the mark of a run folder.
+        """Make the folder of a new run, with nothing in it but experiment.json; see `creating`."""
+        with cls.creating(path, grid) as folder:
+            return folder
 
-        Raises UserError, having written nothing, if `path` exists and is not an empty folder.
+    @classmethod
+    @contextmanager
+    def creating(cls, path: str | Path, grid: GridRecord) -> Iterator[RunFolder]:
+        """Make the folder, yield it for whatever else a run needs, then write experiment.json.
+
+        That file is the mark of a run folder, so one with the mark can be resumed, and a beginning
+        that was cut short without it can be begun again. Raises UserError, with nothing left
+        behind, if the disk does not take it all, or, having touched nothing, if `path` holds
+        anything else.
         """
         path = Path(path)
+        if not cls.may_begin(path):
+            raise UserError(
+                f"'{path}' exists already: choose another folder, or go on with its run "
+                f"by 'fedkn resume {path}'"
+            )
+        there = path.exists()
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise UserError(
-                    f"'{path}' exists already: choose another folder, or go on with its run "
-                    f"by 'fedkn resume {path}'"
-                )
             (path / "cells").mkdir(parents=True, exist_ok=True)
+            (path / _BEGINNING).touch()
+            yield cls(path)
+            write_json(path / "experiment.json", asdict(grid))
+            (path / _BEGINNING).unlink()
+        except OSError as error:
+            _take_away(path, there)
+            raise UserError(f"cannot make the run folder '{path}': {error.strerror}") from None
+
+    @classmethod
+    def may_begin(cls, path: Path) -> bool:
+        """Whether a run can begin in `path`: nothing is there, or a beginning that was cut short.
+
+        Raises UserError where it cannot be looked into.
+        """
+        try:
+            if not path.is_dir():
+                return not path.exists()
+            names = {entry.name for entry in path.iterdir()}
         except OSError as error:
             raise UserError(f"cannot make the run folder '{path}': {error.strerror}") from None
-        write_json(path / "experiment.json", asdict(grid))
-        return cls(path)
+        return not names or (_BEGINNING in names and "experiment.json" not in names)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -194,10 +225,13 @@ class RunFolder:
     @property
     def grid(self) -> GridRecord:
         """experiment.json. Raises UserError if it is damaged."""
-        data = self._read("experiment.json")
+        data = self.read("experiment.json")
         try:
+            if data.keys() - GridRecord.__dataclass_fields__.keys():
+                raise ValueError
+            _check(GridRecord, data)
             return GridRecord(**data)
-        except TypeError:
+        except ValueError:
             raise UserError(
                 f"'{self.path}' is not a run folder of this fedkn: "
                 "experiment.json has other fields than expected"
@@ -209,7 +243,7 @@ class RunFolder:
 
     def environment(self) -> dict[str, Any]:
         """Return environment.json, empty where it was not written yet."""
-        return self._read("environment.json", missing={})
+        return self.read("environment.json", missing={})
 
     def write_partitions(self, partitions: Sequence[PartitionRecord]) -> None:
         """Write partition.json: one table of client x label counts per partition and seed."""
@@ -218,10 +252,14 @@ class RunFolder:
 
     def partitions(self) -> list[PartitionRecord]:
         """Return the tables of partition.json, empty where it was not written yet."""
-        data = self._read("partition.json", missing={"partitions": []})
+        data = self.read("partition.json", missing={"partitions": []})
         try:
-            return [PartitionRecord(**table) for table in data["partitions"]]
-        except (KeyError, TypeError):
+            _check(list[PartitionRecord], data.get("partitions"))
+            tables = [PartitionRecord(**table) for table in data["partitions"]]
+            if not all(_is_rectangular(table) for table in tables):
+                raise ValueError
+            return tables
+        except (ValueError, TypeError):
             raise UserError(
                 f"'{self.path / 'partition.json'}' has other fields than expected"
             ) from None
@@ -260,10 +298,26 @@ class RunFolder:
             by_cell.setdefault(line["cell"], []).append(line)
         return [self._cell(cell, lines) for cell, lines in by_cell.items()]
 
+    def read(self, name: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the JSON object in the file `name` of the folder.
+
+        Raises UserError where it cannot be read; a file that is not there is `missing`, if given.
+        """
+        path = self.path / name
+        if missing is not None and not path.exists():
+            return missing
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"cannot read '{path}' of the run folder: {error}") from None
+        if not isinstance(data, dict):
+            raise UserError(f"cannot read '{path}' of the run folder: it is not a JSON object")
+        return data
+
     def _cell(self, cell: str, lines: Sequence[dict[str, Any]]) -> CellRecord:
         starts = [line for line in lines if line["kind"] == "start"]
         start = starts[-1] if starts else {}
-        flat = start.get("config") or self._read(f"cells/{cell}/config.json")
+        flat = start.get("config") or self.read(f"cells/{cell}/config.json")
         config = ExperimentConfig.resolve(flat)
         record = CellRecord(
             id=cell,
@@ -301,17 +355,33 @@ class RunFolder:
         record.evaluations = [evaluated[key] for key in sorted(evaluated)]
         return record
 
-    def _read(self, name: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-        path = self.path / name
-        if missing is not None and not path.exists():
-            return missing
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read '{path}' of the run folder: {error}") from None
-        if not isinstance(data, dict):
-            raise UserError(f"cannot read '{path}' of the run folder: it is not a JSON object")
-        return data
+
+_BEGINNING = ".beginning"
+"""A file that is there until a run folder is whole."""
+
+
+def _take_away(path: Path, there: bool) -> None:
+    """Remove all that a beginning left in `path`, and the folder itself unless it was `there`."""
+    with suppress(OSError):
+        for entry in path.iterdir():
+            if not entry.is_dir():
+                entry.unlink()
+        (path / "cells").rmdir()
+        if not there:
+            path.rmdir()
+
+
+def _check(kind: Any, data: Any) -> None:
+    """Raise ValueError where JSON `data` is not of the types that `kind` has."""
+    # As text: from objects a strict check would want the very class. Names of files that are not
+    # UTF-8 stand in it, whose bytes do not matter here.
+    text = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+    TypeAdapter(kind).validate_json(text, strict=True)
+
+
+def _is_rectangular(table: PartitionRecord) -> bool:
+    """Whether every client has a count, 0 or more, for every class."""
+    return all(len(row) == len(table.classes) and min(row, default=0) >= 0 for row in table.counts)
 
 
 def partition_label(partition: PartitionConfig) -> str:

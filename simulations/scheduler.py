@@ -24,6 +24,7 @@ import torch
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
+from fedkn.machine import usable_cores
 from server.metrics_log import MetricsLog
 from simulations.grid import Cell, GridConfig, Group, groups, result_cells, untrainable
 from simulations.history import History
@@ -150,7 +151,7 @@ class _Scheduler:
         self._lock = lock
         self._history = History(run.metrics_path)
         self._selector = selectors.DefaultSelector()
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         self._workers: list[Worker | None] = [None] * (grid.compare.workers or cores)
         # A cell may train its clients in several processes: together no more than there are cores.
         self._cell_workers = grid.workers or max(1, cores // len(self._workers))
@@ -185,6 +186,11 @@ class _Scheduler:
 
     def _begin(self) -> None:
         self._history.poll()
+        if skipped := self._history.skipped:
+            self._watcher.notice(
+                f"{skipped} line(s) of '{self._run.metrics_path}' cannot be read, and are passed "
+                "over"
+            )
         for group in groups(self._grid):
             if reason := untrainable(group):
                 self._skip(group, reason)

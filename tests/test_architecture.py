@@ -91,6 +91,60 @@ def test_a_file_is_no_longer_than_400_lines_and_says_what_it_is(path):
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
 
 
+# The age of a process, whose start psutil gives by the wall clock; and a check of that very clock.
+WALL_CLOCK_WANTED = {"server/deployment/status.py", "clients/device/connection.py"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_duration_is_taken_from_the_wall_clock(path):
+    """A time of the day is written into a log as it is; what is subtracted is monotonic."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    read = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "time.time"
+    ]
+    computed = [node.lineno for node in read if not isinstance(parents[node], ast.keyword)]
+    assert not computed or name_of(path) in WALL_CLOCK_WANTED, f"lines {computed}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_what_only_linux_has_is_asked_for_before_it_is_used(path):
+    """A function that other systems lack stands beside a look for it, or for the system."""
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    used = {
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    } & ONLY_LINUX
+    guarded = "hasattr(os" in text or "sys.platform" in text
+    assert not used or guarded, f"{sorted(used)} without a look for it"
+
+
+ONLY_LINUX = {
+    f"os.{name}"
+    for name in (
+        *("sched_getaffinity", "sched_setaffinity", "memfd_create", "eventfd", "pidfd_open"),
+        *("posix_fallocate", "posix_fadvise", "copy_file_range", "splice", "getrandom", "setns"),
+        *("unshare", "pipe2", "fdatasync", "sched_setscheduler", "getresuid", "setresuid"),
+        *("MFD_CLOEXEC", "getxattr", "setxattr", "sched_param"),
+    )
+} | {
+    f"{module}.{name}"
+    for module, names in {
+        "signal": ("SIGRTMIN", "SIGRTMAX", "SIGSTKFLT", "SIGPWR", "sigtimedwait", "sigwaitinfo"),
+        "select": ("epoll", "poll"),
+        "socket": ("AF_NETLINK", "AF_VSOCK", "AF_PACKET", "SO_PEERCRED", "TCP_USER_TIMEOUT"),
+        "resource": ("prlimit", "RLIMIT_RTPRIO", "RLIMIT_MSGQUEUE"),
+        "mmap": ("MAP_POPULATE", "MAP_NORESERVE"),
+        "fcntl": ("F_OFD_SETLK", "F_SETPIPE_SZ", "F_ADD_SEALS"),
+    }.items()
+    for name in names
+}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_public_names_are_declared_and_exist(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))

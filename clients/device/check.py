@@ -22,6 +22,7 @@ from clients.device.settings import Device
 from clients.device.trial import check_data, check_training
 from clients.privacy_account import account_in
 from fedkn.errors import UserError
+from fedkn.machine import usable_cores
 
 __all__ = ["check_device", "check_start"]
 
@@ -79,7 +80,7 @@ def _disk(device: Device) -> Finding:
 
 
 def _threads(device: Device) -> Finding:
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     threads = device.profile.threads or 1
     message = f"{threads} of {cores} core(s)"
     if threads > cores:

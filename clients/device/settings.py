@@ -15,8 +15,12 @@ from clients.device.consent import Consent
 from clients.device.data import node_data
 from clients.device.profile import Profile
 from clients.local_state import STATE_FOLDER
-from fedkn.config import ExperimentConfig, Section, check_keys, read_toml, validated
+from fedkn.config import ExperimentConfig, Section, check_keys, validated
 from fedkn.errors import UserError
+from fedkn.files import expanded
+from fedkn.supernode import uncarried
+from fedkn.tables import read_toml
+from fedkn.text import printable
 
 __all__ = ["Device", "read_device"]
 
@@ -99,7 +103,7 @@ def read_device(path: Path, experiment: Path | None = None) -> Device:
     try:
         return _device(file.parent, values, tried, read_toml(experiment) if experiment else {})
     except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise UserError(f"{printable(file, 1000)}: {error}") from None
 
 
 def _device(
@@ -112,11 +116,12 @@ def _device(
         raise UserError(
             f"partition_id = {given.partition_id}: must be below partitions = {given.partitions}"
         )
-    data_path = str(folder / Path(given.data.root).expanduser()) if given.data.root else ""
+    data_path = str(folder / expanded(given.data.root)) if given.data.root else ""
     given.consent.check_names()
     node_data({"data-path": data_path, "data-kind": given.data.source})
-    if odd := next((t for t in (given.name, data_path, str(folder)) if '"' in t or "'" in t), ""):
-        raise UserError(f"{odd!r} has a quotation mark, which Flower's node config cannot carry")
+    for text in (given.name, data_path, str(folder / given.state)):
+        if reason := uncarried(text):
+            raise UserError(f"'{printable(text)}' {reason}: rename it")
     return Device(
         name=given.name,
         folder=folder,
@@ -141,7 +146,9 @@ def _device(
 def _address(server: str) -> tuple[str, int]:
     match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(\d{1,5})", server)
     if not match or not 0 < int(match[2]) < 2**16:
-        raise UserError(f"server = {json.dumps(server)}: give HOST:PORT, without https://")
+        raise UserError(
+            f"server = {printable(json.dumps(server), 80)}: give HOST:PORT, without https://"
+        )
     return match[1].strip("[]"), int(match[2])
 
 

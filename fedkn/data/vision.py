@@ -17,7 +17,7 @@ import torch
 
 from fedkn.data.optional import require
 
-__all__ = ["import_torchvision"]
+__all__ = ["import_torchvision", "way_round_taken"]
 
 _SYMPTOM = "operator torchvision::nms does not exist"
 _BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -45,6 +45,11 @@ def import_torchvision() -> ModuleType:
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
     return importlib.import_module("torchvision")
+
+
+def way_round_taken() -> bool:
+    """Whether torchvision could be imported only after its operators had been declared here."""
+    return bool(_declared)
 
 
 def _declare_operators() -> None:

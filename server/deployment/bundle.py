@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from flwr.cli.build import build_fab_from_files
 
+from fedkn import __version__
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
 
@@ -55,7 +55,7 @@ def _project() -> str:
         [
             "[project]",
             'name = "fedkn"',
-            f'version = "{_version()}"',
+            f'version = "{__version__}"',
             'description = "Federated, small-batch training"',
             'license = "Apache-2.0"',
             "dependencies = []",
@@ -69,10 +69,3 @@ def _project() -> str:
             "",
         ]
     )
-
-
-def _version() -> str:
-    try:
-        return version("fedkn")
-    except PackageNotFoundError:
-        return "0.0.0"

@@ -31,6 +31,7 @@ from fedkn.config import Scalar
 from fedkn.errors import FedknError
 from server.deployment.certificates import public_pem
 from server.deployment.fleet import Device, Fleet
+from server.heartbeats import heartbeat_age
 
 __all__ = ["Control", "DeviceState", "RunState", "SuperLinkAway"]
 
@@ -46,12 +47,15 @@ class DeviceState:
     """How the SuperLink sees a device.
 
     ``registered``, ``online``, ``offline``, ``unregistered`` or, never registered, ``unknown``.
-    `since` is when it became so, ISO 8601 in UTC; empty where that is not known.
+    Also ``silent``: online for the SuperLink, but its heartbeat is overdue, so that it may be gone.
+    `since` is when it became so, ISO 8601 in UTC; empty where that is not known. `heartbeat` is how
+    many seconds ago the last one came, None where there was none or the device is not online.
     """
 
     device: Device
     status: str
     since: str
+    heartbeat: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,10 @@ class Control:
                 "registered": node.registered_at,
                 "online": node.last_activated_at,
                 "offline": node.last_deactivated_at,
-            }
-            states.append(DeviceState(device, node.status, since.get(node.status, "")))
+            }.get(node.status, "")
+            age = heartbeat_age(node) if node.status == "online" else None
+            overdue = age is not None and age > node.heartbeat_interval
+            states.append(DeviceState(device, "silent" if overdue else node.status, since, age))
         return states
 
     def register(self, device: Device) -> None:

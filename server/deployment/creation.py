@@ -8,6 +8,8 @@ import secrets
 from pathlib import Path
 
 from fedkn.errors import UserError
+from fedkn.supernode import uncarried
+from fedkn.text import printable
 from server.deployment.certificates import create_authority, issue_certificate
 from server.deployment.containers import container_files
 from server.deployment.device_config import create_device_folder
@@ -40,6 +42,10 @@ def create_fleet(path: Path, clients: int, host: str, port: int) -> Fleet:
 def _check(path: Path, clients: int, host: str, port: int) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"'{path}' exists already: give another folder, or remove it")
+    # Its devices' folders lie in it, and every file that is written here names it.
+    place = str(path.resolve())
+    if reason := uncarried(place) or ("" if place.isprintable() else "has unprintable letters"):
+        raise UserError(f"'{printable(place)}' {reason}: give another folder")
     if clients < 1:
         raise UserError(f"--clients {clients}: a fleet has at least one device")
     if not 1024 <= port <= 65534:

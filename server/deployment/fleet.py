@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedkn.errors import UserError
 from fedkn.files import write_atomically
+from fedkn.tables import read_toml, shown
 
 __all__ = ["Device", "Fleet", "make_folder", "write_secret"]
 
@@ -62,13 +63,13 @@ class Fleet:
         if not file.is_file():
             raise UserError(f"no fleet in '{path}': make one with fedkn deploy init {path}")
         try:
-            values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+            values = read_toml(file)
             if values.pop("format") != FORMAT:
                 raise UserError(f"'{file}' is of another version of fedkn: make a new fleet")
-            return cls(path.resolve(), **{key: kind(values[key]) for key, kind in _FIELDS.items()})
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
+            return cls(
+                path.resolve(), **{key: check(values[key]) for key, check in _FIELDS.items()}
+            )
+        except (KeyError, TypeError) as error:
             raise UserError(f"'{file}' cannot be read as a fleet: {error}") from None
 
     def write(self) -> None:
@@ -171,4 +172,24 @@ def write_secret(path: Path, content: bytes) -> None:
     write_atomically(path, content, mode=0o600)
 
 
-_FIELDS = {"clients": int, "host": str, "port": int, "superlink_port": int}
+def _whole(largest: int) -> Callable[[object], int]:
+    def check(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            raise TypeError(f"clients and ports are whole numbers, here from 1 to {largest}")
+        return value
+
+    return check
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{shown(value)} is no name of a host")
+    return value
+
+
+_FIELDS: dict[str, Callable[[object], Any]] = {
+    "clients": _whole(100_000),
+    "host": _name,
+    "port": _whole(65535),
+    "superlink_port": _whole(65535),
+}

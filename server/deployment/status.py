@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from server.deployment.certificates import expiry
 from server.deployment.control import Control, DeviceState, RunState, SuperLinkAway
@@ -43,8 +44,17 @@ class Status:
                 rows.append((name, "running", str(process.pid), age))
         yield "Processes here", ("name", "state", "pid", "for"), rows
         if self.devices:
-            states = [(s.device.name, s.status, s.since[:19]) for s in self.devices]
-            yield "Devices", ("name", "state", "since (UTC)"), list(states)
+            states = [
+                (
+                    s.device.name,
+                    s.status,
+                    s.since[:19],
+                    "" if s.heartbeat is None else f"{s.heartbeat:.0f} s ago",
+                )
+                for s in self.devices
+            ]
+            columns = ("name", "state", "since (UTC)", "last heartbeat")
+            yield "Devices", columns, list(states)
         if self.runs:
             shown = [
                 (
@@ -57,6 +67,43 @@ class Status:
             ]
             yield "Last runs", ("run", "state", "begun (UTC)", "ended (UTC)"), list(shown)
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the same as values of JSON; docs/deployment.md names the keys."""
+        now = time.time()
+        names = dict.fromkeys((SUPERLINK, SUPEREXEC, *self.processes))
+        return {
+            "fleet": str(self.fleet.path),
+            "answers": self.answers,
+            "certificate_ends": expiry(self.fleet).isoformat(timespec="seconds"),
+            "processes": [
+                {"name": name, "pid": process.pid, "seconds": round(now - process.started, 1)}
+                if (process := self.processes.get(name))
+                else {"name": name, "pid": None, "seconds": None}
+                for name in names
+            ],
+            "devices": [
+                {
+                    "name": state.device.name,
+                    "partition": state.device.partition,
+                    "state": state.status,
+                    "since": state.since or None,
+                    "heartbeat_seconds": (
+                        None if state.heartbeat is None else round(state.heartbeat, 1)
+                    ),
+                }
+                for state in self.devices
+            ],
+            "runs": [
+                {
+                    "name": Path(run.folder).name,
+                    "state": run.outcome or run.status,
+                    "begun": run.pending_at or None,
+                    "ended": run.finished_at or None,
+                }
+                for run in self.runs
+            ],
+        }
+
     @property
     def note(self) -> str:
         """One line: whether the server answers, and until when its certificate lasts."""
@@ -66,7 +113,9 @@ class Status:
                 f"{_certificate(self.fleet)}"
             )
         online = sum(state.status == "online" for state in self.devices)
-        return f"{online} of {self.fleet.clients} devices online; {_certificate(self.fleet)}"
+        silent = [state.device.name for state in self.devices if state.status == "silent"]
+        doubt = f", {', '.join(silent)} silent" if silent else ""
+        return f"{online} of {self.fleet.clients} devices online{doubt}; {_certificate(self.fleet)}"
 
 
 def fleet_status(path: Path) -> Status:

@@ -32,7 +32,12 @@ def report_round() -> None:
             memory += process.memory_info().rss
         except psutil.NoSuchProcess:
             continue
-    line = {"time": time.time(), "cpu": cpu, "own_memory": own.memory_info().rss, "memory": memory}
+    line = {
+        "time": time.monotonic(),
+        "cpu": cpu,
+        "own_memory": own.memory_info().rss,
+        "memory": memory,
+    }
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 

@@ -184,7 +184,7 @@ def _run(
     name = kind if kind == "pfl" else contender
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(_ALLOCATOR if allocator else {})}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    started = time.time()
+    started = time.monotonic()
     command = [python, "-m", "simulations.benchmarks.contender", name, str(path)]
     processes = [
         subprocess.Popen(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fedkn.config import read_toml
+from fedkn.tables import read_toml
 from simulations.commands import options as o
 from simulations.commands.options import given
 

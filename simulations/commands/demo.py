@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from importlib.resources import as_file, files
 
-from fedkn.config import read_toml
+from fedkn.tables import read_toml
 from simulations.commands import options as o
 from simulations.commands.options import given
 

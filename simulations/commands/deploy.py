@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from simulations.commands.deploy_run import run
-from simulations.commands.options import Debug
+from simulations.commands.options import Debug, Json
 from simulations.terminal import terminal
 
 if TYPE_CHECKING:
@@ -99,11 +100,14 @@ def renew(fleet: FleetFolder, *, debug: Debug = False) -> None:
 
 
 @deploy.command()
-def status(fleet: FleetFolder, *, debug: Debug = False) -> None:
+def status(fleet: FleetFolder, *, as_json: Json = False, debug: Debug = False) -> None:
     """Show the fleet's processes, devices and last runs."""
     from server.deployment.status import Status, fleet_status
 
     state: Status = fleet_status(fleet)
+    if as_json:
+        sys.stdout.write(json.dumps(state.as_json()) + "\n")
+        raise typer.Exit(0 if state.answers else 1)
     console = terminal()
     for title, columns, rows in state.tables():
         table = Table(title=title, title_justify="left", box=None, header_style="dim")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedkn.config import ExperimentConfig, read_toml
+from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError, UserError
+from fedkn.tables import read_toml
 from simulations.commands import options as o
 from simulations.commands.options import given
 
@@ -122,17 +123,13 @@ def _grid(fleet: Fleet, table: Mapping[str, Any], flags: Mapping[str, Any]) -> G
         "partition.clients": fleet.clients,
         "cohort": min(ExperimentConfig().cohort, fleet.clients),
     }
-    grid = GridConfig.resolve(base, table, flags, {"compare.seeds": 1, "compare.workers": 1})
+    grid = GridConfig.single(base, table, flags)
     if grid.partition.clients != fleet.clients:
         raise UserError(
             f"partition.clients = {grid.partition.clients}, but the fleet has {fleet.clients} "
             "devices, each of which is one partition: leave it out"
         )
-    return grid.overlay(
-        compare__normalizers=grid.normalizer.name,
-        compare__batch_sizes=grid.train.batch_size,
-        compare__learning_rates=grid.train.learning_rate,
-    )
+    return grid
 
 
 def _created(fleet: Fleet, grid: GridConfig, name: str | None) -> tuple[GridConfig, RunFolder]:
@@ -168,10 +165,15 @@ def _training_time(progress: Progress, config: ExperimentConfig) -> str:
         f"Devices trained for {progress.training:.1f} of {progress.seconds:.1f} s "
         f"({share:.0%} of the wall clock)"
     )
-    if share >= _ENOUGH or not progress.training or not progress.rounds:
+    if progress.waiting >= 1.0:
+        who = ", ".join(map(str, sorted(progress.waited_for)))
+        text += f"; for {progress.waiting:.1f} s nothing was waited for but client {who}, not there"
+    overhead = max(0.0, progress.seconds - progress.training - progress.waiting)
+    busy = progress.training + overhead
+    if not progress.training or not progress.rounds or progress.training >= _ENOUGH * busy:
         return f"{text}."
-    rest = (progress.seconds - progress.training) / progress.rounds
-    factor = math.ceil((1 - share) / share)
+    rest = overhead / progress.rounds
+    factor = math.ceil(overhead / progress.training)
     key = "local_steps" if config.train.local_steps else "local_epochs"
     value = getattr(config.train, key) * factor
     return (

@@ -17,6 +17,8 @@ from rich.text import Text
 
 from fedkn.errors import FedknError, UserError
 from fedkn.experiment import data_summary
+from fedkn.files import expanded
+from server.metrics_log import LogNotWritten
 from server.run_data import hold_to_data
 from simulations.environment import describe_environment
 from simulations.grid import GridConfig, partitions, seeds
@@ -52,25 +54,30 @@ def created(grid: GridConfig, command: str, out: Path | None) -> tuple[GridConfi
 
     Raises UserError, having written nothing, for anything that would make the run fail.
     """
+    if grid.evaluation.split != "test":
+        raise UserError(
+            f"evaluation.split = {grid.evaluation.split}: a run measures on test images, and "
+            "searches on validation images, by itself: leave it out"
+        )
     if grid.data.root:
-        root = str(Path(grid.data.root).expanduser().resolve())
+        root = str(expanded(grid.data.root).resolve())
         grid = grid.overlay(data__root=root)
     name = grid.compare.name or f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
     path = out or _RUNS / name
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not RunFolder.may_begin(path):
         deployed = repeat_command().startswith(DEPLOYED)
         again = how_to_resume_deployed(path) if deployed else how_to_resume(path)
         raise UserError(f"'{path}' exists already: choose another --name, or '{again}'")
     tables = check(grid)
     data = data_summary(grid.experiment)
-    run = RunFolder.create(path, _record(grid, path.name))
-    # Before there is anything that a resume could go on from.
-    hold_to_data(path, grid.data, data)
-    write_json(path / _GRID_FILE, grid.flat())
-    if not run.grid.deployed:
-        # What a fleet's devices hold, they say themselves.
-        run.write_partitions(tables)
-    run.write_environment(describe_environment())
+    with RunFolder.creating(path, _record(grid, path.name)) as run:
+        # Before there is anything that a resume could go on from.
+        hold_to_data(path, grid.data, data)
+        write_json(path / _GRID_FILE, grid.flat())
+        if not run.grid.deployed:
+            # What a fleet's devices hold, they say themselves.
+            run.write_partitions(tables)
+        run.write_environment(describe_environment())
     return grid, run
 
 
@@ -89,6 +96,8 @@ def execute(grid: GridConfig, run: RunFolder, *, as_json: bool, each_round: bool
     except KeyboardInterrupt:
         _say(console, f"stopped; what was done is kept. Go on with: {again}")
         raise typer.Exit(130) from None
+    except LogNotWritten as error:
+        raise FedknError(f"{error}. What was done is kept. Go on with: {again}") from error
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise FedknError(
@@ -122,11 +131,7 @@ def begun(path: Path, changes: Mapping[str, object] | None = None) -> tuple[Grid
     Raises UserError where there is none, or its grid cannot be read.
     """
     run = RunFolder.open(path)
-    try:
-        flat = json.loads((path / _GRID_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot resume '{path}': {_GRID_FILE}: {error}") from None
-    return GridConfig.resolve(flat, changes or {}), run
+    return GridConfig.resolve(run.read(_GRID_FILE), changes or {}), run
 
 
 def refuse_other_data(grid: GridConfig, run: RunFolder) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fedkn.errors import UserError
+from fedkn.text import printable
 
 __all__ = [
     "BatchSizes",
@@ -149,10 +150,11 @@ def given(settings: list[str] | None, **flags: Any) -> dict[str, Any]:
     keys = {key.replace("__", "."): value for key, value in flags.items() if value is not None}
     for setting in settings or ():
         key, equals, value = setting.partition("=")
+        shown = printable(setting, 80)
         if not equals:
-            raise UserError(f"--set {setting}: write KEY=VALUE, as in --set train.momentum=0.9")
+            raise UserError(f"--set {shown}: write KEY=VALUE, as in --set train.momentum=0.9")
         if instead := _SET_BY_RUNS.get(key.strip()):
-            raise UserError(f"--set {setting}: a run sets {key.strip()} itself ({instead})")
+            raise UserError(f"--set {shown}: a run sets {key.strip()} itself ({instead})")
         keys[key.strip()] = value.strip()
     return keys
 

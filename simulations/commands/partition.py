@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from fedkn.config import read_toml
 from fedkn.errors import UserError
+from fedkn.tables import read_toml
 from simulations.commands import options as o
 from simulations.commands.options import given
 
@@ -66,8 +66,8 @@ def partition(
         seed=seed,
     )
     # No cohort is drawn here: one client always fits.
-    layers = (read_toml(file) if file else {}, flags, {"cohort": 1, "compare.seeds": 1})
-    tables = count_labels(GridConfig.resolve(*layers))
+    layers = (read_toml(file) if file else {}, flags, {"cohort": 1})
+    tables = count_labels(GridConfig.single(*layers))
     save_picture(tables, picture)
     if as_json:
         shown = {"picture": str(picture), "partitions": [asdict(table) for table in tables]}

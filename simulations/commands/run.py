@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from fedkn.config import read_toml
 from fedkn.errors import UserError
+from fedkn.tables import read_toml
 from simulations.commands import options as o
 from simulations.commands.options import given
 
@@ -84,12 +84,7 @@ def run(
         model__name=model,
         seed=seed,
     )
-    grid = GridConfig.resolve(table, flags, {"compare.seeds": 1, "compare.workers": 1})
-    grid = grid.overlay(
-        compare__normalizers=grid.normalizer.name,
-        compare__batch_sizes=grid.train.batch_size,
-        compare__learning_rates=grid.train.learning_rate,
-    )
+    grid = GridConfig.single(table, flags)
     if len(groups(grid)) != 1 or any(text.startswith("compare.") for text in settings or ()):
         raise UserError(
             "fedkn run runs one experiment, with one normalizer on one partition and one seed: "

@@ -10,6 +10,7 @@ import torch
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import device_of, federated_data, normalizer_of, why_alone
+from fedkn.machine import usable_cores
 from fedkn.models.catalog import ARCHITECTURES
 
 __all__ = ["Together", "engine_of", "gpus_of", "processes_of", "together_of"]
@@ -65,7 +66,7 @@ def processes_of(config: ExperimentConfig) -> int:
     if config.workers:
         return min(config.workers, config.cohort)
     if config.device == "cpu" or not torch.cuda.is_available():
-        return min(len(os.sched_getaffinity(0)), config.cohort)
+        return min(usable_cores(), config.cohort)
     return min(max(1, len(gpus_of(config))), config.cohort)
 
 

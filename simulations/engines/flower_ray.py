@@ -27,6 +27,7 @@ from clients.local_state import STATE_FOLDER, folder_in_run
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, device_of, federated_data, inputs_of
+from fedkn.machine import usable_cores
 from fedkn.training.memory import step_memory
 from server.app import app as server_app
 from simulations.engines.outcome import Outcome, outcome_in, server_context
@@ -90,7 +91,7 @@ def _backend(config: ExperimentConfig, folder: str) -> dict[str, Any]:
     share = gpu_share(config)
     return {
         "init_args": {
-            "num_cpus": config.workers or len(os.sched_getaffinity(0)),
+            "num_cpus": config.workers or usable_cores(),
             "include_dashboard": False,
             "logging_level": logging.ERROR,
             "log_to_driver": False,

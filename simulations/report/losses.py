@@ -46,11 +46,17 @@ def losses(cells: Sequence[CellRecord], damaged_lines: int) -> list[LossLine]:
     return lines
 
 
-def named_clients(clients: Collection[int]) -> str:
-    """Return "client 3", "clients 1, 2 and 9", or the first of many and how many others."""
-    shown = [str(client) for client in sorted(clients)[:_CLIENTS_SHOWN]]
-    if len(clients) > len(shown):
-        shown.append(f"{len(clients) - len(shown)} others")
+def named_clients(clients: Collection[int | None]) -> str:
+    """Return "client 3", "clients 1, 2 and 9", or the first of many and how many others.
+
+    None stands for one that nobody knows.
+    """
+    known = sorted(client for client in clients if client is not None)
+    shown = [str(client) for client in known[:_CLIENTS_SHOWN]]
+    if len(known) > len(shown):
+        shown.append(f"{len(known) - len(shown)} others")
+    if None in clients:
+        shown.append("unknown")
     return f"client{'s' if len(clients) > 1 else ''} {enumerated(shown)}"
 
 
@@ -110,7 +116,9 @@ def _not_evaluated(cells: Sequence[CellRecord]) -> tuple[str, str] | None:
     return _of_clients("time", reasons, {loss.client for loss in failed})
 
 
-def _of_clients(noun: str, reasons: Counter[str], clients: set[int]) -> tuple[str, str] | None:
+def _of_clients(
+    noun: str, reasons: Counter[str], clients: Collection[int | None]
+) -> tuple[str, str] | None:
     if not reasons:
         return None
     return f"{count(reasons.total(), noun)} ({named_clients(clients)})", _listed(reasons)

@@ -89,14 +89,14 @@ class Unrest:
     def _strike(self, kind: str, device: int, rounds: int, delay: float) -> None:
         time.sleep(delay)
         name = self._fleet.devices[device].name
-        event = Event(kind, device, rounds, time.time() - self._began)
+        event = Event(kind, device, rounds, time.monotonic() - self._began)
         self.events.append(event)
         if kind == "kill":
             kill(self._fleet, name, signal.SIGKILL)
         else:
             stop(self._fleet, [name])
         done = fedkn("up", str(self._fleet.path), "--local", timeout=400)
-        event.ended = time.time() - self._began
+        event.ended = time.monotonic() - self._began
         event.problem = done.stderr if done.returncode else ""
         say(f"{event.began:6.0f} s: {kind} {name}, back after {event.ended - event.began:.0f} s")
 
@@ -105,24 +105,24 @@ def soak(fleet: Fleet, rounds: int, seed: int) -> dict[str, Any]:
     """Run the soak on a fleet that is not up yet; return what was seen, as JSON takes it."""
     done = fedkn("up", str(fleet.path), "--local", timeout=400)
     assert done.returncode == 0, done.stderr
-    began = time.time()
+    began = time.monotonic()
     memory, unrest = Memory(fleet), Unrest(fleet, rounds, seed, began)
     ended: list[float] = []
     next_sample = 0.0
     with Run(fleet, "soak", rounds=rounds, cohort=fleet.clients, **EXPERIMENT) as run:
         while run.going():
             for line in run.lines("round")[len(ended) :]:
-                ended.append(time.time() - began)
+                ended.append(time.monotonic() - began)
                 say(f"{ended[-1]:6.0f} s: round {line['round']}, {line['updates']} updates")
             unrest.tick(len(ended), ended[-1] / len(ended) if ended else 0.0)
-            if time.time() >= next_sample:
+            if time.monotonic() >= next_sample:
                 memory.sample(len(ended))
-                next_sample = time.time() + SAMPLE_SECONDS
+                next_sample = time.monotonic() + SAMPLE_SECONDS
             time.sleep(0.5)
         code, output = run.end()
     unrest.finish()
     lines = run.lines("round")
-    ended += [time.time() - began] * (len(lines) - len(ended))
+    ended += [time.monotonic() - began] * (len(lines) - len(ended))
     return {
         "devices": fleet.clients,
         "seed": seed,

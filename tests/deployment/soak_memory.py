@@ -53,11 +53,11 @@ class Memory:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._series: dict[tuple[int, float], Series] = {}
-        self._began = time.time()
+        self._began = time.monotonic()
 
     def sample(self, rounds: float) -> None:
         """Take one sample of every process; `rounds` is how many rounds have ended."""
-        now = time.time() - self._began
+        now = time.monotonic() - self._began
         for one in running(self._fleet):
             try:
                 process = psutil.Process(one.pid)

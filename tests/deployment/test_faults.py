@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,14 +80,40 @@ def test_a_hung_device_is_named_and_takes_part_again(fleet):
     assert not [line for line in rounds if line["refused"]]
 
 
-def test_a_killed_device_that_stays_away_is_named_and_the_run_ends(fleet):
-    with Run(fleet, "killed", rounds=4, server__join_timeout=40) as run:
+def state_of(fleet: Fleet, name: str) -> dict[str, Any]:
+    """Return what `fedkn deploy status --json` says of a device."""
+    done = fedkn("status", str(fleet.path), "--json")
+    assert done.returncode == 0, done.stderr
+    return next(one for one in json.loads(done.stdout)["devices"] if one["name"] == name)
+
+
+def test_a_killed_device_that_stays_away_is_waited_for_once_and_said(fleet):
+    with Run(fleet, "killed", rounds=6, server__join_timeout=120) as run:
         run.after_round(1)
         wait_for(lambda: training(fleet, "device-2"), 60)
         kill(fleet, "device-2")
+        # Within seconds: 5 after the other two, which take about as long as in round 1.
+        wait_for(lambda: run.lines("waiting"), 30)
+        assert run.lines("waiting")[0]["clients"] == [2]
+        seen = [state_of(fleet, "device-2")]
+        while seen[-1]["state"] != "offline":
+            assert len(seen) < 60, seen
+            time.sleep(2)
+            seen.append(state_of(fleet, "device-2"))
         code, output = run.end()
+    # Its heartbeats are missed before the SuperLink gives it up.
+    assert "silent" in [one["state"] for one in seen], seen
+    ages = [one["heartbeat_seconds"] for one in seen if one["state"] == "silent"]
+    assert ages == sorted(ages)
+    assert 30 < ages[0] <= ages[-1] < 62
     assert code == 0, output
+    assert re.search(r"waiting for client 2 \(heartbeat \d+ s ago\), for \d+ s", output)
+    assert re.search(r"for \d+\.\d s nothing was waited for but client 2, not there", output)
     rounds = run.lines("round")
+    (stalled,) = [line for line in rounds if line["waiting_seconds"] > 5]
+    assert stalled["waited_for"] == [2]
+    assert stalled["seconds"] < 80
+    assert not any(line["waited_for"] for line in rounds[stalled["round"] + 1 :])
     assert [line["updates"] for line in rounds if line["failed"]], rounds
     assert {client for line in rounds for client in losses(line)} == {2}
     assert losses(rounds[-1]) == {2: "not online when the round began"}

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from fedkn import models, normalizers
-from fedkn.config import ExperimentConfig, check_keys, nest, read_toml, validated
+from fedkn.config import ExperimentConfig, check_keys, validated
 from fedkn.data import partition, sources
 from fedkn.errors import UserError
+from fedkn.tables import nest, read_toml
 from server import strategies
 
 REPOSITORY = Path(__file__).parents[2]

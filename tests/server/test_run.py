@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -79,6 +81,16 @@ def test_the_log_tells_the_run(tmp_path):
     assert lines[-1]["weights_sha256"] == outcome.weights_sha256
     assert lines[-2]["accuracy"] == outcome.evaluation.accuracy
     assert json.loads((cell(tmp_path) / "config.json").read_text())["rounds"] == 3
+
+
+def test_durations_bear_a_clock_that_is_set_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", itertools.count(2e9, -3600.0).__next__)
+    began = time.monotonic()
+    run(logged(tmp_path, rounds=2))
+    took = time.monotonic() - began
+    (end,) = log_of(tmp_path, "end")
+    assert 0 < end["seconds"] <= took
+    assert all(0 < line["seconds"] <= took for line in log_of(tmp_path, "round"))
 
 
 def test_batches_too_small_for_the_normalizer_are_counted(tmp_path):

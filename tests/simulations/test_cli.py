@@ -1,12 +1,17 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from fedkn import __version__
+from fedkn.data.sources import load
 from simulations import cli
 from simulations.run_folder import RunFolder
+from tests.full_disk import fill, small_file_system
 
 # Two rounds of a few steps: what is tested is the way through, not the accuracy.
 TINY = [
@@ -219,6 +224,27 @@ def test_a_full_disk_says_how_to_go_on(
     assert "fedkn resume runs/one" in said
 
 
+def test_a_disk_too_small_for_the_beginning_keeps_nothing_from_beginning_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    out = ("--out", str(place / "run"))
+    with small_file_system(place, "64k"):
+        filler = fill(place)
+        assert fedkn("run", *TINY, *out) == 2
+        check_one_line(capfd, "No space left on device")
+        assert written(place) == [str(filler)]
+        with filler.open("r+b") as file:
+            file.truncate(44 * 1024)
+        assert fedkn("run", *TINY, *out) != 0  # for the model, there is no room
+        said = " ".join(capfd.readouterr().err.split())
+        assert "No space left on device" in said
+        if (place / "run").exists():
+            assert f"fedkn resume {place / 'run'}" in said
+    assert fedkn("run", *TINY, *out) == 0
+
+
 def test_run_prints_every_round_and_repeats_to_the_bit(capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--normalizer", "none", "--batch-size", "4", "--learning-rate", "0.05", *TINY]
     hashes: list[Any] = []
@@ -232,6 +258,39 @@ def test_run_prints_every_round_and_repeats_to_the_bit(capfd: pytest.CaptureFixt
         assert "Report:" in shown.out
     assert hashes[0]
     assert hashes[0] == hashes[1]
+
+
+def test_a_run_may_train_on_every_image(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("all.toml").write_text("[data]\nvalidation_fraction = 0\n")
+    assert fedkn("run", "all.toml", *TINY, "--name", "all") == 0
+    (cell,) = RunFolder.open("runs/all").cells()
+    assert cell.status == "completed"
+    assert cell.accuracies("test")
+    counted = json.loads(Path("runs/all/partition.json").read_text())["partitions"][0]["counts"]
+    assert sum(map(sum, counted)) == len(load("digits").train)
+    assert fedkn("partition", "--set", "data.validation_fraction=0", "--json") == 0
+    capfd.readouterr()
+    assert fedkn("compare", "all.toml", *TINY, "--name", "searched") == 2
+    check_one_line(capfd, "give a single compare.learning_rates")
+    assert fedkn("compare", "all.toml", *TINY, "--learning-rate", "0.1", "--seeds", "1") == 0
+    capfd.readouterr()
+    Path("chosen.toml").write_text("[evaluation]\nsplit = 'validation'\n")
+    for command in ("run", "compare"):
+        assert fedkn(command, "chosen.toml", *TINY, "--name", "chosen") == 2
+        check_one_line(capfd, "evaluation.split = validation")
+
+
+@pytest.mark.parametrize("module", ["simulations", "simulations.cli"])
+def test_the_modules_are_the_command_line(module: str) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    assert run("--version").stdout == f"fedkn {__version__}\n"
+    assert "Usage: fedkn" in run().stdout
+    refused = run("run", "nothing.toml")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("fedkn: cannot read 'nothing.toml'")
 
 
 def test_failing_run_ends_in_1(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,15 @@
 import socket
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 from packaging.requirements import Requirement
 
+from fedkn.installation import installed_version
 from simulations import doctor
 from simulations.doctor import Finding, diagnose
-from simulations.environment import installed_version
 
 
 class Usage(NamedTuple):
@@ -109,3 +111,46 @@ def test_the_wish_for_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = found("native kernels")
     assert finding.status == "fail"
     assert "'auto'" in finding.message
+
+
+def without_metadata(name: str) -> Any:
+    raise metadata.PackageNotFoundError(name)
+
+
+def test_a_checkout_that_was_never_installed_is_a_warning_and_is_checked_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = metadata.version
+    monkeypatch.setattr(metadata, "requires", without_metadata)
+    monkeypatch.setattr(
+        metadata, "version", lambda name: (without_metadata if name == "fedkn" else real)(name)
+    )
+    finding = found("fedkn")
+    assert finding.status == "warn"
+    assert "not installed" in finding.message
+    assert "pip install -e" in finding.fix
+    assert found("flwr").status == "ok"
+    assert found("scipy").status == "ok"  # of the extra [simulation]
+
+
+def test_code_that_was_copied_alone_says_what_it_cannot_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metadata, "requires", without_metadata)
+    monkeypatch.setattr(metadata, "version", without_metadata)
+    monkeypatch.setattr("fedkn.installation._project", dict)
+    assert "is not known here" in found("fedkn").message
+    assert found("python").status == "ok"
+
+
+def test_fedkns_way_round_torchvision_is_not_called_working(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        doctor, "import_torchvision", lambda: SimpleNamespace(__version__="0.28.0+cu130")
+    )
+    for taken, status in ((True, "warn"), (False, "ok")):
+        monkeypatch.setattr(doctor, "way_round_taken", lambda taken=taken: taken)
+        finding = found("torchvision's import")
+        assert finding.status == status
+        assert ("fails by itself" in finding.message) == taken

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fedkn.config import read_toml
 from fedkn.errors import UserError
+from fedkn.tables import read_toml
 from simulations.grid import (
     Cell,
     GridConfig,
@@ -14,6 +14,7 @@ from simulations.grid import (
     partitions,
     result_cells,
     search_cells,
+    searches,
     seeds,
     untrainable,
 )
@@ -137,3 +138,15 @@ def test_bad_settings_are_refused_by_name(key: str, value: str, message: str) ->
     with pytest.raises(UserError, match=message) as error:
         GridConfig.resolve({key: value})
     assert "\n" not in str(error.value)
+
+
+def test_a_single_experiment_searches_nothing_and_may_train_on_every_image() -> None:
+    grid = GridConfig.single({"data.validation_fraction": 0, "train.learning_rate": 0.2})
+    assert grid.compare.learning_rates == (0.2,)
+    assert not searches(grid)
+    (group,) = groups(grid)
+    (cell,) = result_cells(grid, group, 0.2)
+    assert cell.config.train.learning_rate == 0.2
+    assert cell.config.data.validation_fraction == 0
+    # What a comparison with several rates is told to do is accepted, too.
+    GridConfig.resolve({"data.validation_fraction": 0, "compare.learning_rates": "0.1"})

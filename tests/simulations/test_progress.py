@@ -35,8 +35,9 @@ def write(metrics: Path, cell: Cell, rounds: int, seconds: float) -> None:
         for round_ in range(1, rounds + 1):
             line: dict[str, object] = dict.fromkeys(Round.__dataclass_fields__, 0)
             line |= {"round": round_, "seconds": seconds}
-            lists: dict[str, object] = {"cohort": [], "refused": [], "failed": []}
-            line = {"cell": cell.id, "kind": "round", **line, **lists}
+            nobody: dict[str, object] = {name: [] for name in ("cohort", "refused", "failed")}
+            nobody |= {"late": [], "state_lost": [], "epsilon": {}, "batch_sizes": {}}
+            line = {"cell": cell.id, "kind": "round", **line, **nobody}
             file.write(json.dumps(line) + "\n")
 
 

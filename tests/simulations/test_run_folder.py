@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from simulations.run_folder import (
 GRID = GridRecord(
     "digits", "fedkn compare", ["kernel"], [2], ["iid, 2 clients"], [0], [0.1], {}, {}
 )
+
+BAD_TABLE = {"partition": "iid, 2 clients", "seed": 0, "classes": ["cat", "dog"]}
 
 
 def append(folder: RunFolder, *lines: dict[str, Any] | str) -> None:
@@ -292,3 +294,102 @@ def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> Non
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot make the run folder"):
         RunFolder.create(tmp_path / "run", GRID)
+
+
+class Killed(BaseException):
+    """What a kill is to the code that it hits: nothing after it runs."""
+
+
+def begin(path: Path) -> RunFolder:
+    table = PartitionRecord("iid, 2 clients", 0, ["cat", "dog"], [[1, 2], [3, 4]])
+    with RunFolder.creating(path, GRID) as folder:
+        write_json(path / "grid.json", {"rounds": 3})
+        folder.write_partitions([table])
+        folder.write_environment({"torch": "2.13"})
+    return folder
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("writes", range(4))
+def test_a_disk_that_is_full_at_the_beginning_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int, there: bool
+) -> None:
+    path = tmp_path / "run"
+    if there:
+        path.mkdir()
+    left = iter(range(writes))
+
+    def nearly_full(to: Path, content: bytes) -> None:
+        if next(left, None) is None:
+            to.write_bytes(content[:3])
+            raise OSError(28, "No space left on device", str(to))
+        to.write_bytes(content)
+
+    with monkeypatch.context() as full:
+        full.setattr("simulations.run_folder.write_atomically", nearly_full)
+        with pytest.raises(UserError, match="No space left on device"):
+            begin(path)
+    assert sorted(tmp_path.rglob("*")) == ([path] if there else [])
+    assert begin(path).grid == GRID
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_a_beginning_that_was_killed_can_be_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    path = tmp_path / "run"
+    left = iter(range(writes))
+
+    def killed(to: Path, content: bytes) -> None:
+        if next(left, None) is None:
+            raise Killed
+        to.write_bytes(content)
+
+    with monkeypatch.context() as kill:
+        kill.setattr("simulations.run_folder.write_atomically", killed)
+        with pytest.raises(Killed):
+            begin(path)
+    with pytest.raises(UserError, match="not a run folder"):
+        RunFolder.open(path)
+    folder = begin(path)
+    assert RunFolder.open(path).partitions() == folder.partitions()
+    assert not (path / ".beginning").exists()
+    # Now it is a run, which nobody overwrites.
+    with pytest.raises(UserError, match="exists already"):
+        begin(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("experiment.json", asdict(GRID) | {"seeds": "0"}),
+        ("experiment.json", asdict(GRID) | {"normalizers": [1]}),
+        ("experiment.json", asdict(GRID) | {"more": 1}),
+        ("partition.json", {"partitions": None}),
+        ("partition.json", {"partitions": [{"partition": "x"}]}),
+        ("partition.json", {"partitions": [{**BAD_TABLE, "counts": [[1], [1, 2]]}]}),
+        ("partition.json", {"partitions": [{**BAD_TABLE, "counts": [[-1, 2]]}]}),
+        ("partition.json", {"partitions": [{**BAD_TABLE, "counts": [["1", 2]]}]}),
+        ("environment.json", [1]),
+    ],
+)
+def test_a_file_with_values_of_another_type_is_named(
+    folder: RunFolder, name: str, content: Any
+) -> None:
+    (folder.path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError) as refusal:
+        _ = folder.grid, folder.partitions(), folder.environment()
+    assert "\n" not in str(refusal.value)
+    assert str(folder.path) in str(refusal.value)
+
+
+def test_a_file_nested_too_deeply_is_named(folder: RunFolder) -> None:
+    (folder.path / "partition.json").write_text('{"partitions":' + "[" * 100_000)
+    with pytest.raises(UserError, match=r"partition\.json"):
+        folder.partitions()
+
+
+def test_names_that_are_not_utf_8_are_kept(tmp_path: Path) -> None:
+    odd = replace(GRID, name=os.fsdecode(b"caf\xe9"), command="fedkn compare \U0001f600")
+    folder = RunFolder.create(tmp_path / odd.name, odd)
+    assert RunFolder.open(folder.path).grid == odd

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from fedkn.errors import UserError
+from fedkn.machine import usable_cores
 from simulations.run_folder import CellRecord, RunFolder
 from simulations.scheduler import run_lock
 from tests.simulations.fake_runs import Recorder, make_run, run_cells
@@ -44,7 +45,7 @@ def test_searches_then_measures_at_the_chosen_rate(tmp_path: Path) -> None:
         assert cell.purpose == ("search" if search else "result")
         assert cell.config.evaluation.split == ("validation" if search else "test")
         # Two cells at once share the cores.
-        assert cell.config.workers == max(1, len(os.sched_getaffinity(0)) // 2)
+        assert cell.config.workers == max(1, usable_cores() // 2)
         if not search:
             assert cell.config.train.learning_rate == 0.1
     assert watcher.most_running == 2

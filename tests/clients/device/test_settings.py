@@ -124,3 +124,48 @@ def test_it_becomes_the_supernode(tmp_path, monkeypatch):
     assert (program, command[3]) == (sys.executable, "clients.device.supernode")
     assert settings["FLWR_HOME"] == os.getcwd()  # noqa: PTH109 - as the SuperNode will see it
     assert device.state.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "name", ["\U0001f600", "Gerät 3", "a\\u007fb", "日本", "tab\\tbed", "c:\\\\d"]
+)
+def test_a_name_in_any_letters_reaches_the_client_as_it_is(tmp_path, name):
+    text = MINIMAL.replace('"a"', f'"{name}"')
+    folder = tmp_path / "ein \U0001f600 Ordner"
+    folder.mkdir()
+    device = device_of(folder, text=text)
+    command = supernode_command(
+        device.server, ca=device.ca, key=device.key, port=1, node_config=device.node_config()
+    )
+    settings = command[command.index("--node-config") + 1]
+    assert parse_config_args([settings]) == device.node_config()
+    assert device.node_config()["device-name"] == device.name
+    assert device.node_config()["state-folder"] == str(folder / "state")
+
+
+def test_what_flower_cannot_carry_is_refused_in_words(tmp_path):
+    for folder in ("it's", os.fsdecode(b"caf\xe9")):
+        (tmp_path / folder).mkdir()
+        with pytest.raises(UserError, match="Flower's node config cannot carry") as caught:
+            device_of(tmp_path / folder)
+        str(caught.value).encode()
+        with pytest.raises(UserError, match="give another folder") as caught:
+            create_fleet(tmp_path / folder / "fleet", 1, "localhost", 8443)
+        assert not (tmp_path / folder / "fleet").exists()
+    with pytest.raises(UserError, match="unprintable"):
+        create_fleet(tmp_path / "two\nlines", 1, "localhost", 8443)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("experiment = 1", "must be a table"),
+        ("experiment = [1]", "must be a table"),
+        ('[data]\nroot = "~nobody-of-this-name/x"', "write the path in full"),
+        ("[profile]\nthreads = 99999999999999999999", "64 bits"),
+    ],
+)
+def test_impossible_values_are_one_line(tmp_path, more, named):
+    with pytest.raises(UserError, match=named) as caught:
+        device_of(tmp_path, more)
+    assert "\n" not in str(caught.value)
