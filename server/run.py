@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
 from fedkn.experiment import data_summary
+from fedkn.locks import held
 from fedkn.training import Evaluation
 from server.aggregation import Aggregator
 from server.checkpoints import Checkpoint, CheckpointStore, weights_sha256
@@ -47,17 +48,26 @@ class Outcome:
     rounds: int
 
 
-def run_server(grid: Grid, config: ExperimentConfig) -> Outcome:
+def run_server(grid: Grid, config: ExperimentConfig, advice: str = "") -> Outcome:
     """Run the federation of `config` on `grid` and return how it ended.
 
     With ``checkpoint.folder`` set, the run logs its metrics there, writes checkpoints, and goes on
-    from the newest good one if it finds any.
+    from the newest good one if it finds any. It holds that folder as its one writer; `advice` is
+    what another run that wants it is told.
 
     Raises:
+        UserError: another process runs the folder; nothing was written.
         FedknError: clients missing, too many rounds without a valid update, a disk that takes no
             checkpoint, or a configuration that differs from the one which the folder's
             checkpoints were written with.
     """
+    with ExitStack() as stack:
+        if config.checkpoint.folder:
+            stack.enter_context(held(Path(config.checkpoint.folder), advice))
+        return _logged(grid, config)
+
+
+def _logged(grid: Grid, config: ExperimentConfig) -> Outcome:
     log = MetricsLog(config.checkpoint.folder, config.checkpoint.cell)
     started = time.time()
     try:

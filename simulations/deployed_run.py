@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from fedkn.config import ExperimentConfig
-from fedkn.errors import FedknError
+from fedkn.errors import FedknError, UserError
 from server.deployment.bundle import build_bundle
 from server.deployment.control import Control, RunState, SuperLinkAway
 from server.deployment.fleet import Fleet
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
+from server.run_file import RunFile
 from simulations.run_folder import MetricsTail
 
-__all__ = ["Progress", "run_deployed"]
+__all__ = ["Progress", "follow_run", "start_run", "unfinished_run"]
 
 Say = Callable[[str], None]
 
@@ -71,38 +73,62 @@ class Progress:
                 self.error = line.get("error", "")
 
 
-def run_deployed(fleet: Fleet, config: ExperimentConfig, control: Control, say: Say) -> Progress:
-    """Run `config`, whose run folder exists, on `fleet`; tell `say` of every round.
+def start_run(fleet: Fleet, config: ExperimentConfig, control: Control) -> int:
+    """Start `config`, whose run folder exists, on `fleet`, and return the run's id.
 
-    A SuperLink that is killed and started again meanwhile does not end the run. KeyboardInterrupt
-    stops it; its checkpoints stay.
+    Raises:
+        UserError: a run in that folder goes on already.
+    """
+    folder = Path(config.checkpoint.folder)
+    if unfinished_run(control, folder):
+        raise UserError(f"'{folder}' is being run: {_advice(fleet, folder)}")
+    return control.start(build_bundle(), RunFile(config, _advice(fleet, folder)))
+
+
+def unfinished_run(control: Control, folder: Path) -> RunState | None:
+    """Return the run that goes on in `folder`, if one does."""
+    going = (run for run in control.runs() if run.folder and not run.finished)
+    return next((run for run in going if Path(run.folder) == folder.resolve()), None)
+
+
+def follow_run(
+    fleet: Fleet,
+    config: ExperimentConfig,
+    control: Control,
+    say: Say,
+    *,
+    run_id: int,
+    tail: MetricsTail,
+) -> Progress:
+    """Tell `say` of every round of a run until it ends; `tail` is at its first line.
+
+    A SuperLink that is killed and started again meanwhile does not end the run, nor does whoever
+    stops listening.
 
     Raises:
         FedknError: the run failed, was stopped by somebody else, or the SuperLink stayed away.
     """
-    tail = MetricsTail(Path(config.checkpoint.folder) / "metrics.jsonl")
-    tail.poll()  # what a run before this one, now resumed, wrote
     progress = Progress()
     started = time.monotonic()
-    run_id = control.start(build_bundle(), config.flat())
     watch = _Watch(fleet, control, run_id, say)
-    try:
-        while True:
-            # Before the lines are read: what a finished run wrote is then all there.
-            state = watch.state()
-            for line in tail.poll():
-                progress.take(line)
-                _tell(line, config, say)
-            if state is not None and state.finished:
-                break
-            time.sleep(_POLL_SECONDS)
-    except KeyboardInterrupt:
-        control.stop(run_id)
-        raise
+    while True:
+        # Before the lines are read: what a finished run wrote is then all there.
+        state = watch.state()
+        for line in tail.poll():
+            progress.take(line)
+            _tell(line, config, say)
+        if state is not None and state.finished:
+            break
+        time.sleep(_POLL_SECONDS)
     progress.seconds = time.monotonic() - started
     if not progress.completed or state.outcome != "completed":
         raise FedknError(_failure(progress, state, control))
     return progress
+
+
+def _advice(fleet: Fleet, folder: Path) -> str:
+    run = f"{shlex.quote(str(fleet.path))} {shlex.quote(folder.name)}"
+    return f"fedkn deploy follow {run} shows it, fedkn deploy stop {run} ends it"
 
 
 class _Watch:
