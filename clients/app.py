@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from clients.control_variates import correction, next_control
+from clients.instructions import signed_by_the_server
 from clients.local_state import local_state
 from clients.session import Session, open_session
 from clients.trainer import current_trainer
@@ -44,7 +45,7 @@ __all__ = ["app"]
 
 ValueT = TypeVar("ValueT", int, float, str)
 
-app = ClientApp()
+app = ClientApp(mods=[signed_by_the_server])
 
 
 @app.query()

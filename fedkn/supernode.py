@@ -11,13 +11,19 @@ __all__ = ["supernode_command"]
 
 
 def supernode_command(
-    server: str, *, ca: Path, key: Path, port: int, node_config: Mapping[str, str | int]
+    server: str,
+    *,
+    ca: Path,
+    key: Path,
+    certificate: Path,
+    port: int,
+    node_config: Mapping[str, str | int],
 ) -> tuple[str, ...]:
     """Return the command that becomes a SuperNode.
 
     Args:
         server: ``host:port`` to connect to. ca: certificate of the fleet's authority. key: the
-            device's private key.
+            device's private key. certificate: what it shows the server's proxy, with its key.
         port: of its own API, on 127.0.0.1, through which its training processes reach it.
         node_config: what the ClientApp is told about the device.
     """
@@ -25,6 +31,6 @@ def supernode_command(
     return (
         *(sys.executable, "-P", "-m", "clients.device.supernode", "--superlink", server),
         *("--root-certificates", str(ca)),
-        *("--auth-supernode-private-key", str(key)),
+        *("--auth-supernode-private-key", str(key), "--certificate", str(certificate)),
         *("--port", str(port), "--node-config", settings),
     )

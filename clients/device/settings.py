@@ -13,9 +13,11 @@ from pydantic import Field
 
 from clients.device.data import node_data
 from clients.device.profile import Profile
+from clients.instructions import SERVER_KEY
 from clients.local_state import STATE_FOLDER
 from fedkn.config import ExperimentConfig, Section, check_keys, read_toml, validated
 from fedkn.errors import UserError
+from fedkn.signatures import public_key
 
 __all__ = ["Device", "read_device"]
 
@@ -30,6 +32,8 @@ class _Settings(Section):
     server: str = Field(description="host:port of the fleet's server")
     ca: str = Field("ca.crt", description="certificate that signed the server's")
     key: str = Field("device.key", description="private key of this device, OpenSSH on P-384")
+    certificate: str = Field("device.pem", description="what it shows the proxy, with its key")
+    server_key: str = Field("", description="public key of the server, which signs instructions")
     partition_id: int = Field(ge=0, description="which client of the experiment this device is")
     partitions: int = Field(ge=1, description="number of clients of the experiment")
     state: str = Field("state", description="folder for what the client keeps between rounds")
@@ -42,7 +46,8 @@ class Device:
     """A device as its device.toml describes it; paths are absolute.
 
     Attributes:
-        folder: of device.toml. ca, key: files. state: a folder, which need not exist yet.
+        folder: of device.toml. ca, key, certificate: files. server_key: hexadecimal digits, or
+            none. state: a folder, which need not exist yet.
         experiment: the keys of the table ``[experiment]``, for `fedkn device check`.
     """
 
@@ -52,6 +57,8 @@ class Device:
     port: int
     ca: Path
     key: Path
+    certificate: Path
+    server_key: str
     partition: int
     partitions: int
     state: Path
@@ -67,7 +74,11 @@ class Device:
 
     def node_config(self) -> dict[str, str | int]:
         """Return what the ClientApp is told about this device: the SuperNode's node config."""
-        own = {"data-path": self.data_path, "data-kind": self.data_kind}
+        own = {
+            SERVER_KEY: self.server_key,
+            "data-path": self.data_path,
+            "data-kind": self.data_kind,
+        }
         return {
             "partition-id": self.partition,
             "num-partitions": self.partitions,
@@ -108,6 +119,8 @@ def _device(
         raise UserError(
             f"partition_id = {given.partition_id}: must be below partitions = {given.partitions}"
         )
+    if given.server_key:
+        public_key(given.server_key)
     data_path = str(folder / Path(given.data.root).expanduser()) if given.data.root else ""
     node_data({"data-path": data_path, "data-kind": given.data.source})
     if odd := next((t for t in (given.name, data_path, str(folder)) if '"' in t or "'" in t), ""):
@@ -119,6 +132,8 @@ def _device(
         port=port,
         ca=folder / given.ca,
         key=folder / given.key,
+        certificate=folder / given.certificate,
+        server_key=given.server_key,
         partition=given.partition_id,
         partitions=given.partitions,
         state=folder / given.state,

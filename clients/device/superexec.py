@@ -9,11 +9,14 @@ SuperExec.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
+import time
 from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
 from flwr.supercore.cli import flower_superexec
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec import run_superexec as flower
@@ -60,11 +63,29 @@ def forget_own_packages() -> None:
 
 
 def main() -> None:
-    """Be ``flower-superexec``, with the executor above."""
+    """Be ``flower-superexec``, with the executor above, once the SuperNode holds its port."""
+    arguments = sys.argv[1:]
+    address = arguments[arguments.index("--runtime-api-address") + 1]
+    supernode = int(arguments[arguments.index("--parent-pid") + 1])
+    _wait_for(supernode, int(address.rpartition(":")[2]))
     executor = ForkingExecutor()
     # Flower knows its own two executors alone.
     vars(flower)["get_executor"] = lambda *_, **__: executor
     flower_superexec()
+
+
+def _wait_for(supernode: int, port: int) -> None:
+    """Wait until the process `supernode` listens on `port`; end with it.
+
+    Until then anybody on this machine may hold the port, and would be asked what to run.
+    """
+    while not any(
+        one.pid == supernode and one.status == psutil.CONN_LISTEN and one.laddr.port == port
+        for one in psutil.net_connections("tcp")
+    ):
+        if os.getppid() != supernode:
+            sys.exit(1)
+        time.sleep(0.1)
 
 
 def _run(spec: ExecutionSpec) -> None:

@@ -8,7 +8,11 @@ import secrets
 from pathlib import Path
 
 from fedkn.errors import UserError
-from server.deployment.certificates import create_authority, issue_certificate
+from server.deployment.certificates import (
+    create_authority,
+    create_signing_key,
+    issue_certificate,
+)
 from server.deployment.containers import container_files
 from server.deployment.device_config import create_device_folder
 from server.deployment.fleet import Fleet, make_folder, write_secret
@@ -59,6 +63,7 @@ def _write(fleet: Fleet) -> None:
         make_folder(fleet.path / name)
     create_authority(fleet)
     issue_certificate(fleet)
+    create_signing_key(fleet)
     write_secret(fleet.superexec_secret, secrets.token_bytes(32))
     for device in fleet.devices:
         create_device_folder(fleet, device)

@@ -12,7 +12,7 @@ from fedkn.files import write_atomically
 
 __all__ = ["Device", "Fleet", "make_folder", "write_secret"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Device:
     def key(self) -> Path:
         """The private key, an OpenSSH one on P-384."""
         return self.folder / "device.key"
+
+    @property
+    def certificate(self) -> Path:
+        """What it shows the proxy: a certificate of the fleet's authority, and its key, in PEM."""
+        return self.folder / "device.pem"
 
     @property
     def state(self) -> Path:
@@ -64,7 +69,10 @@ class Fleet:
         try:
             values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
             if values.pop("format") != FORMAT:
-                raise UserError(f"'{file}' is of another version of fedkn: make a new fleet")
+                raise UserError(
+                    f"'{file}' is of another version of fedkn: make a new fleet with fedkn deploy "
+                    "init, and copy the devices their new folders"
+                )
             return cls(path.resolve(), **{key: kind(values[key]) for key, kind in _FIELDS.items()})
         except (OSError, KeyError, ValueError, TypeError) as error:
             if isinstance(error, UserError):
@@ -122,6 +130,11 @@ class Fleet:
         return self.path / "server" / "server.key"
 
     @property
+    def signing_key(self) -> Path:
+        """The key with which the server signs what it asks of devices: Ed25519, in PEM."""
+        return self.path / "server" / "signing.key"
+
+    @property
     def superexec_secret(self) -> Path:
         """What the SuperExec shows the SuperLink before it is given a ServerApp to run."""
         return self.path / "server" / "superexec.secret"
@@ -130,6 +143,11 @@ class Fleet:
     def database(self) -> Path:
         """The SuperLink's state: nodes, runs and messages outlive its process."""
         return self.path / "server" / "state.db"
+
+    @property
+    def run_files(self) -> Path:
+        """What the server is told of every run, and no device."""
+        return self.path / "server" / "runs"
 
     @property
     def proxy_config(self) -> Path:
