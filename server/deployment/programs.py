@@ -31,7 +31,8 @@ class Program:
 def superlink(fleet: Fleet) -> Program:
     """Return the SuperLink, on 127.0.0.1: its Control API knows no passwords."""
     command = (
-        *("flower-superlink", "--host", "127.0.0.1", "--port", str(fleet.superlink_port)),
+        *(sys.executable, "-P", "-m", "server.deployment.superlink"),
+        *("--host", "127.0.0.1", "--port", str(fleet.superlink_port)),
         *("--ssl-ca-certfile", str(fleet.authority), "--ssl-certfile", str(fleet.certificate)),
         *("--ssl-keyfile", str(fleet.certificate_key), "--enable-supernode-auth"),
         *("--database", str(fleet.database), "--isolation", "process"),
