@@ -14,13 +14,17 @@ from pathlib import Path
 from fedkn.errors import UserError
 from fedkn.text import printable
 
-__all__ = ["HELD", "held"]
+__all__ = ["HELD", "Taken", "held"]
 
 HELD = "FEDKN_HELD"
 """Environment variable of a process that was handed the lock of the folder it names."""
 
 
 _PATIENCE_SECONDS = 5.0
+
+
+class Taken(UserError):
+    """Another process writes the folder; the text says which."""
 
 
 @contextmanager
@@ -35,26 +39,34 @@ def held(folder: Path, advice: str = "") -> Iterator[int | None]:
         advice: what somebody who is refused can do about this holder.
 
     Raises:
-        UserError: another process holds it, and still does after a few seconds, in which one that
-            was killed just now may be on its way out; or the folder's disk knows no locks.
+        Taken: another process holds it, and still does after a few seconds, in which one that
+            was killed just now may be on its way out.
+        UserError: there is no file to lock, or the folder's disk knows no locks.
     """
     if os.environ.get(HELD) == str(folder.resolve()):
         yield None
         return
-    path = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror}): make the folder writable, or free space"
-        ) from None
+    descriptor = _open(folder / ".lock")
     try:
         _lock(descriptor, folder, time.monotonic() + _PATIENCE_SECONDS)
         _sign(descriptor, advice)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        # A lock needs no permission to write, and whoever writes next will say that there is none.
+        with suppress(OSError):
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        raise UserError(
+            f"cannot write {path} ({error.strerror}): make the folder writable, free space, or "
+            "give another"
+        ) from None
 
 
 def _lock(descriptor: int, folder: Path, deadline: float) -> None:
@@ -64,7 +76,7 @@ def _lock(descriptor: int, folder: Path, deadline: float) -> None:
             return
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise UserError(
+                raise Taken(
                     f"'{folder}' is being run by another process{_holder(descriptor)}"
                 ) from None
         except OSError as error:

@@ -15,22 +15,24 @@ def supernode_command(
     *,
     ca: Path,
     key: Path,
-    certificate: Path,
     port: int,
     node_config: Mapping[str, str | int],
+    certificate: Path | None = None,
 ) -> tuple[str, ...]:
     """Return the command that becomes a SuperNode.
 
     Args:
         server: ``host:port`` to connect to. ca: certificate of the fleet's authority. key: the
-            device's private key. certificate: what it shows the server's proxy, with its key.
+            device's private key.
         port: of its own API, on 127.0.0.1, through which its training processes reach it.
         node_config: what the ClientApp is told about the device.
+        certificate: what it shows the server's proxy, with its key; the SuperLink asks for none.
     """
     settings = " ".join(f"{name}={json.dumps(value)}" for name, value in node_config.items())
+    shown = ("--certificate", str(certificate)) if certificate else ()
     return (
         *(sys.executable, "-P", "-m", "clients.device.supernode", "--superlink", server),
         *("--root-certificates", str(ca)),
-        *("--auth-supernode-private-key", str(key), "--certificate", str(certificate)),
+        *("--auth-supernode-private-key", str(key), *shown),
         *("--port", str(port), "--node-config", settings),
     )

@@ -43,7 +43,7 @@ def exchange(
         return iter([Arrived(list(grid.send_and_receive(messages, timeout=timeout)), {})])
     deadline = time.monotonic() + timeout
     if isinstance(grid, HttpGrid):
-        sign_messages(grid.run.run_id, messages)
+        sign_messages(messages)
     # A message that the SuperLink did not take has an empty id: nobody will answer it.
     waiting = {one for one in grid.push_messages(messages) if one}
     return _arriving(grid, waiting, deadline, _largest_reply(messages))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
 from fedkn.experiment import data_summary
-from fedkn.locks import held
+from fedkn.locks import Taken, held
 from fedkn.training import Evaluation
 from server.aggregation import Aggregator
 from server.checkpoints import Checkpoint, CheckpointStore, weights_sha256
@@ -56,22 +56,32 @@ def run_server(grid: Grid, config: ExperimentConfig, advice: str = "") -> Outcom
     what another run that wants it is told.
 
     Raises:
-        UserError: another process runs the folder; nothing was written.
+        Taken: another process runs the folder; nothing was written.
         FedknError: clients missing, too many rounds without a valid update, a disk that takes no
             checkpoint, or a configuration that differs from the one which the folder's
             checkpoints were written with.
     """
     with ExitStack() as stack:
-        if config.checkpoint.folder:
-            stack.enter_context(held(Path(config.checkpoint.folder), advice))
-        return _logged(grid, config)
+        folder = Path(config.checkpoint.folder)
+
+        def hold() -> None:
+            if config.checkpoint.folder:
+                stack.enter_context(held(folder, advice))
+
+        # A folder is made for a run that can begin, and then only.
+        there = bool(config.checkpoint.folder) and folder.is_dir()
+        if there:
+            hold()
+        return _logged(grid, config, (lambda: None) if there else hold)
 
 
-def _logged(grid: Grid, config: ExperimentConfig) -> Outcome:
+def _logged(grid: Grid, config: ExperimentConfig, hold: Callable[[], None]) -> Outcome:
     log = MetricsLog(config.checkpoint.folder, config.checkpoint.cell)
     started = time.time()
     try:
-        outcome = _run(grid, config, log)
+        outcome = _run(grid, config, log, hold)
+    except Taken:
+        raise
     except FedknError as error:
         # The error itself must get through, also where the log is what cannot be written.
         with suppress(LogNotWritten):
@@ -86,9 +96,12 @@ def _logged(grid: Grid, config: ExperimentConfig) -> Outcome:
     return outcome
 
 
-def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
+def _run(
+    grid: Grid, config: ExperimentConfig, log: MetricsLog, hold: Callable[[], None]
+) -> Outcome:
     model = GlobalModel(config)
     aggregator = Aggregator(config, model.rule, model.parameters)
+    hold()
     store = _store(config)
     tensors, finished, participation = _begin(config, model, aggregator, store, log)
     membership = Membership(

@@ -21,7 +21,7 @@ SIGNING_KEY = "FEDKN_SIGNING_KEY"
 """Environment variable of a fleet's ServerApps: the file of the key that signs instructions."""
 
 
-def sign_messages(run_id: int, messages: Sequence[Message]) -> None:
+def sign_messages(messages: Sequence[Message]) -> None:
     """Add to the content of each of `messages` the server's signature, if this server has a key.
 
     An array record that several of them share is hashed once.
@@ -38,7 +38,7 @@ def sign_messages(run_id: int, messages: Sequence[Message]) -> None:
         # Nanoseconds since 1970 rise from message to message, over restarts too.
         sequence = time.time_ns()
         instruction = Instruction(
-            run_id,
+            message.metadata.run_id,
             message.metadata.dst_node_id,
             message.metadata.message_type,
             sequence,

@@ -48,18 +48,18 @@ def main() -> None:
     flower_supernode()
 
 
-def superexec_command(port: int, supernode: int, secret: Path) -> list[str]:
+def superexec_command(port: int, supernode: int, secret: Path | None = None) -> list[str]:
     """Return the command line of the SuperExec.
 
     Args:
         port: of the SuperNode's own API, on 127.0.0.1.
         supernode: its pid. The SuperExec ends with that process.
-        secret: the file of the secret that both know.
+        secret: the file of what both know, where the SuperNode asks for it.
     """
     return [
         *(sys.executable, "-P", "-c", _SUPEREXEC, "--insecure"),
         *("--runtime-api-address", f"127.0.0.1:{port}", "--parent-pid", str(supernode)),
-        *("--superexec-auth-secret-file", str(secret)),
+        *(("--superexec-auth-secret-file", str(secret)) if secret else ()),
     ]
 
 
