@@ -31,8 +31,8 @@ def supernode_command(
     settings = " ".join(f"{name}={json.dumps(value)}" for name, value in node_config.items())
     shown = ("--certificate", str(certificate)) if certificate else ()
     return (
-        *(sys.executable, "-P", "-m", "clients.device.supernode", "--superlink", server),
+        *(sys.executable, "-P", "-m", "clients.device.supernode", *shown, "--superlink", server),
         *("--root-certificates", str(ca)),
-        *("--auth-supernode-private-key", str(key), *shown),
+        *("--auth-supernode-private-key", str(key)),
         *("--port", str(port), "--node-config", settings),
     )

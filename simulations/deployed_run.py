@@ -18,7 +18,6 @@ from server.deployment.control import Control, RunState, SuperLinkAway
 from server.deployment.fleet import Fleet
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
-from server.run_file import RunFile
 from simulations.run_folder import MetricsTail
 
 __all__ = ["Progress", "follow_run", "start_run", "unfinished_run"]
@@ -82,7 +81,7 @@ def start_run(fleet: Fleet, config: ExperimentConfig, control: Control) -> int:
     folder = Path(config.checkpoint.folder)
     if unfinished_run(control, folder):
         raise UserError(f"'{folder}' is being run: {_advice(fleet, folder)}")
-    return control.start(build_bundle(), RunFile(config, _advice(fleet, folder)))
+    return control.start(build_bundle(), config.flat(), _advice(fleet, folder))
 
 
 def unfinished_run(control: Control, folder: Path) -> RunState | None:

@@ -22,7 +22,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedkn.files import write_atomically
 
-__all__ = ["main", "superexec_command"]
+__all__ = ["client_with", "main", "superexec_command"]
 
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """Of TLS 1.2; those of 1.3 are all as good."""
@@ -43,7 +43,7 @@ def main() -> None:
         port = int(rest[rest.index("--port") + 1])
         subprocess.Popen(superexec_command(port, os.getpid(), secret))
         rest += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
-    vars(fleet_http_connection)["FleetHttpClient"] = _client_with(own.certificate)
+    vars(fleet_http_connection)["FleetHttpClient"] = client_with(own.certificate)
     sys.argv = ["flower-supernode", *rest]
     flower_supernode()
 
@@ -63,7 +63,7 @@ def superexec_command(port: int, supernode: int, secret: Path | None = None) -> 
     ]
 
 
-def _client_with(certificate: Path | None) -> type[FleetHttpClient]:
+def client_with(certificate: Path | None) -> type[FleetHttpClient]:
     """Return Flower's client of the Fleet API, but that it shows `certificate` if there is one."""
 
     class Client(FleetHttpClient):

@@ -6,7 +6,7 @@ It knows no passwords: whoever reaches its port may use it, so the SuperLink lis
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -28,6 +28,7 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.error import FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
+from fedkn.config import ExperimentConfig, Scalar
 from fedkn.errors import FedknError, UserError
 from server.deployment.certificates import public_pem
 from server.deployment.fleet import Device, Fleet
@@ -129,11 +130,13 @@ class Control:
             lambda: self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=device.name))
         )
 
-    def start(self, bundle: bytes, run: RunFile) -> int:
-        """Start a run of the app in `bundle`, and return the run's id.
+    def start(self, bundle: bytes, config: Mapping[str, Scalar], advice: str = "") -> int:
+        """Start a run of the app in `bundle` with the dotted keys of `config`; return the run's id.
 
-        Devices are sent no more of its configuration than clients need.
+        Devices are sent no more of its configuration than clients need. `advice` is what somebody
+        is told who wants to write its folder meanwhile.
         """
+        run = RunFile(ExperimentConfig.resolve(config), advice)
         request = StartRunRequest(
             fab=Fab(hash_str=hashlib.sha256(bundle).hexdigest(), content=bundle),
             override_config=user_config_to_proto(run.config.for_clients()),

@@ -26,7 +26,7 @@ __all__ = ["main"]
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """Of TLS 1.2; those of 1.3 are all as good."""
 
-_PRUNE_SECONDS = 600.0
+_PRUNE_SECONDS = 60.0
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from simulations.engines.run import run_experiment
 
 # What a shell starts in the background ignores Ctrl-C, and hands that on.
 INTERRUPTIBLE = ("env", "--default-signal=INT")
+SUPERNODE = (sys.executable, "-P", "-m", "clients.device.supernode")
 FEDKN = Path(sys.executable).parent / "fedkn"
 SMALL = {
     "rounds": 3,
@@ -35,6 +36,11 @@ SMALL = {
     "partition.clients": 3,
     "cohort": 3,
 }
+
+
+def on_path(folder: Path) -> str:
+    """Return a PYTHONPATH that begins with `folder`."""
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
 
 @contextmanager
@@ -189,7 +195,7 @@ def refused(
     log = folder / "supernode.log"
     with log.open("w") as output:
         process = psutil.Popen(
-            ["flower-supernode", *arguments, "--port", str(free_port())],
+            [*SUPERNODE, *arguments, "--port", str(free_port())],
             env={**flower_environment(folder), **(environment or {})},
             cwd=folder,
             stdout=output,
