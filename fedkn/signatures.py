@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -29,29 +29,20 @@ SIGNED, SEQUENCE, SIGNATURE = "signed", "sequence", "signature"
 _PURPOSE = b"fedkn instruction 1\n"
 
 
-class Array(Protocol):
-    """An array of a message, as Flower has it."""
-
-    dtype: str
-    shape: Sequence[int]
-    stype: str
-    data: bytes
-
-
 class Content(Protocol):
-    """The content of a message, as Flower has it: records of three kinds, by name."""
+    """The content of a message: Flower's RecordDict, whose records are mappings by name."""
 
     @property
-    def array_records(self) -> Mapping[str, Mapping[str, Array]]:
-        """Arrays by name."""
+    def array_records(self) -> Any:
+        """Records of arrays, each with dtype, shape, stype and data."""
 
     @property
-    def metric_records(self) -> Mapping[str, Mapping[str, object]]:
-        """Numbers, and lists of them, by name."""
+    def metric_records(self) -> Any:
+        """Records of numbers, and lists of them."""
 
     @property
-    def config_records(self) -> Mapping[str, Mapping[str, object]]:
-        """Numbers, text and bytes, and lists of them, by name."""
+    def config_records(self) -> Any:
+        """Records of numbers, text and bytes, and lists of them."""
 
 
 class Instruction(NamedTuple):
@@ -118,7 +109,7 @@ def public_key(text: str) -> Ed25519PublicKey:
         ) from None
 
 
-def _arrays_digest(arrays: Mapping[str, Array]) -> bytes:
+def _arrays_digest(arrays: Mapping[str, Any]) -> bytes:
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         head = (name, array.dtype, tuple(array.shape), array.stype, len(array.data))
@@ -131,7 +122,9 @@ def _plain(value: object) -> str:
     """Return a value as Python writes it, which tells types apart; a NumPy number as Python's."""
     if isinstance(value, list):
         return repr([_plain(one) for one in value])
-    for kind in (bool, int, float, str, bytes):
+    if isinstance(value, bytes):
+        return repr(bytes(value))
+    for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return repr(kind(value))
     raise TypeError(f"a record cannot hold {type(value).__name__}")

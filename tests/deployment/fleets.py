@@ -122,6 +122,11 @@ class Run:
         """Press Ctrl-C."""
         self._process.send_signal(signal.SIGINT)
 
+    def hang_up(self) -> None:
+        """Lose the terminal, as with an SSH connection."""
+        self._process.send_signal(signal.SIGHUP)
+        self._process.communicate(timeout=30)
+
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl of one kind."""
         try:
