@@ -305,10 +305,6 @@ class ExperimentConfig(Section):
         """Return the configuration as dotted keys: Flower's run config of this experiment."""
         return dict(_flatten(self.model_dump()))
 
-    def for_clients(self) -> dict[str, Scalar]:
-        """Return of `flat` what a client needs: not where and how the server works."""
-        return {key: value for key, value in self.flat().items() if key not in _SERVER_ALONE}
-
     def for_nodes(self, count: int) -> Self:
         """Return the configuration for a federation of `count` nodes.
 
@@ -322,18 +318,6 @@ class ExperimentConfig(Section):
         """Return a copy with dotted keys changed; ``__`` stands for the dot in a keyword."""
         return self.resolve(self.flat(), {k.replace("__", "."): v for k, v in changes.items()})
 
-
-_SERVER_ALONE = {
-    "engine",
-    "workers",
-    "data.download",
-    "evaluation.every",
-    "evaluation.target_accuracy",
-    # Clients keep what of theirs the server may go back to: `every`, `keep` and max_failed_rounds.
-    *(f"checkpoint.{key}" for key in ("folder", "cell")),
-    *(f"server.{key}" for key in ServerConfig.model_fields if key != "max_failed_rounds"),
-    *(f"strategy.{key}" for key in StrategyConfig.model_fields if key != "name"),
-}
 
 SectionT = TypeVar("SectionT", bound=Section)
 

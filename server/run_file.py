@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkn.config import ExperimentConfig
+from fedkn.config import ExperimentConfig, Scalar, ServerConfig, StrategyConfig
 from fedkn.errors import FedknError, UserError
 from fedkn.files import write_atomically
 
-__all__ = ["RUN_FILES", "RunFile", "read_run_file", "told_run", "write_run_file"]
+__all__ = ["RUN_FILES", "RunFile", "for_clients", "read_run_file", "told_run", "write_run_file"]
 
 RUN_FILES = "FEDKN_RUN_FILES"
 """Environment variable of a fleet's ServerApps: the folder of these files."""
@@ -33,6 +33,11 @@ class RunFile:
 
     config: ExperimentConfig
     advice: str
+
+
+def for_clients(config: ExperimentConfig) -> dict[str, Scalar]:
+    """Return the dotted keys of `config` that a client needs: not where and how the server works."""
+    return {key: value for key, value in config.flat().items() if key not in _SERVER_ALONE}
 
 
 def write_run_file(folder: Path, run_id: int, run: RunFile) -> None:
@@ -73,3 +78,16 @@ def told_run(run_id: int, run_config: Mapping[str, Any]) -> RunFile:
             raise FedknError(f"no {run_id}.json in '{folder}': start runs by fedkn deploy run")
         time.sleep(0.1)
     return run
+
+
+_SERVER_ALONE = {
+    "engine",
+    "workers",
+    "data.download",
+    "evaluation.every",
+    "evaluation.target_accuracy",
+    # Clients keep what of theirs the server may go back to: `every`, `keep` and max_failed_rounds.
+    *(f"checkpoint.{key}" for key in ("folder", "cell")),
+    *(f"server.{key}" for key in ServerConfig.model_fields if key != "max_failed_rounds"),
+    *(f"strategy.{key}" for key in StrategyConfig.model_fields if key != "name"),
+}

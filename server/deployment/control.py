@@ -32,7 +32,7 @@ from fedkn.config import ExperimentConfig, Scalar
 from fedkn.errors import FedknError, UserError
 from server.deployment.certificates import public_pem
 from server.deployment.fleet import Device, Fleet
-from server.run_file import RunFile, read_run_file, write_run_file
+from server.run_file import RunFile, for_clients, read_run_file, write_run_file
 
 __all__ = ["Control", "DeviceState", "RunState", "SuperLinkAway"]
 
@@ -139,7 +139,7 @@ class Control:
         run = RunFile(ExperimentConfig.resolve(config), advice)
         request = StartRunRequest(
             fab=Fab(hash_str=hashlib.sha256(bundle).hexdigest(), content=bundle),
-            override_config=user_config_to_proto(run.config.for_clients()),
+            override_config=user_config_to_proto(for_clients(run.config)),
         )
         answer = self._ask(lambda: self._client.StartRun(request))
         if not answer.HasField("run_id"):

@@ -11,7 +11,14 @@ import pytest
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError, UserError
 from server import run_file
-from server.run_file import RUN_FILES, RunFile, read_run_file, told_run, write_run_file
+from server.run_file import (
+    RUN_FILES,
+    RunFile,
+    for_clients,
+    read_run_file,
+    told_run,
+    write_run_file,
+)
 
 
 def config() -> ExperimentConfig:
@@ -24,7 +31,7 @@ def test_the_server_is_told_all_and_devices_are_not(tmp_path, monkeypatch):
     write_run_file(tmp_path / "runs", 7, RunFile(config(), "ask Ada"))
     assert stat.S_IMODE((tmp_path / "runs" / "7.json").stat().st_mode) == 0o600
     monkeypatch.setenv(RUN_FILES, str(tmp_path / "runs"))
-    sent = config().for_clients()
+    sent = for_clients(config())
     assert told_run(7, sent) == RunFile(config(), "ask Ada")
     assert not [
         key for key in sent if key.startswith("server.m") and key != "server.max_failed_rounds"
@@ -37,7 +44,7 @@ def test_what_devices_are_sent_is_a_configuration_that_trains_the_same():
     own = config().overlay(
         strategy__name="scaffold", train__batch_size=4, privacy__noise_multiplier=2.0, seed=5
     )
-    there = ExperimentConfig.resolve(own.for_clients())
+    there = ExperimentConfig.resolve(for_clients(own))
     for section in ("data", "partition", "model", "normalizer", "train", "privacy"):
         assert getattr(there, section) == getattr(own, section)
     assert (there.seed, there.rounds, there.cohort) == (own.seed, own.rounds, own.cohort)
