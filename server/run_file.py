@@ -36,7 +36,7 @@ class RunFile:
 
 
 def for_clients(config: ExperimentConfig) -> dict[str, Scalar]:
-    """Return the dotted keys of `config` that a client needs: not where and how the server works."""
+    """Return the dotted keys of `config` for a client: not where and how the server works."""
     return {key: value for key, value in config.flat().items() if key not in _SERVER_ALONE}
 
 

@@ -5,6 +5,8 @@ the certificate that it shows the server's proxy, and its key. The only file her
 Flower's SuperNode, which knows no client certificates.
 """
 
+# ruff: noqa: PLC0415 - Flower takes seconds to import, in which the SuperExec starts beside it
+
 from __future__ import annotations
 
 import argparse
@@ -14,13 +16,12 @@ import ssl
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Self
-
-from flwr.supernode import fleet_http_connection
-from flwr.supernode.cli import flower_supernode
-from flwr.supernode.fleet_http_client import FleetHttpClient
+from typing import TYPE_CHECKING, Any, Self
 
 from fedkn.files import write_atomically
+
+if TYPE_CHECKING:
+    from flwr.supernode.fleet_http_client import FleetHttpClient
 
 __all__ = ["client_with", "main", "superexec_command"]
 
@@ -43,6 +44,9 @@ def main() -> None:
         port = int(rest[rest.index("--port") + 1])
         subprocess.Popen(superexec_command(port, os.getpid(), secret))
         rest += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+    from flwr.supernode import fleet_http_connection
+    from flwr.supernode.cli import flower_supernode
+
     vars(fleet_http_connection)["FleetHttpClient"] = client_with(own.certificate)
     sys.argv = ["flower-supernode", *rest]
     flower_supernode()
@@ -65,6 +69,7 @@ def superexec_command(port: int, supernode: int, secret: Path | None = None) -> 
 
 def client_with(certificate: Path | None) -> type[FleetHttpClient]:
     """Return Flower's client of the Fleet API, but that it shows `certificate` if there is one."""
+    from flwr.supernode.fleet_http_client import FleetHttpClient
 
     class Client(FleetHttpClient):
         @classmethod
