@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from fedkn.config import ExperimentConfig
-from fedkn.errors import FedknError, UserError
+from fedkn.errors import FedknError
 from server.deployment.bundle import build_bundle
-from server.deployment.control import Control, RunState, SuperLinkAway
+from server.deployment.control import Control, RunState, SuperLinkAway, advice
 from server.deployment.fleet import Fleet
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
 from simulations.run_folder import MetricsTail
 
-__all__ = ["Progress", "follow_run", "start_run", "unfinished_run"]
+__all__ = ["Progress", "follow_run", "run_deployed", "unfinished_run"]
 
 Say = Callable[[str], None]
 
@@ -72,16 +71,25 @@ class Progress:
                 self.error = line.get("error", "")
 
 
-def start_run(fleet: Fleet, config: ExperimentConfig, control: Control) -> int:
-    """Start `config`, whose run folder exists, on `fleet`, and return the run's id.
+def run_deployed(fleet: Fleet, config: ExperimentConfig, control: Control, say: Say) -> Progress:
+    """Run `config`, whose run folder exists, on `fleet`; tell `say` of every round.
+
+    KeyboardInterrupt stops the run; its checkpoints stay. Whatever else ends this process does not:
+    `follow_run` is for that.
 
     Raises:
-        UserError: a run in that folder goes on already.
+        FedknError: as `follow_run`.
     """
     folder = Path(config.checkpoint.folder)
-    if unfinished_run(control, folder):
-        raise UserError(f"'{folder}' is being run: {_advice(fleet, folder)}")
-    return control.start(build_bundle(), config.flat(), _advice(fleet, folder))
+    tail = MetricsTail(folder / "metrics.jsonl")
+    tail.poll()  # what a run before this one, now resumed, wrote
+    run_id = control.start(build_bundle(), config.flat())
+    say(f"should this command be lost: {advice(fleet, folder)}")
+    try:
+        return follow_run(fleet, config, control, say, run_id=run_id, tail=tail)
+    except KeyboardInterrupt:
+        control.stop(run_id)
+        raise
 
 
 def unfinished_run(control: Control, folder: Path) -> RunState | None:
@@ -123,11 +131,6 @@ def follow_run(
     if not progress.completed or state.outcome != "completed":
         raise FedknError(_failure(progress, state, control))
     return progress
-
-
-def _advice(fleet: Fleet, folder: Path) -> str:
-    run = f"{shlex.quote(str(fleet.path))} {shlex.quote(folder.name)}"
-    return f"fedkn deploy follow {run} shows it, fedkn deploy stop {run} ends it"
 
 
 class _Watch:

@@ -6,9 +6,11 @@ It knows no passwords: whoever reaches its port may use it, so the SuperLink lis
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -34,7 +36,7 @@ from server.deployment.certificates import public_pem
 from server.deployment.fleet import Device, Fleet
 from server.run_file import RunFile, for_clients, read_run_file, write_run_file
 
-__all__ = ["Control", "DeviceState", "RunState", "SuperLinkAway"]
+__all__ = ["Control", "DeviceState", "RunState", "SuperLinkAway", "advice"]
 
 AnswerT = TypeVar("AnswerT")
 
@@ -77,6 +79,12 @@ class RunState:
     def finished(self) -> bool:
         """Whether it has ended, one way or another."""
         return self.status == "finished"
+
+
+def advice(fleet: Fleet, folder: Path) -> str:
+    """Return what can be done about a run of `fleet` that goes on in `folder`."""
+    run = f"{shlex.quote(str(fleet.path))} {shlex.quote(folder.name)}"
+    return f"fedkn deploy follow {run} shows it, fedkn deploy stop {run} ends it"
 
 
 class Control:
@@ -130,13 +138,13 @@ class Control:
             lambda: self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=device.name))
         )
 
-    def start(self, bundle: bytes, config: Mapping[str, Scalar], advice: str = "") -> int:
+    def start(self, bundle: bytes, config: Mapping[str, Scalar]) -> int:
         """Start a run of the app in `bundle` with the dotted keys of `config`; return the run's id.
 
-        Devices are sent no more of its configuration than clients need. `advice` is what somebody
-        is told who wants to write its folder meanwhile.
+        Devices are sent no more of them than clients need.
         """
-        run = RunFile(ExperimentConfig.resolve(config), advice)
+        whole = ExperimentConfig.resolve(config)
+        run = RunFile(whole, advice(self._fleet, Path(whole.checkpoint.folder)))
         request = StartRunRequest(
             fab=Fab(hash_str=hashlib.sha256(bundle).hexdigest(), content=bundle),
             override_config=user_config_to_proto(for_clients(run.config)),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from server.deployment.fleet import Fleet
     from simulations.deployed_run import Progress
     from simulations.grid import GridConfig
-    from simulations.run_folder import MetricsTail, RunFolder
+    from simulations.run_folder import RunFolder
 
 __all__ = ["follow", "missing_updates", "run", "stop"]
 
@@ -60,11 +60,11 @@ def run(
 
       fedkn deploy run fleet/ --config mine.toml --name trial
     """
-    from server.deployment.control import Control
+    from server.deployment.control import Control, advice
     from server.deployment.fleet import Fleet
     from server.deployment.startup import wait_for_devices
     from simulations.commands import launch
-    from simulations.deployed_run import start_run
+    from simulations.deployed_run import run_deployed, unfinished_run
 
     say = _sayer()
     opened = Fleet.open(fleet)
@@ -80,18 +80,10 @@ def run(
         if folder is None:
             grid, folder = _created(opened, grid, name)
         cell = _cell(grid, folder)
+        if unfinished_run(control, folder.path):
+            raise UserError(f"'{folder.path}' is being run: {advice(opened, folder.path)}")
         say(f"run folder: {folder.path}")
-        tail = folder.tail()
-        tail.poll()  # what a run before this one, now resumed, wrote
-        run_id = start_run(opened, cell, control)
-        say(f"the run goes on without this command: fedkn deploy follow {fleet} {folder.path.name}")
-        try:
-            _shown(opened, folder, cell, control, run_id=run_id, tail=tail)
-        except KeyboardInterrupt:
-            control.stop(run_id)
-            again = launch.how_to_resume_deployed(folder.path, fleet)
-            say(f"stopped; what was done is kept. Go on with: {again}")
-            raise typer.Exit(130) from None
+        _show(opened, folder, cell, lambda: run_deployed(opened, cell, control, say))
 
 
 def follow(fleet: FleetFolder, name: RunName, *, debug: o.Debug = False) -> None:
@@ -101,16 +93,20 @@ def follow(fleet: FleetFolder, name: RunName, *, debug: o.Debug = False) -> None
     """
     from server.deployment.control import Control
     from simulations.commands import launch
+    from simulations.deployed_run import follow_run
 
     say = _sayer()
     with Control(_opened(fleet)) as control:
         opened, folder, run = _going_on(fleet, name, control)
         cell = _cell(launch.begun(folder.path)[0], folder)
-        try:
-            _shown(opened, folder, cell, control, run_id=run.run_id, tail=folder.tail_of_last())
-        except KeyboardInterrupt:
-            say(f"the run goes on: fedkn deploy follow {fleet} {name}")
-            raise typer.Exit(130) from None
+        tail = folder.tail_of_last()
+        _show(
+            opened,
+            folder,
+            cell,
+            lambda: follow_run(opened, cell, control, say, run_id=run.run_id, tail=tail),
+            stops=False,
+        )
 
 
 def stop(fleet: FleetFolder, name: RunName, *, debug: o.Debug = False) -> None:
@@ -156,25 +152,29 @@ def _going_on(fleet: Path, name: str, control: Control) -> tuple[Fleet, RunFolde
     return opened, folder, run
 
 
-def _shown(
+def _show(
     fleet: Fleet,
     folder: RunFolder,
     cell: ExperimentConfig,
-    control: Control,
+    run: Callable[[], Progress],
     *,
-    run_id: int,
-    tail: MetricsTail,
+    stops: bool = True,
 ) -> None:
-    """Print what a run does until it ends, then what came of it, and write the report."""
+    """Wait for the end of `run`, which Ctrl-C `stops` or not; show and report what came of it."""
     from simulations.commands import launch
-    from simulations.deployed_run import follow_run
     from simulations.report import build_report
 
     say = _sayer()
+    again = launch.how_to_resume_deployed(folder.path, fleet.path)
     try:
-        progress = follow_run(fleet, cell, control, say, run_id=run_id, tail=tail)
+        progress = run()
+    except KeyboardInterrupt:
+        if stops:
+            say(f"stopped; what was done is kept. Go on with: {again}")
+        else:
+            say(f"the run goes on: fedkn deploy follow {fleet.path} {folder.path.name}")
+        raise typer.Exit(130) from None
     except FedknError as error:
-        again = launch.how_to_resume_deployed(folder.path, fleet.path)
         raise FedknError(f"{error}. Results so far: {folder.path}. Go on with: {again}") from None
     say(
         f"accuracy {progress.accuracy:.4f} after {cell.rounds} rounds, {progress.seconds:.0f} s; "
