@@ -195,7 +195,7 @@ def training(fleet: Fleet, name: str) -> bool:
 def refused(
     arguments: list[str], folder: Path, environment: Mapping[str, str] | None = None
 ) -> str:
-    """Start a SuperNode that is to be refused; return what it said until it ended, or for 25 s."""
+    """Start a SuperNode that is to be refused; return what it said until it ended, or for 40 s."""
     # A file: the SuperExec that it starts keeps a pipe open after it has ended.
     log = folder / "supernode.log"
     with log.open("w") as output:
@@ -207,7 +207,7 @@ def refused(
             stderr=subprocess.STDOUT,
         )
     children: list[psutil.Process] = []
-    deadline = time.monotonic() + 25
+    deadline = time.monotonic() + 40
     try:
         while process.poll() is None and time.monotonic() < deadline:
             with suppress(psutil.Error):
