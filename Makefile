@@ -12,7 +12,7 @@ ENV := env FLWR_HOME="$(HERE)/flwr" MPLCONFIGDIR="$(HERE)/matplotlib" XDG_CACHE_
 	TORCH_EXTENSIONS_DIR="$(HERE)/torch-extensions" FLWR_TELEMETRY_ENABLED=0 \
 	FLWR_DISABLE_UPDATE_CHECK=1 OMP_NUM_THREADS=1
 
-.PHONY: help install demo test test-deployment soak lint clean
+.PHONY: help install requirements demo test test-deployment soak lint clean
 
 help:
 	@echo "make demo     a real comparison of normalizers on embedded data, with a report"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-deployment  real processes: TLS, faults, restarts (minutes)"
 	@echo "make soak     eight devices, a hundred rounds, a kill or restart in every five (most of an hour)"
 	@echo "make lint     ruff, mypy, import-linter"
+	@echo "make requirements  requirements-device.txt and -server.txt, with hashes, from constraints.txt"
 	@echo "make install  only what the others need, into $(VENV) (PYTHON=python3.12 for another Python)"
 	@echo "make clean    remove $(VENV)"
 
@@ -33,6 +34,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling editables
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
+
+# The versions of constraints.txt with the hashes of all their files, for every platform: what the
+# containers of fedkn deploy init install. uv comes with Flower.
+requirements: install
+	@for pair in device:device server:simulation; do \
+		file=requirements-$${pair%:*}.txt; extra=$${pair#*:}; \
+		{ echo "# What pip install --require-hashes -r takes for fedkn[$$extra], fedkn itself left out; written by:"; \
+		echo "# make requirements"; \
+		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+			--no-header --no-annotate -c constraints.txt --extra $$extra pyproject.toml; } \
+			> $$file.part && mv $$file.part $$file || exit 1; \
+	done
 
 demo: install
 	@$(ENV) $(BIN)/fedkn demo

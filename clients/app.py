@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clients.control_variates import correction, next_control
 from clients.device.consent import node_consent
+from clients.instructions import signed_by_the_server
 from clients.local_state import LocalState, local_state
 from clients.privacy_account import PrivacyAccount, privacy_account
 from clients.session import Session, open_session
@@ -52,7 +53,7 @@ _LOG = logging.getLogger("flwr")
 
 ValueT = TypeVar("ValueT", int, float, str)
 
-app = ClientApp()
+app = ClientApp(mods=[signed_by_the_server])
 
 
 @app.query()

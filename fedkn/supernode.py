@@ -11,7 +11,13 @@ __all__ = ["supernode_command", "uncarried"]
 
 
 def supernode_command(
-    server: str, *, ca: Path, key: Path, port: int, node_config: Mapping[str, str | int | float]
+    server: str,
+    *,
+    ca: Path,
+    key: Path,
+    port: int,
+    node_config: Mapping[str, str | int | float],
+    certificate: Path | None = None,
 ) -> tuple[str, ...]:
     """Return the command that becomes a SuperNode.
 
@@ -20,10 +26,12 @@ def supernode_command(
             device's private key.
         port: of its own API, on 127.0.0.1, through which its training processes reach it.
         node_config: what the ClientApp is told about the device.
+        certificate: what it shows the server's proxy, with its key; the SuperLink asks for none.
     """
     settings = " ".join(f"{name}={_toml(value)}" for name, value in node_config.items())
+    shown = ("--certificate", str(certificate)) if certificate else ()
     return (
-        *(sys.executable, "-P", "-m", "clients.device.supernode", "--superlink", server),
+        *(sys.executable, "-P", "-m", "clients.device.supernode", *shown, "--superlink", server),
         *("--root-certificates", str(ca)),
         *("--auth-supernode-private-key", str(key)),
         *("--port", str(port), "--node-config", settings),

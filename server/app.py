@@ -5,10 +5,10 @@ from __future__ import annotations
 from flwr.app import ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedkn.config import ExperimentConfig
 from fedkn.federation import ARRAYS, CONFIG, METRICS, arrays_record
 from server.membership import count_nodes
 from server.run import run_server
+from server.run_file import told_run
 
 __all__ = ["app"]
 
@@ -18,10 +18,11 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment of the run config; the final weights are left in the context's state."""
-    config = ExperimentConfig.resolve(context.run_config)
+    run = told_run(context.run_id, context.run_config)
+    config = run.config
     if not config.partition.clients:
         config = config.for_nodes(count_nodes(grid, config.server.join_timeout))
-    outcome = run_server(grid, config)
+    outcome = run_server(grid, config, run.advice)
     context.state[ARRAYS] = arrays_record(outcome.tensors)
     context.state[METRICS] = MetricRecord(
         {

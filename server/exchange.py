@@ -12,6 +12,7 @@ from flwr.superlink.grid import HttpGrid
 
 from fedkn.federation import record_bytes
 from server.arrivals import INCOMPLETE, Arrivals
+from server.signing import sign_messages
 
 __all__ = ["Arrived", "exchange"]
 
@@ -41,6 +42,8 @@ def exchange(
     if not one_by_one and not isinstance(grid, HttpGrid):
         return iter([Arrived(list(grid.send_and_receive(messages, timeout=timeout)), {})])
     deadline = time.monotonic() + timeout
+    if isinstance(grid, HttpGrid):
+        sign_messages(messages)
     # A message that the SuperLink did not take has an empty id: nobody will answer it.
     waiting = {one for one in grid.push_messages(messages) if one}
     return _arriving(grid, waiting, deadline, _largest_reply(messages))

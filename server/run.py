@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fedkn.config import ExperimentConfig
 from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError
 from fedkn.experiment import data_summary
+from fedkn.locks import Taken, held
 from fedkn.training import Evaluation
 from server.aggregation import Aggregator
 from server.checkpoints import (
@@ -55,21 +56,40 @@ class Outcome:
     rounds: int
 
 
-def run_server(grid: Grid, config: ExperimentConfig) -> Outcome:
+def run_server(grid: Grid, config: ExperimentConfig, advice: str = "") -> Outcome:
     """Run the federation of `config` on `grid` and return how it ended.
 
     With ``checkpoint.folder`` set, the run logs its metrics there, writes checkpoints, and goes on
-    from the newest good one if it finds any.
+    from the newest good one if it finds any. It holds that folder as its one writer; `advice` is
+    what another run that wants it is told.
 
     Raises:
+        Taken: another process runs the folder; nothing was written.
         FedknError: clients missing, too many rounds without a valid update, a disk that takes no
             checkpoint, or a configuration that differs from the one which the folder's
             checkpoints were written with.
     """
+    with ExitStack() as stack:
+        folder = Path(config.checkpoint.folder)
+
+        def hold() -> None:
+            if config.checkpoint.folder:
+                stack.enter_context(held(folder, advice))
+
+        # A folder is made for a run that can begin, and then only.
+        there = bool(config.checkpoint.folder) and folder.is_dir()
+        if there:
+            hold()
+        return _logged(grid, config, (lambda: None) if there else hold)
+
+
+def _logged(grid: Grid, config: ExperimentConfig, hold: Callable[[], None]) -> Outcome:
     log = MetricsLog(config.checkpoint.folder, config.checkpoint.cell)
     started = time.monotonic()
     try:
-        outcome = _run(grid, config, log)
+        outcome = _run(grid, config, log, hold)
+    except Taken:
+        raise
     except FedknError as error:
         # The error itself must get through, also where the log is what cannot be written.
         with suppress(LogNotWritten):
@@ -84,10 +104,13 @@ def run_server(grid: Grid, config: ExperimentConfig) -> Outcome:
     return outcome
 
 
-def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
+def _run(
+    grid: Grid, config: ExperimentConfig, log: MetricsLog, hold: Callable[[], None]
+) -> Outcome:
     model = GlobalModel(config)
     aggregator = Aggregator(config, model.rule, model.parameters)
     data = data_summary(config)
+    hold()
     store = _store(config)
     _hold_to_data(config, data)
     tensors, finished, participation = _begin(config, model, aggregator, store, log, data=data)

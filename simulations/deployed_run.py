@@ -13,14 +13,14 @@ from typing import Any
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
 from server.deployment.bundle import build_bundle
-from server.deployment.control import Control, RunState, SuperLinkAway
+from server.deployment.control import Control, RunState, SuperLinkAway, advice
 from server.deployment.fleet import Fleet
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
 from simulations.metrics_lines import number
 from simulations.run_folder import MetricsTail
 
-__all__ = ["Progress", "run_deployed"]
+__all__ = ["Progress", "follow_run", "run_deployed", "unfinished_run"]
 
 Say = Callable[[str], None]
 
@@ -80,31 +80,59 @@ class Progress:
 def run_deployed(fleet: Fleet, config: ExperimentConfig, control: Control, say: Say) -> Progress:
     """Run `config`, whose run folder exists, on `fleet`; tell `say` of every round.
 
-    A SuperLink that is killed and started again meanwhile does not end the run. KeyboardInterrupt
-    stops it; its checkpoints stay.
+    KeyboardInterrupt stops the run; its checkpoints stay. Whatever else ends this process does not:
+    `follow_run` is for that.
+
+    Raises:
+        FedknError: as `follow_run`.
+    """
+    folder = Path(config.checkpoint.folder)
+    tail = MetricsTail(folder / "metrics.jsonl")
+    tail.poll()  # what a run before this one, now resumed, wrote
+    run_id = control.start(build_bundle(), config.flat())
+    say(f"should this command be lost: {advice(fleet, folder)}")
+    try:
+        return follow_run(fleet, config, control, say, run_id=run_id, tail=tail)
+    except KeyboardInterrupt:
+        control.stop(run_id)
+        raise
+
+
+def unfinished_run(control: Control, folder: Path) -> RunState | None:
+    """Return the run that goes on in `folder`, if one does."""
+    going = (run for run in control.runs() if run.folder and not run.finished)
+    return next((run for run in going if Path(run.folder) == folder.resolve()), None)
+
+
+def follow_run(
+    fleet: Fleet,
+    config: ExperimentConfig,
+    control: Control,
+    say: Say,
+    *,
+    run_id: int,
+    tail: MetricsTail,
+) -> Progress:
+    """Tell `say` of every round of a run until it ends; `tail` is at its first line.
+
+    A SuperLink that is killed and started again meanwhile does not end the run, nor does whoever
+    stops listening.
 
     Raises:
         FedknError: the run failed, was stopped by somebody else, or the SuperLink stayed away.
     """
-    tail = MetricsTail(Path(config.checkpoint.folder) / "metrics.jsonl")
-    tail.poll()  # what a run before this one, now resumed, wrote
     progress = Progress()
     started = time.monotonic()
-    run_id = control.start(build_bundle(), config.flat())
     watch = _Watch(fleet, control, run_id, say)
-    try:
-        while True:
-            # Before the lines are read: what a finished run wrote is then all there.
-            state = watch.state()
-            for line in tail.poll():
-                progress.take(line)
-                _tell(line, config, say)
-            if state is not None and state.finished:
-                break
-            time.sleep(_POLL_SECONDS)
-    except KeyboardInterrupt:
-        control.stop(run_id)
-        raise
+    while True:
+        # Before the lines are read: what a finished run wrote is then all there.
+        state = watch.state()
+        for line in tail.poll():
+            progress.take(line)
+            _tell(line, config, say)
+        if state is not None and state.finished:
+            break
+        time.sleep(_POLL_SECONDS)
     progress.seconds = time.monotonic() - started
     if not progress.completed or state.outcome != "completed":
         raise FedknError(_failure(progress, state, control))

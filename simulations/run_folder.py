@@ -131,12 +131,16 @@ class MetricsTail:
 
     A last line without its newline is left for the next poll; a malformed line is counted in
     `skipped` and passed over.
+
+    Args:
+        from_last: begin with the last line of one of these kinds (none: with the first line).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, from_last: tuple[str, ...] = ()) -> None:
         self.path = path
         self.skipped = 0
         self._offset = 0
+        self._from_last = from_last
 
     def poll(self) -> list[dict[str, Any]]:
         """Return the complete lines appended since the last call, oldest first."""
@@ -150,7 +154,12 @@ class MetricsTail:
         self._offset += len(whole)
         lines = [parsed(text) for text in whole.split(b"\n") if text.strip()]
         self.skipped += lines.count(None)
-        return [line for line in lines if line is not None]
+        known = [line for line in lines if line is not None]
+        first = max(
+            (i for i, line in enumerate(known) if line["kind"] in self._from_last), default=0
+        )
+        self._from_last = ()
+        return known[first:]
 
 
 class RunFolder:
@@ -285,6 +294,10 @@ class RunFolder:
     def tail(self) -> MetricsTail:
         """Return a reader that starts at the first line of metrics.jsonl."""
         return MetricsTail(self.metrics_path)
+
+    def tail_of_last(self) -> MetricsTail:
+        """Return a reader that starts at the last line of a server's start or resumption."""
+        return MetricsTail(self.metrics_path, from_last=("start", "resume"))
 
     def cells(self) -> list[CellRecord]:
         """Return the cells that have started, or have ended without starting, by first line.

@@ -7,7 +7,6 @@ cell, which is tried once more from its checkpoint. When this process dies, its 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import selectors
 import signal
@@ -16,14 +15,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 import torch
 
 from fedkn.config import ExperimentConfig
-from fedkn.errors import UserError
+from fedkn.locks import held
 from fedkn.machine import usable_cores
 from server.metrics_log import MetricsLog
 from simulations.grid import Cell, GridConfig, Group, groups, result_cells, untrainable
@@ -32,13 +30,12 @@ from simulations.run_folder import RunFolder
 from simulations.search import search
 from simulations.worker import Worker, WorkerDiedError
 
-__all__ = ["RUNNER", "Board", "Totals", "Watcher", "expected_cost", "run_grid", "run_lock"]
+__all__ = ["RUNNER", "Board", "Totals", "Watcher", "expected_cost", "run_grid"]
 
 RUNNER = "simulations.engines.run:run_experiment"
 """What runs one cell: ``module:function``, called with the cell's configuration."""
 
 _TICK = 0.25
-_LOCK_PATIENCE = 5.0
 _RETRIES = 1
 
 
@@ -86,36 +83,11 @@ def run_grid(grid: GridConfig, run: RunFolder, watcher: Watcher, *, runner: str 
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the workers are gone by then.
     """
     with ExitStack() as stack:
-        lock = stack.enter_context(run_lock(run.path))
+        lock = stack.enter_context(held(run.path))
         stack.enter_context(_signals_interrupt())
         scheduler = _Scheduler(grid, run, watcher, runner, lock)
         stack.callback(scheduler.close)
         return scheduler.run()
-
-
-@contextmanager
-def run_lock(folder: Path) -> Iterator[int]:
-    """Hold the run folder for this process and its workers; yields the lock's descriptor.
-
-    Raises UserError where another process holds it, after a few seconds' patience: the workers of
-    a run that was killed just now may still be on their way out.
-    """
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        deadline = time.monotonic() + _LOCK_PATIENCE
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"'{folder}' is being run by another process: wait for it or stop it"
-                    ) from None
-                time.sleep(0.1)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def expected_cost(config: ExperimentConfig) -> float:
@@ -142,7 +114,7 @@ class _GroupState:
 
 class _Scheduler:
     def __init__(
-        self, grid: GridConfig, run: RunFolder, watcher: Watcher, runner: str, lock: int
+        self, grid: GridConfig, run: RunFolder, watcher: Watcher, runner: str, lock: int | None
     ) -> None:
         self._grid = grid
         self._run = run
@@ -257,7 +229,7 @@ class _Scheduler:
             worker = Worker(
                 self._runner,
                 self._run.path / "log.txt",
-                keep_open=(self._lock,),
+                held=(self._run.path, self._lock),
                 gpu=_gpu(self._grid.device, place) if len(self._workers) > 1 else "",
             )
             self._workers[place] = worker

@@ -25,6 +25,7 @@ from typing import Any
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
+from fedkn.locks import HELD
 
 __all__ = ["Worker", "WorkerDiedError"]
 
@@ -35,17 +36,24 @@ class Worker:
     """A worker process as its parent sees it. Can be registered with a selector: `fileno`."""
 
     def __init__(
-        self, runner: str, log: Path, *, keep_open: tuple[int, ...] = (), gpu: str = ""
+        self,
+        runner: str,
+        log: Path,
+        *,
+        held: tuple[Path, int | None] | None = None,
+        gpu: str = "",
     ) -> None:
         """Start the process.
 
         Args:
             runner: ``module:function`` that runs a cell, given its ExperimentConfig.
             log: file to which everything is appended that the cells print.
-            keep_open: file descriptors that the process holds as long as it lives.
+            held: a folder that the process may write, and the descriptor of its lock, which the
+                process keeps as long as it lives.
             gpu: the only CUDA device that the process sees (empty: all that this one sees).
         """
         self._results, child = os.pipe()
+        folder, lock = held or (None, None)
         try:
             with log.open("ab") as output:
                 self._process = subprocess.Popen(
@@ -53,8 +61,8 @@ class Worker:
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=output,
-                    env=_environment(gpu),
-                    pass_fds=(child, *keep_open),
+                    env=_environment(gpu, folder),
+                    pass_fds=(child,) if lock is None else (child, lock),
                     # Ctrl-C reaches the whole process group of a terminal: leave it to the parent.
                     process_group=0,
                 )
@@ -117,7 +125,7 @@ class WorkerDiedError(Exception):
     """A worker process ended on its own, in the middle of a cell."""
 
 
-def _environment(gpu: str) -> dict[str, str]:
+def _environment(gpu: str, held: Path | None) -> dict[str, str]:
     return {
         **os.environ,
         # The parent's import path, so that both run the same code.
@@ -134,6 +142,7 @@ def _environment(gpu: str) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
+        **({HELD: str(held.resolve())} if held else {}),
     }
 
 

@@ -7,13 +7,17 @@ import platform
 import shutil
 import stat
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 import torch
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from cryptography.x509 import load_pem_x509_certificates
+from cryptography.hazmat.primitives.serialization import (
+    load_pem_private_key,
+    load_ssh_private_key,
+)
+from cryptography.x509 import load_pem_x509_certificate, load_pem_x509_certificates
 
 from clients.device.connection import check_connection
 from clients.device.finding import Finding
@@ -91,6 +95,11 @@ def _threads(device: Device) -> Finding:
 def _files(device: Device) -> Iterator[Finding]:
     yield _authority(device.ca)
     yield _key(device.key)
+    yield _certificate(device.certificate)
+    if not device.server_key:
+        fix = "copy the device's folder from a fleet of this fedkn's deploy init"
+        message = "device.toml has no server_key: other devices of the fleet could instruct it"
+        yield Finding("instructions", "warn", message, fix)
 
 
 def _owner(device: Device) -> Iterator[Finding]:
@@ -134,6 +143,29 @@ def _key(path: Path) -> Finding:
             "key", "fail", f"'{path}' has mode {mode:04o}: others may read it", f"chmod 600 {path}"
         )
     return Finding("key", "ok", f"{path}, mode {mode:04o}")
+
+
+def _certificate(path: Path) -> Finding:
+    fix = "copy device.pem from the fleet's folder of this device"
+    try:
+        content = path.read_bytes()
+        ends = load_pem_x509_certificate(content).not_valid_after_utc
+        load_pem_private_key(content, password=None)
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        return Finding("certificate", "fail", f"'{path}': {error.strerror}", fix)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return Finding("certificate", "fail", f"'{path}' is no certificate with its key", fix)
+    if mode & 0o077:
+        return Finding(
+            "certificate",
+            "fail",
+            f"'{path}' has mode {mode:04o}: others may read it",
+            f"chmod 600 {path}",
+        )
+    if ends < datetime.now(UTC):
+        return Finding("certificate", "fail", f"'{path}' ended on {ends:%Y-%m-%d}", fix)
+    return Finding("certificate", "ok", f"{path}, until {ends:%Y-%m-%d}")
 
 
 _LITTLE_MEMORY = 512 * MIB

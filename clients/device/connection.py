@@ -35,13 +35,13 @@ def check_connection(device: Device) -> Iterator[Finding]:
     yield Finding("server", "ok", f"{device.server} answers")
     try:
         context = ssl.create_default_context(cafile=str(device.ca))
+        context.load_cert_chain(device.certificate)
     except OSError as error:
-        yield Finding(
-            "TLS", "fail", f"cannot read '{device.ca}': {error.strerror}", "copy the fleet's ca.crt"
-        )
+        message = f"cannot read '{device.ca}' or '{device.certificate}': {error.strerror or error}"
+        yield Finding("TLS", "fail", message, "copy the fleet's folder of this device")
         return
     try:
-        date, now = _date(device, context)
+        status, date, now = _answer(device, context)
     except ssl.SSLCertVerificationError as error:
         yield _unverified(device, error)
         return
@@ -54,11 +54,14 @@ def check_connection(device: Device) -> Iterator[Finding]:
         yield Finding("TLS", "fail", f"no HTTPS at {device.server}: {error!r}", fix)
         return
     yield Finding("TLS", "ok", f"the certificate is {device.host}'s, signed by {device.ca.name}")
+    if status == http.client.BAD_REQUEST:
+        message = f"the server does not take '{device.certificate.name}'"
+        yield Finding("certificate", "fail", message, "copy the fleet's folder of this device")
     yield _clock(date, now)
 
 
-def _date(device: Device, context: ssl.SSLContext) -> tuple[str | None, float]:
-    """Return the Date header of the server's answer, whatever it is, and this device's time then.
+def _answer(device: Device, context: ssl.SSLContext) -> tuple[int, str | None, float]:
+    """Return the status and the Date header of the server's answer, and this device's time then.
 
     The latter in seconds since 1970: halfway between question and answer.
     """
@@ -69,8 +72,8 @@ def _date(device: Device, context: ssl.SSLContext) -> tuple[str | None, float]:
         connection.connect()
         asked = time.time()
         connection.request("HEAD", "/")
-        date = connection.getresponse().getheader("Date")
-        return date, (asked + time.time()) / 2
+        answer = connection.getresponse()
+        return answer.status, answer.getheader("Date"), (asked + time.time()) / 2
     finally:
         connection.close()
 

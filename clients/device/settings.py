@@ -14,10 +14,12 @@ from pydantic import Field
 from clients.device.consent import Consent
 from clients.device.data import node_data
 from clients.device.profile import Profile
+from clients.instructions import SERVER_KEY
 from clients.local_state import STATE_FOLDER
 from fedkn.config import ExperimentConfig, Section, check_keys, validated
 from fedkn.errors import UserError
 from fedkn.files import expanded
+from fedkn.signatures import public_key
 from fedkn.supernode import uncarried
 from fedkn.tables import read_toml
 from fedkn.text import printable
@@ -35,6 +37,8 @@ class _Settings(Section):
     server: str = Field(description="host:port of the fleet's server")
     ca: str = Field("ca.crt", description="certificate that signed the server's")
     key: str = Field("device.key", description="private key of this device, OpenSSH on P-384")
+    certificate: str = Field("device.pem", description="what it shows the proxy, with its key")
+    server_key: str = Field("", description="public key of the server, which signs instructions")
     partition_id: int = Field(ge=0, description="which client of the experiment this device is")
     partitions: int = Field(ge=1, description="number of clients of the experiment")
     state: str = Field("state", description="folder for what the client keeps between rounds")
@@ -48,7 +52,8 @@ class Device:
     """A device as its device.toml describes it; paths are absolute.
 
     Attributes:
-        folder: of device.toml. ca, key: files. state: a folder, which need not exist yet.
+        folder: of device.toml. ca, key, certificate: files. server_key: hexadecimal digits, or
+            none. state: a folder, which need not exist yet.
         experiment: the keys of the table ``[experiment]``, for `fedkn device check`.
     """
 
@@ -58,6 +63,8 @@ class Device:
     port: int
     ca: Path
     key: Path
+    certificate: Path
+    server_key: str
     partition: int
     partitions: int
     state: Path
@@ -74,7 +81,11 @@ class Device:
 
     def node_config(self) -> dict[str, str | int | float]:
         """Return what the ClientApp is told about this device: the SuperNode's node config."""
-        own = {"data-path": self.data_path, "data-kind": self.data_kind}
+        own = {
+            SERVER_KEY: self.server_key,
+            "data-path": self.data_path,
+            "data-kind": self.data_kind,
+        }
         return {
             "partition-id": self.partition,
             "num-partitions": self.partitions,
@@ -116,6 +127,8 @@ def _device(
         raise UserError(
             f"partition_id = {given.partition_id}: must be below partitions = {given.partitions}"
         )
+    if given.server_key:
+        public_key(given.server_key)
     data_path = str(folder / expanded(given.data.root)) if given.data.root else ""
     given.consent.check_names()
     node_data({"data-path": data_path, "data-kind": given.data.source})
@@ -129,6 +142,8 @@ def _device(
         port=port,
         ca=folder / given.ca,
         key=folder / given.key,
+        certificate=folder / given.certificate,
+        server_key=given.server_key,
         partition=given.partition_id,
         partitions=given.partitions,
         state=folder / given.state,

@@ -60,6 +60,11 @@ def become_supernode(device: Device) -> None:
         port = probe.getsockname()[1]
     sys.stdout.flush()
     command = supernode_command(
-        device.server, ca=device.ca, key=device.key, port=port, node_config=device.node_config()
+        device.server,
+        ca=device.ca,
+        key=device.key,
+        certificate=device.certificate,
+        port=port,
+        node_config=device.node_config(),
     )
     os.execve(sys.executable, command, settings)

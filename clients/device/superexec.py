@@ -9,11 +9,14 @@ SuperExec.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
+import time
 from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
 from flwr.supercore.cli import flower_superexec
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec import run_superexec as flower
@@ -60,11 +63,34 @@ def forget_own_packages() -> None:
 
 
 def main() -> None:
-    """Be ``flower-superexec``, with the executor above."""
+    """Be ``flower-superexec``, with the executor above, once the SuperNode holds its port."""
+    arguments = sys.argv[1:]
+    address = arguments[arguments.index("--runtime-api-address") + 1]
+    supernode = int(arguments[arguments.index("--parent-pid") + 1])
+    _wait_for(supernode, int(address.rpartition(":")[2]))
     executor = ForkingExecutor()
     # Flower knows its own two executors alone.
     vars(flower)["get_executor"] = lambda *_, **__: executor
     flower_superexec()
+
+
+def _wait_for(supernode: int, port: int) -> None:
+    """Wait until a process of this user listens on `port`; end with the process `supernode`.
+
+    Until then anybody on this machine may hold the port, and would be asked what to run.
+    """
+    own = str(os.getuid())
+    while not any(
+        (line[1], line[3], line[7]) == (f"0100007F:{port:04X}", _LISTENS, own)
+        for line in map(str.split, Path("/proc/net/tcp").read_text().splitlines())
+    ):
+        if not psutil.pid_exists(supernode):
+            sys.exit(1)
+        time.sleep(0.1)
+
+
+# How the kernel writes the state of a socket that listens.
+_LISTENS = "0A"
 
 
 def _run(spec: ExecutionSpec) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -22,15 +22,18 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedkn.errors import UserError
 from fedkn.files import write_atomically
-from server.deployment.fleet import Fleet, write_secret
+from server.deployment.fleet import Device, Fleet, write_secret
 
 __all__ = [
     "check_device_key",
     "create_authority",
     "create_device_key",
+    "create_signing_key",
     "expiry",
     "issue_certificate",
+    "issue_device_certificate",
     "public_pem",
+    "server_key",
 ]
 
 AUTHORITY_LIFE = timedelta(days=3650)
@@ -59,29 +62,44 @@ def issue_certificate(fleet: Fleet, life: timedelta = CERTIFICATE_LIFE) -> None:
 
     Raises UserError where the authority's key was moved away.
     """
-    if not fleet.authority_key.is_file():
-        raise UserError(
-            f"'{fleet.authority_key}' is not here: bring it back to renew the server's certificate"
-        )
-    authority = x509.load_pem_x509_certificate(fleet.authority.read_bytes())
-    signer = load_pem_private_key(fleet.authority_key.read_bytes(), password=None)
-    if not isinstance(signer, ec.EllipticCurvePrivateKey):
-        raise UserError(f"'{fleet.authority_key}' is not the key that fedkn deploy init made")
     key = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, fleet.host[:64])])
-    certificate = (
-        _builder(name, authority.subject, key.public_key(), life)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(_names(fleet.host)), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
-        )
-        .sign(signer, hashes.SHA384())
-    )
+    names = x509.SubjectAlternativeName(_names(fleet.host))
+    usage = ExtendedKeyUsageOID.SERVER_AUTH
+    certificate = _issued(fleet, key, fleet.host[:64], life=life, usage=usage, names=names)
     write_secret(fleet.certificate_key, _pem(key))
-    write_atomically(fleet.certificate, certificate.public_bytes(Encoding.PEM))
+    write_atomically(fleet.certificate, certificate)
+
+
+def issue_device_certificate(fleet: Fleet, device: Device) -> None:
+    """Make the certificate that `device` shows the proxy, and its key, in one file.
+
+    It lasts as long as the authority: it opens the proxy's door alone, and who is let in is decided
+    by the device's key, which can be unregistered.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    usage = ExtendedKeyUsageOID.CLIENT_AUTH
+    certificate = _issued(fleet, key, device.name, life=AUTHORITY_LIFE, usage=usage)
+    write_secret(device.certificate, certificate + _pem(key))
+
+
+def create_signing_key(fleet: Fleet) -> None:
+    """Make the key with which the server signs what it asks of devices: Ed25519."""
+    key = ed25519.Ed25519PrivateKey.generate()
+    write_secret(
+        fleet.signing_key, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+
+
+def server_key(fleet: Fleet) -> str:
+    """Return the public key of `create_signing_key`, in hexadecimal digits.
+
+    Raises UserError where the private one is not there, or another kind of key.
+    """
+    try:
+        key = load_pem_private_key(fleet.signing_key.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"'{fleet.signing_key}' cannot be read: {error}") from None
+    return key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
 def expiry(fleet: Fleet) -> datetime:
@@ -123,6 +141,39 @@ def check_device_key(private: Path, public: Path) -> None:
             f"'{private}' is not the key that the server knows ('{public}'): bring back the pair "
             "that fedkn deploy init made"
         )
+
+
+def _issued(
+    fleet: Fleet,
+    key: ec.EllipticCurvePrivateKey,
+    name: str,
+    *,
+    life: timedelta,
+    usage: x509.ObjectIdentifier,
+    names: x509.SubjectAlternativeName | None = None,
+) -> bytes:
+    """Return a certificate of the fleet's authority for `key`, in PEM."""
+    if not fleet.authority_key.is_file():
+        raise UserError(
+            f"'{fleet.authority_key}' is not here: bring it back to make certificates with it"
+        )
+    authority = x509.load_pem_x509_certificate(fleet.authority.read_bytes())
+    signer = load_pem_private_key(fleet.authority_key.read_bytes(), password=None)
+    if not isinstance(signer, ec.EllipticCurvePrivateKey):
+        raise UserError(f"'{fleet.authority_key}' is not the key that fedkn deploy init made")
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    builder = (
+        _builder(subject, authority.subject, key.public_key(), life)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
+        )
+    )
+    if names is not None:
+        builder = builder.add_extension(names, critical=False)
+    return builder.sign(signer, hashes.SHA384()).public_bytes(Encoding.PEM)
 
 
 def _builder(

@@ -6,8 +6,11 @@ It knows no passwords: whoever reaches its port may use it, so the SuperLink lis
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -27,13 +30,14 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.error import FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from fedkn.config import Scalar
-from fedkn.errors import FedknError
+from fedkn.config import ExperimentConfig, Scalar
+from fedkn.errors import FedknError, UserError
 from server.deployment.certificates import public_pem
 from server.deployment.fleet import Device, Fleet
 from server.heartbeats import heartbeat_age
+from server.run_file import RunFile, for_clients, read_run_file, write_run_file
 
-__all__ = ["Control", "DeviceState", "RunState", "SuperLinkAway"]
+__all__ = ["Control", "DeviceState", "RunState", "SuperLinkAway", "advice"]
 
 AnswerT = TypeVar("AnswerT")
 
@@ -63,7 +67,7 @@ class RunState:
     """A run: ``pending``, ``starting``, ``running`` or ``finished``.
 
     `outcome` of a finished one is ``completed``, ``failed`` or ``stopped``; `folder` is where its
-    results are; times are ISO 8601 in UTC, or empty.
+    results are, empty where that is not known; times are ISO 8601 in UTC, or empty.
     """
 
     run_id: int
@@ -79,6 +83,12 @@ class RunState:
     def finished(self) -> bool:
         """Whether it has ended, one way or another."""
         return self.status == "finished"
+
+
+def advice(fleet: Fleet, folder: Path) -> str:
+    """Return what can be done about a run of `fleet` that goes on in `folder`."""
+    run = f"{shlex.quote(str(fleet.path))} {shlex.quote(folder.name)}"
+    return f"fedkn deploy follow {run} shows it, fedkn deploy stop {run} ends it"
 
 
 class Control:
@@ -135,25 +145,31 @@ class Control:
         )
 
     def start(self, bundle: bytes, config: Mapping[str, Scalar]) -> int:
-        """Start a run of the app in `bundle` with its run config, and return the run's id."""
+        """Start a run of the app in `bundle` with the dotted keys of `config`; return the run's id.
+
+        Devices are sent no more of them than clients need.
+        """
+        whole = ExperimentConfig.resolve(config)
+        run = RunFile(whole, advice(self._fleet, Path(whole.checkpoint.folder)))
         request = StartRunRequest(
             fab=Fab(hash_str=hashlib.sha256(bundle).hexdigest(), content=bundle),
-            override_config=user_config_to_proto(dict(config)),
+            override_config=user_config_to_proto(for_clients(run.config)),
         )
         answer = self._ask(lambda: self._client.StartRun(request))
         if not answer.HasField("run_id"):
             raise FedknError("the SuperLink did not start the run")
+        write_run_file(self._fleet.run_files, answer.run_id, run)
         return answer.run_id
 
     def run(self, run_id: int) -> RunState:
         """Return the state of a run."""
         runs = self._ask(lambda: self._client.ListRuns(ListRunsRequest(run_id=run_id))).run_dict
-        return _run_state(runs[run_id])
+        return self._state(runs[run_id])
 
     def runs(self) -> list[RunState]:
         """Return the last runs, newest first."""
         runs = self._ask(lambda: self._client.ListRuns(ListRunsRequest())).run_dict
-        states = [_run_state(run) for run in runs.values()]
+        states = [self._state(run) for run in runs.values()]
         return sorted(states, key=lambda state: state.pending_at, reverse=True)
 
     def stop(self, run_id: int) -> None:
@@ -169,6 +185,22 @@ class Control:
 
         return self._ask(read)
 
+    def _state(self, run: Run) -> RunState:
+        known = None
+        # Whoever asks for all runs is not to fail for the damaged file of one.
+        with suppress(UserError):
+            known = read_run_file(self._fleet.run_files, run.run_id)
+        return RunState(
+            run_id=run.run_id,
+            status=run.status.status,
+            outcome=run.status.sub_status,
+            details=run.status.details,
+            folder=known.config.checkpoint.folder if known else "",
+            pending_at=run.pending_at,
+            running_at=run.running_at,
+            finished_at=run.finished_at,
+        )
+
     def _ask(self, question: Callable[[], AnswerT]) -> AnswerT:
         try:
             return question()
@@ -181,17 +213,3 @@ class Control:
             said = FlowerError.from_json(error.response.text)
             reason = said.message if said else f"HTTP status {error.response.status_code}"
             raise FedknError(f"the SuperLink refused: {reason}") from None
-
-
-def _run_state(run: Run) -> RunState:
-    folder = run.override_config["checkpoint.folder"].string
-    return RunState(
-        run_id=run.run_id,
-        status=run.status.status,
-        outcome=run.status.sub_status,
-        details=run.status.details,
-        folder=folder,
-        pending_at=run.pending_at,
-        running_at=run.running_at,
-        finished_at=run.finished_at,
-    )

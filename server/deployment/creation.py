@@ -10,11 +10,16 @@ from pathlib import Path
 from fedkn.errors import UserError
 from fedkn.supernode import uncarried
 from fedkn.text import printable
-from server.deployment.certificates import create_authority, issue_certificate
+from server.deployment.certificates import (
+    create_authority,
+    create_signing_key,
+    issue_certificate,
+)
 from server.deployment.containers import container_files
 from server.deployment.device_config import create_device_folder
 from server.deployment.fleet import Fleet, make_folder, write_secret
 from server.deployment.instructions import instructions
+from server.deployment.programs import PROXY, SUPEREXEC, SUPERLINK
 from server.deployment.proxy import nginx_config
 from server.deployment.units import device_unit, server_units
 
@@ -63,8 +68,12 @@ def _write(fleet: Fleet) -> None:
     folders = ("ca", "server", "keys", "devices", "homes", "logs", "proxy", "systemd")
     for name in (*folders, "containers", "runs"):
         make_folder(fleet.path / name)
+    # Services find their folders made: they may not make any.
+    for made in (fleet.run_files, *(fleet.home(name) for name in (SUPERLINK, SUPEREXEC, PROXY))):
+        make_folder(made)
     create_authority(fleet)
     issue_certificate(fleet)
+    create_signing_key(fleet)
     write_secret(fleet.superexec_secret, secrets.token_bytes(32))
     for device in fleet.devices:
         create_device_folder(fleet, device)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 
-from server.deployment.certificates import create_device_key
+from server.deployment.certificates import (
+    create_device_key,
+    issue_device_certificate,
+    server_key,
+)
 from server.deployment.fleet import Device, Fleet, make_folder
 
 __all__ = ["create_device_folder", "device_toml"]
@@ -15,6 +19,7 @@ def create_device_folder(fleet: Fleet, device: Device) -> None:
     """Write all that `device` needs into its folder, and its public key into the server's."""
     make_folder(device.folder)
     create_device_key(device.key, fleet.public_key(device), device.name)
+    issue_device_certificate(fleet, device)
     shutil.copyfile(fleet.authority, device.folder / "ca.crt")
     device.config.write_text(device_toml(fleet, device), encoding="utf-8")
 
@@ -27,6 +32,8 @@ name = "{device.name}"
 server = {json.dumps(fleet.address)}
 ca = "ca.crt"
 key = "{device.key.name}"
+certificate = "{device.certificate.name}"
+server_key = "{server_key(fleet)}"
 partition_id = {device.partition}
 partitions = {fleet.clients}
 state = "{device.state.name}"

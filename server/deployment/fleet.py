@@ -13,7 +13,7 @@ from fedkn.tables import read_toml, shown
 
 __all__ = ["Device", "Fleet", "make_folder", "write_secret"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Device:
     def key(self) -> Path:
         """The private key, an OpenSSH one on P-384."""
         return self.folder / "device.key"
+
+    @property
+    def certificate(self) -> Path:
+        """What it shows the proxy: a certificate of the fleet's authority, and its key, in PEM."""
+        return self.folder / "device.pem"
 
     @property
     def state(self) -> Path:
@@ -65,7 +70,10 @@ class Fleet:
         try:
             values = read_toml(file)
             if values.pop("format") != FORMAT:
-                raise UserError(f"'{file}' is of another version of fedkn: make a new fleet")
+                raise UserError(
+                    f"'{file}' is of another version of fedkn: make a new fleet with fedkn deploy "
+                    "init, and copy the devices their new folders"
+                )
             return cls(
                 path.resolve(), **{key: check(values[key]) for key, check in _FIELDS.items()}
             )
@@ -123,6 +131,11 @@ class Fleet:
         return self.path / "server" / "server.key"
 
     @property
+    def signing_key(self) -> Path:
+        """The key with which the server signs what it asks of devices: Ed25519, in PEM."""
+        return self.path / "server" / "signing.key"
+
+    @property
     def superexec_secret(self) -> Path:
         """What the SuperExec shows the SuperLink before it is given a ServerApp to run."""
         return self.path / "server" / "superexec.secret"
@@ -131,6 +144,11 @@ class Fleet:
     def database(self) -> Path:
         """The SuperLink's state: nodes, runs and messages outlive its process."""
         return self.path / "server" / "state.db"
+
+    @property
+    def run_files(self) -> Path:
+        """What the server is told of every run, and no device."""
+        return self.path / "server" / "runs"
 
     @property
     def proxy_config(self) -> Path:

@@ -6,6 +6,7 @@ import shlex
 from string import Template
 
 from server.deployment.fleet import Fleet
+from server.deployment.units import service_user
 
 __all__ = ["instructions"]
 
@@ -22,6 +23,7 @@ def instructions(fleet: Fleet) -> str:
         path=shlex.quote(str(fleet.path)),
         device=first.name,
         last=fleet.devices[-1].name,
+        user=service_user(),
         ca_key=fleet.authority_key.relative_to(fleet.path),
     )
 
@@ -59,6 +61,9 @@ Keep `$ca_key` off the server: it is needed only to renew the server's certifica
 
 ## As services
 
+They run as `$user`, which must own this folder and see the way to it:
+
+    useradd --system $user; chown -R $user: $path   # unless that is you
     cp $path/systemd/*.service /etc/systemd/system/
     systemctl enable --now fedkn-superlink fedkn-superexec fedkn-proxy
 

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedkn.supernode import supernode_command
+from server.deployment.certificates import server_key
 from server.deployment.fleet import Device, Fleet
+from server.run_file import RUN_FILES
+from server.signing import SIGNING_KEY
 
 __all__ = ["PROXY", "SUPEREXEC", "SUPERLINK", "Program", "flower_environment"]
 
@@ -28,7 +31,8 @@ class Program:
 def superlink(fleet: Fleet) -> Program:
     """Return the SuperLink, on 127.0.0.1: its Control API knows no passwords."""
     command = (
-        *("flower-superlink", "--host", "127.0.0.1", "--port", str(fleet.superlink_port)),
+        *(sys.executable, "-P", "-m", "server.deployment.superlink"),
+        *("--host", "127.0.0.1", "--port", str(fleet.superlink_port)),
         *("--ssl-ca-certfile", str(fleet.authority), "--ssl-certfile", str(fleet.certificate)),
         *("--ssl-keyfile", str(fleet.certificate_key), "--enable-supernode-auth"),
         *("--database", str(fleet.database), "--isolation", "process"),
@@ -48,7 +52,9 @@ def superexec(fleet: Fleet) -> Program:
         *("--root-certificates", str(fleet.authority)),
         *("--superexec-auth-secret-file", str(fleet.superexec_secret)),
     )
-    return Program(SUPEREXEC, command, flower_environment(fleet.home(SUPEREXEC)))
+    settings = flower_environment(fleet.home(SUPEREXEC))
+    told = {RUN_FILES: str(fleet.run_files), SIGNING_KEY: str(fleet.signing_key)}
+    return Program(SUPEREXEC, command, {**settings, **told})
 
 
 def supernode(
@@ -69,9 +75,15 @@ def supernode(
         "num-partitions": fleet.clients,
         "device-name": device.name,
         "state-folder": str(device.state),
+        "server-key": server_key(fleet),
     }
     command = supernode_command(
-        server, ca=device.folder / "ca.crt", key=device.key, port=port, node_config=node
+        server,
+        ca=device.folder / "ca.crt",
+        key=device.key,
+        certificate=device.certificate,
+        port=port,
+        node_config=node,
     )
     threads = str(node.get("threads", 1))
     environment = flower_environment(fleet.home(device.name))

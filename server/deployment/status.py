@@ -11,6 +11,7 @@ from typing import Any
 
 from server.deployment.certificates import expiry
 from server.deployment.control import Control, DeviceState, RunState, SuperLinkAway
+from server.deployment.disk import disk_use
 from server.deployment.fleet import Fleet
 from server.deployment.processes import Running, main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
@@ -58,7 +59,7 @@ class Status:
         if self.runs:
             shown = [
                 (
-                    Path(run.folder).name,
+                    Path(run.folder).name or "?",
                     run.outcome or run.status,
                     run.pending_at[:19],
                     run.finished_at[:19],
@@ -66,6 +67,7 @@ class Status:
                 for run in self.runs[:_SHOWN_RUNS]
             ]
             yield "Last runs", ("run", "state", "begun (UTC)", "ended (UTC)"), list(shown)
+        yield "On disk", ("what", "MiB"), _disk_rows(self.fleet)
 
     def as_json(self) -> dict[str, Any]:
         """Return the same as values of JSON; docs/deployment.md names the keys."""
@@ -127,6 +129,10 @@ def fleet_status(path: Path) -> Status:
             return Status(fleet, processes, control.devices(), control.runs(), True)
     except SuperLinkAway:
         return Status(fleet, processes, [], [], False)
+
+
+def _disk_rows(fleet: Fleet) -> list[tuple[str, ...]]:
+    return [(name, f"{size / 2**20:.1f}") for name, size in disk_use(fleet)]
 
 
 def _certificate(fleet: Fleet) -> str:

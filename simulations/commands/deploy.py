@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from simulations.commands.deploy_run import run
+from simulations.commands.deploy_run import FleetFolder, follow, run, stop
 from simulations.commands.options import Debug, Json
 from simulations.terminal import terminal
 
@@ -26,9 +25,8 @@ deploy = typer.Typer(
     help="Train on real devices, over TLS: a fleet folder, its server, its devices.",
     no_args_is_help=True,
 )
-deploy.command()(run)
-
-FleetFolder = Annotated[Path, typer.Argument(metavar="FLEET", help="The fleet folder.")]
+for _command in (run, follow, stop):
+    deploy.command()(_command)
 
 
 @deploy.command()

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,12 +20,16 @@ from simulations.commands import options as o
 from simulations.commands.options import given
 
 if TYPE_CHECKING:
+    from server.deployment.control import Control, RunState
     from server.deployment.fleet import Fleet
     from simulations.deployed_run import Progress
     from simulations.grid import GridConfig
     from simulations.run_folder import RunFolder
 
-__all__ = ["missing_updates", "run"]
+__all__ = ["follow", "missing_updates", "run", "stop"]
+
+FleetFolder = Annotated[Path, typer.Argument(metavar="FLEET", help="The fleet folder.")]
+RunName = Annotated[str, typer.Argument(metavar="NAME", help="The run: its folder in FLEET/runs.")]
 
 # Devices that are asked for are mostly there; one that is not is named soon.
 _WAIT_SECONDS = 30.0
@@ -33,7 +37,7 @@ _ENOUGH = 0.5
 
 
 def run(
-    fleet: Annotated[Path, typer.Argument(metavar="FLEET", help="The fleet folder.")],
+    fleet: FleetFolder,
     *,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.toml", help="An experiment, as for fedkn run.")
@@ -48,7 +52,8 @@ def run(
 ) -> None:
     """Run one experiment on the devices, print every round, and write a report.
 
-    Every device is one partition. Ctrl-C stops the run and keeps its checkpoints.
+    Every device is one partition. Ctrl-C stops the run and keeps its checkpoints; should this
+    command be lost, the run goes on: follow and stop are for that.
 
     Examples:
 
@@ -56,19 +61,13 @@ def run(
 
       fedkn deploy run fleet/ --config mine.toml --name trial
     """
-    from server.deployment.control import Control
+    from server.deployment.control import Control, advice
     from server.deployment.fleet import Fleet
     from server.deployment.startup import wait_for_devices
     from simulations.commands import launch
-    from simulations.deployed_run import run_deployed
-    from simulations.report import build_report
+    from simulations.deployed_run import run_deployed, unfinished_run
 
-    console = Console()
-
-    def say(text: str) -> None:
-        # Paths must stay whole, to be copied.
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
-
+    say = _sayer()
     opened = Fleet.open(fleet)
     if resume:
         if config or settings or name:
@@ -83,17 +82,102 @@ def run(
         if folder is None:
             grid, folder = _created(opened, grid, name)
         cell = _cell(grid, folder)
+        if unfinished_run(control, folder.path):
+            raise UserError(f"'{folder.path}' is being run: {advice(opened, folder.path)}")
         say(f"run folder: {folder.path}")
-        again = launch.how_to_resume_deployed(folder.path, fleet)
-        try:
-            progress = run_deployed(opened, cell, control, say)
-        except KeyboardInterrupt:
+        _show(opened, folder, cell, lambda: run_deployed(opened, cell, control, say))
+
+
+def follow(fleet: FleetFolder, name: RunName, *, debug: o.Debug = False) -> None:
+    """Show a run that goes on, from its last start to its end, and write the report.
+
+    Ctrl-C ends this command, not the run.
+    """
+    from server.deployment.control import Control
+    from simulations.commands import launch
+    from simulations.deployed_run import follow_run
+
+    say = _sayer()
+    with Control(_opened(fleet)) as control:
+        opened, folder, run = _going_on(fleet, name, control)
+        cell = _cell(launch.begun(folder.path)[0], folder)
+        tail = folder.tail_of_last()
+        _show(
+            opened,
+            folder,
+            cell,
+            lambda: follow_run(opened, cell, control, say, run_id=run.run_id, tail=tail),
+            stops=False,
+        )
+
+
+def stop(fleet: FleetFolder, name: RunName, *, debug: o.Debug = False) -> None:
+    """End a run that goes on; its checkpoints stay."""
+    from server.deployment.control import Control
+    from simulations.commands import launch
+
+    with Control(_opened(fleet)) as control:
+        _, folder, run = _going_on(fleet, name, control)
+        control.stop(run.run_id)
+    again = launch.how_to_resume_deployed(folder.path, fleet)
+    _sayer()(f"stopped; what was done is kept. Go on with: {again}")
+
+
+def missing_updates(progress: Progress) -> str:
+    """Return a line that names for every client the rounds without an update of it."""
+    each = (
+        f"client {client}: round{'s' * (len(rounds) > 1)} {_spans(rounds)}"
+        for client, rounds in sorted(progress.missing.items())
+    )
+    return f"updates missing: {'; '.join(each)}"
+
+
+def _opened(fleet: Path) -> Fleet:
+    from server.deployment.fleet import Fleet
+
+    return Fleet.open(fleet)
+
+
+def _going_on(fleet: Path, name: str, control: Control) -> tuple[Fleet, RunFolder, RunState]:
+    """Return the run `name` of a fleet, which goes on. Raises UserError if it does not."""
+    from simulations.deployed_run import unfinished_run
+    from simulations.run_folder import RunFolder
+
+    opened = _opened(fleet)
+    folder = RunFolder.open(opened.runs / name)
+    run = unfinished_run(control, folder.path)
+    if run is None:
+        raise UserError(
+            f"'{folder.path}' is not being run: its results are there, and "
+            f"fedkn deploy run {fleet} --resume {name} goes on with one that was stopped"
+        )
+    return opened, folder, run
+
+
+def _show(
+    fleet: Fleet,
+    folder: RunFolder,
+    cell: ExperimentConfig,
+    run: Callable[[], Progress],
+    *,
+    stops: bool = True,
+) -> None:
+    """Wait for the end of `run`, which Ctrl-C `stops` or not; show and report what came of it."""
+    from simulations.commands import launch
+    from simulations.report import build_report
+
+    say = _sayer()
+    again = launch.how_to_resume_deployed(folder.path, fleet.path)
+    try:
+        progress = run()
+    except KeyboardInterrupt:
+        if stops:
             say(f"stopped; what was done is kept. Go on with: {again}")
-            raise typer.Exit(130) from None
-        except FedknError as error:
-            raise FedknError(
-                f"{error}. Results so far: {folder.path}. Go on with: {again}"
-            ) from None
+        else:
+            say(f"the run goes on: fedkn deploy follow {fleet.path} {folder.path.name}")
+        raise typer.Exit(130) from None
+    except FedknError as error:
+        raise FedknError(f"{error}. Results so far: {folder.path}. Go on with: {again}") from None
     say(
         f"accuracy {progress.accuracy:.4f} after {cell.rounds} rounds, {progress.seconds:.0f} s; "
         f"weights {progress.weights_sha256[:16]}"
@@ -104,13 +188,14 @@ def run(
     say(f"Report:  {build_report(folder)}")
 
 
-def missing_updates(progress: Progress) -> str:
-    """Return a line that names for every client the rounds without an update of it."""
-    each = (
-        f"client {client}: round{'s' * (len(rounds) > 1)} {_spans(rounds)}"
-        for client, rounds in sorted(progress.missing.items())
-    )
-    return f"updates missing: {'; '.join(each)}"
+def _sayer() -> Callable[[str], None]:
+    console = Console()
+
+    def say(text: str) -> None:
+        # Paths must stay whole, to be copied.
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    return say
 
 
 def _grid(fleet: Fleet, table: Mapping[str, Any], flags: Mapping[str, Any]) -> GridConfig:

@@ -26,6 +26,7 @@ from simulations.engines.run import run_experiment
 
 # What a shell starts in the background ignores Ctrl-C, and hands that on.
 INTERRUPTIBLE = ("env", "--default-signal=INT")
+SUPERNODE = (sys.executable, "-P", "-m", "clients.device.supernode")
 FEDKN = Path(sys.executable).parent / "fedkn"
 SMALL = {
     "rounds": 3,
@@ -35,6 +36,11 @@ SMALL = {
     "partition.clients": 3,
     "cohort": 3,
 }
+
+
+def on_path(folder: Path) -> str:
+    """Return a PYTHONPATH that begins with `folder`."""
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
 
 @contextmanager
@@ -116,6 +122,11 @@ class Run:
         """Press Ctrl-C."""
         self._process.send_signal(signal.SIGINT)
 
+    def hang_up(self) -> None:
+        """Lose the terminal, as with an SSH connection."""
+        self._process.send_signal(signal.SIGHUP)
+        self._process.communicate(timeout=30)
+
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl of one kind."""
         try:
@@ -184,19 +195,19 @@ def training(fleet: Fleet, name: str) -> bool:
 def refused(
     arguments: list[str], folder: Path, environment: Mapping[str, str] | None = None
 ) -> str:
-    """Start a SuperNode that is to be refused, and return what it said in ten seconds."""
+    """Start a SuperNode that is to be refused; return what it said until it ended, or for 40 s."""
     # A file: the SuperExec that it starts keeps a pipe open after it has ended.
     log = folder / "supernode.log"
     with log.open("w") as output:
         process = psutil.Popen(
-            ["flower-supernode", *arguments, "--port", str(free_port())],
+            [*SUPERNODE, *arguments, "--port", str(free_port())],
             env={**flower_environment(folder), **(environment or {})},
             cwd=folder,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
     children: list[psutil.Process] = []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 40
     try:
         while process.poll() is None and time.monotonic() < deadline:
             with suppress(psutil.Error):

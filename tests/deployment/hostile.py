@@ -9,6 +9,7 @@ from server.deployment import programs
 from server.deployment.fleet import Fleet
 from server.deployment.ports import free_port
 from server.deployment.processes import start, stop
+from tests.deployment.fleets import on_path
 
 __all__ = ["become_hostile", "write_hook"]
 
@@ -71,5 +72,5 @@ def become_hostile(
     if log.exists():
         log.replace(log.with_suffix(".log.1"))
     honest = programs.supernode(fleet, device, server or fleet.superlink_address, free_port())
-    environment = {**honest.environment, "PYTHONPATH": str(folder), **variables}
+    environment = {**honest.environment, "PYTHONPATH": on_path(folder), **variables}
     start(fleet, replace(honest, environment=environment))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -129,17 +130,20 @@ def test_holding_the_ca_does_not_open_control_through_the_proxy(tmp_path):
         start(own, programs.supernode(own, own.devices[0], own.address, free_port()))
         with Control(own) as control:
             wait_for_devices(control, 30, lambda text: None)
-        outside = ControlHttpClient.from_server_address(
-            own.address, False, own.authority.read_bytes(), interceptors=[]
-        )
-        for call, request in (
-            (outside.ListNodes, ListNodesRequest()),
-            (outside.RegisterNode, RegisterNodeRequest(public_key=b"x")),
-            (outside.StartRun, StartRunRequest()),
-        ):
-            with pytest.raises(httpx.HTTPStatusError) as refusal:
-                call(request)
-            assert refusal.value.response.status_code == 403
+        context = ssl.create_default_context(cafile=str(own.authority))
+        stranger = ControlHttpClient(f"https://{own.address}", verify=context)
+        context = ssl.create_default_context(cafile=str(own.authority))
+        context.load_cert_chain(own.devices[0].certificate)
+        device = ControlHttpClient(f"https://{own.address}", verify=context)
+        for outside, status in ((stranger, 400), (device, 403)):
+            for call, request in (
+                (outside.ListNodes, ListNodesRequest()),
+                (outside.RegisterNode, RegisterNodeRequest(public_key=b"x")),
+                (outside.StartRun, StartRunRequest()),
+            ):
+                with pytest.raises(httpx.HTTPStatusError) as refusal:
+                    call(request)
+                assert refusal.value.response.status_code == status
         # A node behind the proxy does not merely join: it trains.
         settings = ["--set", "rounds=1", "--set", "train.local_steps=2"]
         done = fedkn("run", str(own.path), *settings)

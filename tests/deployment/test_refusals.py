@@ -27,6 +27,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from clients.device.supernode import client_with
 from server.deployment import programs
 from server.deployment.certificates import create_authority, issue_certificate
 from server.deployment.control import Control
@@ -36,7 +37,7 @@ from server.deployment.ports import free_port
 from server.deployment.processes import start, stop
 from server.deployment.proxy import REFUSALS
 from server.deployment.startup import bring_up, wait_for_devices
-from tests.deployment.fleets import FEDKN, Run, a_fleet, losses, refused, wait_for
+from tests.deployment.fleets import FEDKN, Run, a_fleet, losses, on_path, refused, wait_for
 from tests.deployment.hostile import become_hostile
 
 NGINX = "/usr/sbin/nginx"
@@ -83,6 +84,7 @@ def arguments(fleet: Fleet, device: Device) -> list[str]:
     return [
         *("--superlink", fleet.address, "--root-certificates", str(fleet.authority)),
         *("--auth-supernode-private-key", str(device.key)),
+        *("--certificate", str(device.certificate)),
     ]
 
 
@@ -108,7 +110,7 @@ datetime.datetime = Shifted
 @pytest.mark.parametrize(("seconds", "told"), [(60, "ahead of"), (-600, "behind")])
 def test_a_device_whose_clock_is_off_is_told_so_and_refused(fleet, tmp_path, seconds, told):
     (tmp_path / "sitecustomize.py").write_text(SHIFTED.format(seconds=seconds))
-    off = {"PYTHONPATH": str(tmp_path)}
+    off = {"PYTHONPATH": on_path(tmp_path)}
     device = fleet.devices[1]
 
     def command(*words: str) -> subprocess.CompletedProcess[str]:
@@ -233,6 +235,7 @@ def post(fleet: Fleet, call: Call) -> httpx.Response:
     left_out = ("host", "content-length")
     headers = {key: value for key, value in call.headers.items() if key not in left_out}
     trust = ssl.create_default_context(cafile=str(fleet.authority))
+    trust.load_cert_chain(fleet.devices[1].certificate)
     return httpx.post(
         f"https://{fleet.address}{call.path}", content=call.body, headers=headers, verify=trust
     )
@@ -241,7 +244,7 @@ def post(fleet: Fleet, call: Call) -> httpx.Response:
 def signing(fleet: Fleet, device: Device) -> tuple[FleetHttpClient, bytes]:
     """Return a client that signs as the SuperNode of `device` does, and the device's public key."""
     key = load_ssh_private_key(device.key.read_bytes(), password=None)
-    client = FleetHttpClient.from_server_address(
+    client = client_with(device.certificate).from_server_address(
         fleet.address,
         False,
         fleet.authority.read_bytes(),

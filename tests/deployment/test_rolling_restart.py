@@ -17,6 +17,7 @@ from tests.deployment.fleets import (
     expected_weights,
     kill,
     losses,
+    on_path,
     wait_for,
 )
 from tests.deployment.hostile import write_hook
@@ -61,7 +62,7 @@ def test_a_rolling_restart_loses_no_more_than_what_was_in_flight(fleet):
 def test_a_restart_between_its_replies_loses_nothing(fleet, tmp_path, monkeypatch):
     """Another device holds its reply back, so that the round waits; the weights stay the same."""
     write_hook(tmp_path / "hook", "held(value)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
+    monkeypatch.setenv("PYTHONPATH", on_path(tmp_path / "hook"))
     stop(fleet, [device.name for device in fleet.devices])
     bring_up(fleet)
     names = [device.name for device in fleet.devices]

@@ -398,3 +398,42 @@ def test_tensors_stay_in_single_precision_whatever_the_strategy():
         variances = [v for k, v in outcome.tensors.items() if k.endswith("running_var")]
         assert variances
         assert all((value >= 0).all() for value in variances)
+
+
+# -- one writer -----------------------------------------------------------------------------------
+
+SECOND = """
+import sys
+from tests.server.test_run import logged, run
+from pathlib import Path
+run(logged(Path(sys.argv[1])))
+"""
+
+
+def test_a_second_server_is_refused_and_writes_nothing(tmp_path):
+    seen = []
+
+    def tamper(number, partition, message, reply):
+        if not seen:
+            before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+            done = subprocess.run(
+                [sys.executable, "-c", SECOND, str(tmp_path)],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+            after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+            assert before == after
+            seen.append((done.returncode, done.stderr.splitlines()[-1]))
+        return [reply]
+
+    config = logged(tmp_path)
+    run(config, tamper)
+    ((code, said),) = seen
+    assert code != 0
+    assert f"is being run by another process (pid {os.getpid()} on " in said
+    (end,) = log_of(tmp_path, "end")
+    assert end["status"] == "completed"
+    # And whoever comes after it may.
+    run(config)

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from fedkn.errors import UserError
+from fedkn.locks import held
 from fedkn.machine import usable_cores
 from simulations.run_folder import CellRecord, RunFolder
-from simulations.scheduler import run_lock
 from tests.simulations.fake_runs import Recorder, make_run, run_cells
 
 RESULTS = ["kernel-b2-dirichlet0.3-s0", "kernel-b2-dirichlet0.3-s1"]
@@ -157,8 +157,8 @@ def test_two_processes_do_not_run_one_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(tmp_path / "r", compare__learning_rates=0.1)
-    monkeypatch.setattr("simulations.scheduler._LOCK_PATIENCE", 0.2)
-    with run_lock(tmp_path / "r"), pytest.raises(UserError, match="another process"):
+    monkeypatch.setattr("fedkn.locks._PATIENCE_SECONDS", 0.2)
+    with held(tmp_path / "r"), pytest.raises(UserError, match="another process"):
         run_cells(tmp_path / "r")
     assert run_cells(tmp_path / "r").completed == 5
 

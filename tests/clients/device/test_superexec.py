@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 from flwr.proto.runtime_pb2 import AcquireTaskResponse
 from flwr.proto.task_pb2 import Task
 
-from clients.device import supernode
+from clients.device import superexec, supernode
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ClientApps are forked on Linux")
 
@@ -81,22 +82,37 @@ def test_a_task_is_forked_with_torch_loaded_and_all_ends_with_the_supernode(tmp_
     environment |= {"FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
     with runtime_api() as (api, port):
         command = supernode.superexec_command(port, parent.pid)
-        superexec = psutil.Popen(command, env=environment, cwd=tmp_path)
+        started = psutil.Popen(command, env=environment, cwd=tmp_path)
         try:
             assert api.asked.wait(150)
-            all_ = superexec.children(recursive=True)
+            all_ = started.children(recursive=True)
             (app,) = [child for child in all_ if child.name() == "flwr-clientapp"]
             # The bundle has not even come: what is loaded was there before.
             assert any(Path(one.path).name.startswith("libtorch") for one in app.memory_maps())
             parent.kill()
             parent.wait()
-            wait_for(lambda: superexec.poll() is not None)
+            wait_for(lambda: started.poll() is not None)
             wait_for(lambda: not [child for child in all_ if child.is_running()])
         finally:
-            for process in (parent, superexec):
+            for process in (parent, started):
                 if process.poll() is None:
                     process.kill()
                     process.wait()
+
+
+def test_a_superexec_asks_nobody_before_its_own_user_listens(monkeypatch):
+    """A port that another user holds is as good as none."""
+    over = subprocess.Popen([sys.executable, "-c", ""])
+    over.wait()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        superexec._wait_for(over.pid, port)
+        monkeypatch.setattr(os, "getuid", lambda: 2**31)
+        with pytest.raises(SystemExit):
+            superexec._wait_for(over.pid, port)
+        monkeypatch.undo()
+        with pytest.raises(SystemExit):
+            superexec._wait_for(over.pid, port + 1)
 
 
 BUNDLE = """

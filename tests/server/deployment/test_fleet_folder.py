@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import socket
 import ssl
 import stat
 import subprocess
+import tempfile
 import threading
 import tomllib
 import zipfile
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
+from pathlib import Path
 
 import pytest
+import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
@@ -22,12 +26,14 @@ from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from server.deployment import startup
 from server.deployment.bundle import build_bundle
-from server.deployment.certificates import expiry, issue_certificate, public_pem
+from server.deployment.certificates import expiry, issue_certificate, public_pem, server_key
 from server.deployment.creation import create_fleet
 from server.deployment.fleet import Fleet
 from server.deployment.ports import check_free, free_port
 from server.deployment.programs import supernode
 from simulations.cli import main
+
+SECRET = (".key", ".secret", ".pem")
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +47,8 @@ def test_it_can_be_opened_again(fleet):
 
 
 def test_secrets_are_their_owners_alone(fleet):
-    secret = [*fleet.path.rglob("*.key"), *fleet.path.rglob("*.secret")]
-    assert len(secret) == 2 + 1 + fleet.clients
+    secret = [path for kind in SECRET for path in fleet.path.rglob(f"*{kind}")]
+    assert len(secret) == 3 + 1 + 2 * fleet.clients
     for path in secret:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     for path in [fleet.path, *(p for p in fleet.path.rglob("*") if p.is_dir())]:
@@ -51,8 +57,56 @@ def test_secrets_are_their_owners_alone(fleet):
 
 def test_no_text_holds_a_private_key(fleet):
     for path in fleet.path.rglob("*"):
-        if path.is_file() and path.suffix not in (".key", ".secret"):
+        if path.is_file() and path.suffix not in SECRET:
             assert b"PRIVATE KEY" not in path.read_bytes(), path
+
+
+def test_a_fleet_of_an_older_fedkn_is_told_to_begin_anew(fleet, tmp_path):
+    text = (fleet.path / "fleet.toml").read_text()
+    (tmp_path / "fleet.toml").write_text(text.replace("format = 2", "format = 1"))
+    with pytest.raises(UserError, match="make a new fleet with fedkn deploy init"):
+        Fleet.open(tmp_path)
+
+
+def test_device_certificates_are_the_authoritys_and_the_servers_opens_no_door(fleet):
+    """A device's certificate is taken of a client, and the server's is not."""
+    device = fleet.devices[0]
+    assert mutual_handshake(fleet, device.certificate) is None
+    own = Path(tempfile.mkdtemp(dir=fleet.path)) / "server.pem"
+    own.write_bytes(fleet.certificate.read_bytes() + fleet.certificate_key.read_bytes())
+    assert "purpose" in str(mutual_handshake(fleet, own))
+    shutil.rmtree(own.parent)
+
+
+def mutual_handshake(fleet: Fleet, certificate: Path) -> ssl.SSLError | None:
+    """Connect to a server that asks for a certificate; return why it did not take the client's."""
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(fleet.authority))
+    server.verify_mode = ssl.CERT_REQUIRED
+    server.load_cert_chain(fleet.certificate, fleet.certificate_key)
+    client = ssl.create_default_context(cafile=str(fleet.authority))
+    client.load_cert_chain(certificate)
+    here, there = socket.socketpair()
+    refused: list[ssl.SSLError] = []
+
+    def serve() -> None:
+        try:
+            with server.wrap_socket(there, server_side=True) as connection:
+                connection.recv(1)
+        except ssl.SSLError as error:
+            refused.append(error)
+            there.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with client.wrap_socket(here, server_hostname="localhost") as connection:
+            connection.send(b"x")
+    except OSError:
+        pass
+    finally:
+        here.close()
+        thread.join(timeout=10)
+    return refused[0] if refused else None
 
 
 @pytest.mark.parametrize("name", ["server.local", "localhost", "127.0.0.1"])
@@ -114,6 +168,8 @@ def test_device_toml(fleet):
         "server": "server.local:18443",
         "ca": "ca.crt",
         "key": "device.key",
+        "certificate": "device.pem",
+        "server_key": server_key(fleet),
         "partition_id": 2,
         "partitions": 3,
         "state": "state",
@@ -132,6 +188,7 @@ def test_a_supernodes_node_config_is_what_the_client_reads(fleet):
         "num-partitions": 3,
         "device-name": "device-1",
         "state-folder": str(device.state),
+        "server-key": server_key(fleet),
     }
 
 
@@ -163,6 +220,7 @@ def test_a_local_supernode_is_told_what_device_toml_says(monkeypatch, tmp_path):
         "num-partitions": 2,
         "device-name": "device-1",
         "state-folder": str(device.state),
+        "server-key": server_key(own),
         "data-path": str(device.folder / "my images"),
         "batch-size": 2,
         "threads": 3,
@@ -170,7 +228,7 @@ def test_a_local_supernode_is_told_what_device_toml_says(monkeypatch, tmp_path):
     assert told.command[told.command.index("--superlink") + 1] == own.superlink_address
     assert told.environment["OMP_NUM_THREADS"] == "3"
     bare = supernode(own, own.devices[0], own.superlink_address, 1)
-    assert plain.command[-1] == bare.command[-1]
+    assert parse_config_args([plain.command[-1]]) == parse_config_args([bare.command[-1]])
     assert plain.environment == bare.environment
 
 
@@ -178,6 +236,50 @@ def test_the_superlink_listens_on_this_machine_alone(fleet):
     unit = (fleet.path / "systemd" / "fedkn-superlink.service").read_text()
     assert "--host 127.0.0.1" in unit
     assert "--enable-supernode-auth" in unit
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze")
+def test_every_service_is_exposed_little(fleet):
+    units = [*(fleet.path / "systemd").iterdir(), fleet.devices[0].folder / "fedkn-device.service"]
+    assert len(units) == 4
+    for path in units:
+        done = subprocess.run(
+            ["systemd-analyze", "security", "--offline=true", str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        figure = re.search(r"Overall exposure level for .*: ([0-9.]+)", done.stdout)
+        if figure is None:
+            pytest.skip(f"this systemd-analyze reads no files: {done.stderr}")
+        assert float(figure[1]) <= 3.0, done.stdout
+
+
+def test_no_service_is_root_and_none_sees_the_authoritys_key(fleet):
+    for path in (fleet.path / "systemd").iterdir():
+        unit = path.read_text()
+        assert "User=root" not in unit
+        assert f"InaccessiblePaths=-{fleet.authority_key}" in unit
+        assert f"InaccessiblePaths=-{fleet.path / 'devices'}" in unit
+
+
+def test_containers_see_the_keys_that_they_use(fleet):
+    services = yaml.safe_load((fleet.path / "containers" / "compose.yaml").read_text())["services"]
+    services |= yaml.safe_load((fleet.path / "containers" / "compose.device.yaml").read_text())[
+        "services"
+    ]
+    for name, service in services.items():
+        assert service["user"] == "1000:1000", name
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        seen = [Path(volume.split(":")[0]) for volume in service["volumes"]]
+        if name != "device":
+            hidden = (fleet.authority_key, fleet.devices[0].key)
+            assert not [s for s in seen for key in hidden if key == s or s in key.parents], name
+    proxy = [Path(volume.split(":")[0]) for volume in services["proxy"]["volumes"]]
+    assert fleet.certificate_key in proxy
+    assert not [p for p in proxy if p in (fleet.path, fleet.signing_key.parent)]
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze")
