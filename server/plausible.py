@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from fedkn.config import TrainConfig
 from fedkn.federation import CORRECT, EVALUATION_LOSS, EXAMPLES, PARTITION, TRAIN_LOSS
@@ -19,6 +19,7 @@ __all__ = [
     "Range",
     "evaluation_ranges",
     "joining_ranges",
+    "most_examples",
     "named",
     "numbers_in",
     "training_ranges",
@@ -33,9 +34,24 @@ class Range(NamedTuple):
     high: float
 
 
-def joining_ranges(clients: int) -> dict[str, Range]:
-    """Return the ranges of an answer on joining, of one of so many `clients`."""
-    return {PARTITION: Range(int, 0, clients - 1), EXAMPLES: Range(int, 1, _MOST_EXAMPLES)}
+def most_examples(
+    limit: int | Literal["auto"], experiment: int, declared: Collection[int]
+) -> float:
+    """Return how many examples a client may have, whose number is its weight in the average.
+
+    ``auto``: no more than there are to train on in the `experiment`, which no part of it exceeds,
+    or than ten times the median of what the clients `declared` (the lower of the middle two), for
+    devices with images of their own.
+    """
+    if limit != "auto":
+        return limit or math.inf
+    median = sorted(declared)[(len(declared) - 1) // 2] if declared else 0
+    return max(experiment, _TIMES_THE_MEDIAN * median)
+
+
+def joining_ranges() -> dict[str, Range]:
+    """Return the ranges of an answer on joining; which partitions there are, the caller knows."""
+    return {PARTITION: Range(int, 0, _MOST), EXAMPLES: Range(int, 1, _MOST)}
 
 
 def training_ranges(
@@ -122,8 +138,9 @@ def _shown(value: float) -> str:
 
 
 _SHOWN = 5
-# A device with more images than this is none.
-_MOST_EXAMPLES = 10**9
+_TIMES_THE_MEDIAN = 10
+# Of clients, and of one client's images.
+_MOST = 10**9
 # Losses are computed in float32; those of a diverged model are large, and honest.
 _LARGEST_LOSS = 3.5e38
 # That of any noise which can be called so.

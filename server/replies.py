@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from fedkn.config import ServerConfig
 from fedkn.federation import failure_reason, record_bytes
+from fedkn.text import printable
 from server.exchange import exchange
 from server.screening import RefusedUpdate, Screen, Update
 
@@ -33,6 +34,11 @@ class Replies:
     failed: list[dict[str, Any]] = field(default_factory=list)
     late: list[int] = field(default_factory=list)
     bytes: int = 0
+
+    def refuse(self, reasons: Mapping[int, str]) -> None:
+        """Refuse updates that had passed: `reasons` by partition."""
+        self.updates = [update for update in self.updates if update.partition not in reasons]
+        self.refused.extend({"client": client, "reason": text} for client, text in reasons.items())
 
 
 def collect(
@@ -85,7 +91,7 @@ class _Sorting:
         partition = self._partition(message_id)
         if partition is not None:
             self._heard.add(partition)
-            self._replies.failed.append({"client": partition, "reason": reason})
+            self._replies.failed.append({"client": partition, "reason": printable(reason)})
 
     def take(self, reply: Message) -> None:
         """Sort out one reply."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from server.aggregation import Aggregator
 from server.checkpoints import Checkpoint, CheckpointStore, weights_sha256
 from server.client_evaluation import ClientEvaluation, evaluate_clients
 from server.global_model import GlobalModel
+from server.identities import read_identities
 from server.membership import Membership
 from server.metrics_log import LogNotWritten, MetricsLog
 from server.participation import Participation, begin
+from server.plausible import most_examples
 from server.rounds import NoValidUpdates, RoundReport, run_round
 
 __all__ = ["Outcome", "run_server"]
@@ -86,7 +89,8 @@ def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
         config.partition.clients,
         config.server.join_timeout,
         data=data_summary(config),
-        max_examples=config.server.max_examples,
+        most_examples=partial(most_examples, config.server.max_examples, model.examples),
+        identities=read_identities(config.checkpoint.folder),
     )
     if finished < config.rounds or config.evaluation.client_fraction:
         membership.join()
@@ -98,6 +102,7 @@ def _run(grid: Grid, config: ExperimentConfig, log: MetricsLog) -> Outcome:
             tensors,
             config=config,
             grid=grid,
+            model=model,
             membership=membership,
             aggregator=aggregator,
             participation=participation,

@@ -70,7 +70,8 @@ class Screen:
         max_norm: refuse an update farther than this (Euclidean, over all tensors) from `sent`;
             0 is no bound.
         round_timeout: seconds that the round waits. private: whether updates have an epsilon.
-        nonnegative: the names of tensors that hold variances, deviations or counts.
+        spreads, counts: the names of tensors that hold variances or deviations, and counts of
+            batches.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class Screen:
         max_norm: float = 0.0,
         round_timeout: float = 0.0,
         private: bool = False,
-        nonnegative: Collection[str] = (),
+        spreads: Collection[str] = (),
+        counts: Collection[str] = (),
     ) -> None:
         self._sent = sent
         self._declared = declared
@@ -90,7 +92,7 @@ class Screen:
         self._max_norm = max_norm
         self._round_timeout = round_timeout
         self._private = private
-        self._nonnegative = frozenset(nonnegative)
+        self._spreads, self._counts = (sent.keys() & set(names) for names in (spreads, counts))
 
     def check(self, message: Message) -> Update:
         """Return the update in `message`.
@@ -117,6 +119,7 @@ class Screen:
         if is_packed(record):
             self._check_packed(record)
         arrays = self._arrays(unpacked(record))
+        self._check_statistics(arrays, metrics[EXAMPLES] * self._train.local_epochs)
         if self._max_norm:
             self._check_norm(arrays)
         return Update(int(metrics[PARTITION]), arrays, metrics)
@@ -167,10 +170,20 @@ class Screen:
             raise RefusedUpdate(f"tensors missing or not expected: {odd}")
         arrays: dict[str, np.ndarray] = {}
         for name, sent in self._sent.items():
-            value = arrays[name] = _checked(name, record[name], sent)
-            if name in self._nonnegative and value.size and value.min() < 0:
-                raise RefusedUpdate(f"'{name}' is negative, which no variance or count can be")
+            arrays[name] = _checked(name, record[name], sent)
         return arrays
+
+    def _check_statistics(self, arrays: Mapping[str, np.ndarray], batches: float) -> None:
+        """Refuse what would be no variance, and counts of more `batches` than there can be."""
+        for name in self._spreads | self._counts:
+            value = arrays[name]
+            if value.size and value.min() < 0:
+                raise RefusedUpdate(f"'{name}' is negative, which no variance or count can be")
+        for name in self._counts:
+            # Float32 rounds what it counts.
+            most = 1.001 * (self._sent[name] + batches) + 1
+            if (arrays[name] > most).any():
+                raise RefusedUpdate(f"'{name}' counts more than {batches:.0f} batches in a round")
 
     def _check_norm(self, arrays: Mapping[str, np.ndarray]) -> None:
         squares = (
