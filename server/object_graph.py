@@ -55,7 +55,8 @@ def check_objects(root: str, parts: Mapping[str, bytes], largest: int) -> None:
     together, each as often as it is named, must not exceed `largest`.
 
     Raises:
-        ValueError: naming what does not fit. Nothing was allocated in the measure of its claims.
+        ValueError: naming what does not fit. JSON and protobuf that cannot be read raise what their
+            parsers do. Nothing is ever allocated in the measure of what a part claims.
     """
     _Graph(parts, largest).message(root)
 

@@ -12,11 +12,14 @@ from typing import Any
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
+from fedkn.text import printable
 from server.deployment.bundle import build_bundle
+from server.deployment.certificates import public_pem
 from server.deployment.control import Control, RunState, SuperLinkAway
 from server.deployment.fleet import Fleet
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
+from server.identities import write_identities
 from simulations.run_folder import MetricsTail
 
 __all__ = ["Progress", "run_deployed"]
@@ -80,7 +83,10 @@ def run_deployed(fleet: Fleet, config: ExperimentConfig, control: Control, say: 
     Raises:
         FedknError: the run failed, was stopped by somebody else, or the SuperLink stayed away.
     """
-    tail = MetricsTail(Path(config.checkpoint.folder) / "metrics.jsonl")
+    folder = Path(config.checkpoint.folder)
+    keys = {device.partition: public_pem(fleet.public_key(device)) for device in fleet.devices}
+    write_identities(folder, keys)
+    tail = MetricsTail(folder / "metrics.jsonl")
     tail.poll()  # what a run before this one, now resumed, wrote
     progress = Progress()
     started = time.monotonic()
@@ -172,7 +178,7 @@ def _failure(progress: Progress, state: RunState, control: Control) -> str:
     # the traceback and what Flower says of it.
     said = [line.strip() for line in control.output(state.run_id) if line.strip()]
     errors = [match[1] for line in said if (match := _ERROR.fullmatch(line))]
-    reason = (errors or said or [state.details or "no reason given"])[-1]
+    reason = printable((errors or said or [state.details or "no reason given"])[-1])
     return f"the run {state.outcome or 'ended early'} after {progress.rounds} rounds: {reason}"
 
 

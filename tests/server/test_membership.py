@@ -138,7 +138,7 @@ def test_numbers_that_cannot_be_cost_that_client_its_part_and_nobody_else(metric
     ],
 )
 def test_an_answer_of_no_client_is_no_membership(content):
-    with pytest.raises(ClientsMissing, match="A node said: (a node answered|claims to be) part"):
+    with pytest.raises(ClientsMissing, match=r"A node said: (a node answered|claims to be) part"):
         Membership(Nodes(n1=content), 1, timeout=0.03, data=IMAGES).join()
 
 
