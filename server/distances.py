@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 
 from fedkn.config import ExperimentConfig, TrainConfig
+from fedkn.federation import TRAIN_LOSS
 from fedkn.training import learning_rate
 from server.screening import Update
 
@@ -24,6 +25,8 @@ this part of the norm of what was sent, whichever is more."""
 # Running statistics of models that diverge, as in a search for learning rates, lie far apart.
 _STATISTICS_FACTOR = 1000.0
 
+# q-FedAvg weighs updates by a power of the losses that clients report (nats).
+_LOSS_FACTOR, _LOSS_FLOOR = 1000.0, 100.0
 # They divide what a client sends by the steps that it says it took.
 _BY_STEP = ("fednova", "scaffold")
 
@@ -73,6 +76,13 @@ def too_far(
     judge(moves, own, "the weights", FACTOR)
     statistics = [_move(update, sent, others) for update in updates]
     judge(statistics, others, "the statistics", _STATISTICS_FACTOR)
+    if config.strategy.name == "qfedavg":
+        losses = [update.metrics[TRAIN_LOSS] for update in updates]
+        most = max(_LOSS_FACTOR * _lower_median(losses), _LOSS_FLOOR)
+        for update, loss in zip(updates, losses, strict=True):
+            if loss > most:
+                text = f"claims a loss of {loss:.3g}, which would be its weight: {most:.3g} at most"
+                refused.setdefault(update.partition, text)
     if config.strategy.name in _BY_STEP:
         steps = [update.metrics["steps"] for update in updates]
         mean = sum(steps) / len(steps) if steps else 0.0

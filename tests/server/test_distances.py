@@ -86,6 +86,15 @@ def test_who_understates_its_steps_to_pull_harder_is_refused(strategy):
     assert "for the steps that it claims" in refused(found, strategy__name=strategy)[3]
 
 
+@pytest.mark.parametrize(("loss", "bad"), [(90.0, False), (1e3, True), (3e38, True)])
+def test_who_reports_a_loss_beyond_all_others_does_not_outweigh_them(loss, bad):
+    found = updates(1.0, 1.0, 1.0)
+    for update, value in zip(found, (0.5, 0.6, loss), strict=True):
+        update.metrics["train-loss"] = value
+    assert refused(found) == {}
+    assert list(refused(found, strategy__name="qfedavg")) == ([2] if bad else [])
+
+
 # -- what clipped steps can do ---------------------------------------------------------------------
 
 
