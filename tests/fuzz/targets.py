@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tests.fuzz import server
+from tests.fuzz.loaders import LOADERS
 
 __all__ = ["TARGETS", "Target"]
 
@@ -19,8 +20,9 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "training": Target(server.training, 38),
-    "joining": Target(server.joining, 15),
-    "evaluating": Target(server.evaluating, 10),
-    "whole-runs": Target(server.whole_runs, 0.2),
+    "training": Target(server.training, 20),
+    "joining": Target(server.joining, 20),
+    "evaluating": Target(server.evaluating, 12),
+    "whole-runs": Target(server.whole_runs, 0.05),
+    **{name: Target(case, 4.4) for name, case in LOADERS.items()},
 }
