@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 
@@ -14,6 +15,14 @@ _CASES = {"whole-runs": 1}
 
 # Files that others mend in these days; the campaign names what is left.
 _UNMENDED = {"run-metrics", "run-record", "image-cache", "configuration"}
+
+
+@pytest.fixture(autouse=True)
+def _quick_collections():
+    # Flower collects garbage after every aggregation: not all that the tests ever imported.
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS.keys() - _UNMENDED))
