@@ -177,7 +177,7 @@ def test_many_parts_are_fetched_some_at_a_time_and_each_once(superlink, arrivals
 
 
 def test_a_reply_in_another_nodes_name_is_lost(superlink, arrivals):
-    reply, parts = announce(superlink, 1)
+    _reply, parts = announce(superlink, 1)
     superlink.parts |= parts
     # The SuperLink vouches for the node that announced a reply, not for what the reply says.
     announced = superlink.PullMessages
@@ -194,7 +194,7 @@ def of_node(answer: PullAppMessagesResponse, node: int) -> PullAppMessagesRespon
 
 
 def test_a_reply_of_endless_parts_is_given_up_before_any_is_fetched(superlink, arrivals):
-    reply, parts = announce(superlink, 1)
+    _reply, _parts = announce(superlink, 1)
     announced = superlink.PullMessages
     superlink.PullObject = lambda request: pytest.fail("fetched")
 
