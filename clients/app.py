@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from clients.control_variates import correction, next_control
+from clients.device.consent import node_consent
 from clients.local_state import local_state
+from clients.privacy_account import PrivacyAccount, privacy_account
 from clients.session import Session, open_session
 from clients.trainer import current_trainer
 from fedkn.config import ExperimentConfig
@@ -38,6 +41,8 @@ from fedkn.federation import (
 )
 from fedkn.normalizers import TensorRole
 from fedkn.training import LocalTask, carried_part, evaluate
+from fedkn.training.privacy_spent import PRIVACY, PrivacySpent
+from fedkn.training.private import steps_of_a_round
 from fedkn.training.update_clipping import clip_update
 
 __all__ = ["app"]
@@ -50,7 +55,7 @@ app = ClientApp()
 @app.query()
 def join(message: Message, context: Context) -> Message:
     """Tell the server which partition this client is, and how many images it holds."""
-    session, partition = open_session(context, message.content)
+    session, partition = _opened(message, context)
     answer = join_answer(partition, len(session.parts[partition]))
     return Message(answer, reply_to=message)
 
@@ -58,10 +63,12 @@ def join(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Load the received tensors and the client's own, train locally, answer with the update."""
-    session, partition = open_session(context, message.content)
+    session, partition = _opened(message, context)
     received, told = _received(message)
     round_ = _told(told, ROUND, int)
-    own = local_state(context, partition, _told(told, RUN_TOKEN, str))
+    run = _told(told, RUN_TOKEN, str)
+    own = local_state(context, partition, run)
+    account = _account(session, context, partition, told)
     kept, lost = own.restore(_state_round(session, message, told))
     control = _control(message)
     own_control = carried_part(kept, _CONTROL)
@@ -80,7 +87,19 @@ def train(message: Message, context: Context) -> Message:
         ),
         {**received, **carried_part(kept, _MODEL)},
     )
-    keep = {_MODEL + name: state[name] for name in session.local_tensors} | dict(update.carried)
+    arrays = tensors_to_arrays(_sent(session, state, received, told))
+    if account:
+        # Before anything is kept or sent: what the account lacks must not leave the device.
+        spent = account.charge(
+            run,
+            round_,
+            PrivacySpent.restored(update.carried),
+            _bytes(arrays),
+            allow=node_consent(context.node_config).allow_spending,
+        )
+        update = replace(update, epsilon=spent.epsilon(session.config.privacy.delta))
+    keep = {_MODEL + name: state[name] for name in session.local_tensors}
+    keep |= {n: value for n, value in update.carried.items() if not n.startswith(PRIVACY)}
     following = next_control(
         own_control,
         control,
@@ -92,7 +111,6 @@ def train(message: Message, context: Context) -> Message:
     keep |= {_CONTROL + name: value for name, value in following.items()}
     if keep:
         own.keep(round_, keep, horizon=_horizon(session.config))
-    arrays = tensors_to_arrays(_sent(session, state, received, told))
     # As it was asked, so it is answered.
     answer = RecordDict(
         {
@@ -108,7 +126,7 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate_own(message: Message, context: Context) -> Message:
     """Evaluate the received model with the client's own tensors on the images that it keeps."""
-    session, partition = open_session(context, message.content)
+    session, partition = _opened(message, context)
     received, told = _received(message)
     own = local_state(context, partition, _told(told, RUN_TOKEN, str))
     kept, _ = own.restore(_state_round(session, message, told))
@@ -134,13 +152,46 @@ def evaluate_own(message: Message, context: Context) -> Message:
 _MODEL, _CONTROL = "model/", "control/"
 
 
+def _opened(message: Message, context: Context) -> tuple[Session, int]:
+    """Open the session, if the device's owner lets the run have it.
+
+    Raises:
+        UserError: they do not, or as `open_session`.
+    """
+    consent = node_consent(context.node_config)
+    session, partition = open_session(context, message.content)
+    consent.allow_run(session.config)
+    return session, partition
+
+
+def _account(
+    session: Session, context: Context, partition: int, told: ConfigRecord
+) -> PrivacyAccount | None:
+    """Return the client's account, which can bear another round; None without DP-SGD.
+
+    Raises:
+        UserError: the account is damaged or lost, or its owner's cap is reached.
+    """
+    if session.config.privacy.mechanism != "example":
+        return None
+    account = privacy_account(context, partition)
+    account.spent(_told(told, RUN_TOKEN, str), _told(told, STATE_ROUND, int))
+    config = session.config
+    cost = steps_of_a_round(len(session.parts[partition]), config.train, config.privacy)
+    node_consent(context.node_config).allow_spending(account.lifetime().after(*cost))
+    return account
+
+
+def _bytes(arrays: ArrayRecord) -> bytes:
+    return b"".join(name.encode() + array.data for name, array in arrays.items())
+
+
 def _state_round(session: Session, message: Message, told: ConfigRecord) -> int:
     """Return the round that left the state to go on from; 0 where clients keep nothing to lose."""
     config = session.config
     keeps = (
         session.local_tensors
         or config.train.keep_momentum
-        or config.privacy.mechanism == "example"
         or CONTROL in message.content.array_records
     )
     return _told(told, STATE_ROUND, int) if keeps else 0

@@ -1,12 +1,14 @@
-"""What a client keeps of itself between rounds: tensors that never leave it, and its accounts.
+"""What a client keeps of itself between rounds: tensors that never leave it.
 
 Every round that a client trains in leaves one version. The server says which of them it wants to go
 on from: the one of the last update that it accepted. So a refused update, a server that resumes
-from a checkpoint and a client that restarts all find the state that belongs to them.
+from a checkpoint and a client that restarts all find the state that belongs to them. What must not
+be taken back, the privacy spent, is not among it (`clients.privacy_account`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import shutil
@@ -97,7 +99,7 @@ class LocalState(ABC):
 
 
 class _OnDisk(LocalState):
-    """One safetensors file a version, written whole."""
+    """One file a version, written whole: safetensors, and the SHA-256 of all before it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -109,10 +111,14 @@ class _OnDisk(LocalState):
     def _read(self, round_: int) -> dict[str, Tensor] | None:
         path = self._path(round_)
         try:
-            return dict(load(path.read_bytes()))
+            whole = path.read_bytes()
+            content, digest = whole[:-_DIGEST_BYTES], whole[-_DIGEST_BYTES:]
+            if hashlib.sha256(content).digest() != digest:
+                raise ValueError("its checksum does not match")
+            return dict(load(content))
         except FileNotFoundError:
             _LOG.warning("no %s: this client starts anew", path)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             _LOG.warning("%s is damaged (%s): this client starts anew", path, error)
         return None
 
@@ -121,7 +127,7 @@ class _OnDisk(LocalState):
             self._folder.mkdir(parents=True)
             self._forget_old_runs()
         content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-        write_atomically(self._path(round_), content)
+        write_atomically(self._path(round_), content + hashlib.sha256(content).digest())
 
     def _remove(self, round_: int) -> None:
         self._path(round_).unlink(missing_ok=True)
@@ -162,4 +168,5 @@ class _InMemory(LocalState):
         del self._records[f"{self._prefix}{round_}"]
 
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _FILE = re.compile(r"round-(\d+)\.safetensors")

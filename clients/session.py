@@ -154,16 +154,19 @@ def _session(
     model = build_model(asked, held_by.summary).to(device)
     workspace, inputs = Workspace(model), inputs_of(asked, device, held_by.summary)
     images = held_by.images.to(device)
+    # Images go through a model one at a time in private training, in whatever batches.
+    one_by_one = asked.privacy.mechanism == "example"
     largest = asked.train.batch_size
-    if profile:
+    if profile and not one_by_one:
         largest = profile.largest_batch(largest)
     if profile and profile.memory_limit:
-        largest = fitting_batch(
+        fits = fitting_batch(
             lambda size: step_bytes(workspace, inputs, images[:1], size, config.train),
-            largest,
+            1 if one_by_one else largest,
             least=normalizer.minimum_batch,
             limit=profile.memory_limit * MIB,
         )
+        largest = largest if one_by_one else fits
     if lowered := _lowered(asked.train, config.train, largest):
         _LOG.warning("this device trains with %s", ", ".join(lowered))
     return Session(

@@ -59,6 +59,8 @@ class SequentialTrainer:
             # No batch is larger than what the client holds.
             largest = task.largest_batch or task.train.batch_size
             size = min(largest, task.train.batch_size, len(session.parts[task.client]))
+            if _is_private(session):
+                size = 1
             if size // 2 < least:
                 raise UserError(
                     f"this device's memory does not suffice for a step on {size} image(s): "
@@ -86,15 +88,19 @@ def use_trainer(trainer: Trainer) -> Iterator[None]:
         _trainer.reset(token)
 
 
+def _is_private(session: Session) -> bool:
+    """Whether images go through the model one at a time, in whatever batches."""
+    return session.config.privacy.mechanism == "example"
+
+
 def _attempt(
     session: Session, task: LocalTask, received: Mapping[str, Tensor]
 ) -> LocalUpdate | None:
     """Return the update, or None if a device ran out of memory."""
     session.workspace.load(received)
     images, labels = session.client_data(task.client)
-    privacy = session.config.privacy
-    private = privacy.mechanism == "example"
-    train = partial(train_privately, privacy=privacy) if private else train_locally
+    private = partial(train_privately, privacy=session.config.privacy)
+    train = private if _is_private(session) else train_locally
     try:
         return train(
             session.workspace,

@@ -11,7 +11,7 @@ __all__ = ["supernode_command"]
 
 
 def supernode_command(
-    server: str, *, ca: Path, key: Path, port: int, node_config: Mapping[str, str | int]
+    server: str, *, ca: Path, key: Path, port: int, node_config: Mapping[str, str | int | float]
 ) -> tuple[str, ...]:
     """Return the command that becomes a SuperNode.
 

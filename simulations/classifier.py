@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkn.errors import UserError
+from fedkn.seeds import derive
 from fedkn.training import Inputs
+from fedkn.training.draws import own_draws
 
 __all__ = ["Card", "Classifier", "FromPixels"]
 
@@ -102,7 +104,8 @@ class Classifier:
 
         Raises UserError if they are not finite: the model diverged in training.
         """
-        with torch.no_grad():
+        # A network that draws in evaluation gives the same answer every time it is asked.
+        with torch.no_grad(), own_draws(pixels.device, derive("prediction")):
             parts = [self.run(some.to(torch.float32)) for some in torch.split(pixels, _BATCH)]
         logits = torch.cat(parts)
         if not torch.isfinite(logits).all():

@@ -20,6 +20,8 @@ from clients.device.finding import Finding
 from clients.device.profile import MIB
 from clients.device.settings import Device
 from clients.device.trial import check_data, check_training
+from clients.privacy_account import account_in
+from fedkn.errors import UserError
 
 __all__ = ["check_device", "check_start"]
 
@@ -32,6 +34,7 @@ def check_device(device: Device) -> Iterator[Finding]:
     yield _disk(device)
     yield _threads(device)
     yield from _files(device)
+    yield from _owner(device)
     yield from check_connection(device)
     findings, session = check_data(device)
     yield from findings
@@ -47,6 +50,7 @@ def check_start(device: Device) -> Iterator[Finding]:
     That the server does not answer is a warning: a device may come up before its server.
     """
     yield from _files(device)
+    yield from _owner(device)
     for found in check_connection(device):
         early = found.name == "server" and found.status == "fail"
         yield Finding(found.name, "warn", found.message, found.fix) if early else found
@@ -86,6 +90,23 @@ def _threads(device: Device) -> Finding:
 def _files(device: Device) -> Iterator[Finding]:
     yield _authority(device.ca)
     yield _key(device.key)
+
+
+def _owner(device: Device) -> Iterator[Finding]:
+    """Yield what the images have spent so far, if anything, and what the owner lets runs do."""
+    consent = device.consent
+    account = account_in(device.state, device.partition)
+    try:
+        spent = account.lifetime()
+    except UserError as error:
+        yield Finding("privacy account", "fail", str(error), "see docs/privacy.md")
+        return
+    if spent.history or consent.max_epsilon:
+        cap = f" of {consent.max_epsilon:g}" if consent.max_epsilon else ""
+        message = f"epsilon {spent.epsilon(consent.delta):.4g}{cap} at delta {consent.delta:g}"
+        yield Finding("privacy account", "ok", f"{message}, in all runs together")
+    if decided := consent.node_config():
+        yield Finding("consent", "ok", ", ".join(f"{k} = {v}" for k, v in decided.items()))
 
 
 def _authority(path: Path) -> Finding:

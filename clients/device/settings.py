@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
+from clients.device.consent import Consent
 from clients.device.data import node_data
 from clients.device.profile import Profile
 from clients.local_state import STATE_FOLDER
@@ -35,6 +36,7 @@ class _Settings(Section):
     state: str = Field("state", description="folder for what the client keeps between rounds")
     data: _Data = _Data()
     profile: Profile = Profile()
+    consent: Consent = Consent()
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Device:
     data_path: str
     data_kind: str
     profile: Profile
+    consent: Consent
     experiment: ExperimentConfig
 
     @property
@@ -65,7 +68,7 @@ class Device:
         """The server as ``host:port``, an IPv6 address in brackets."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def node_config(self) -> dict[str, str | int]:
+    def node_config(self) -> dict[str, str | int | float]:
         """Return what the ClientApp is told about this device: the SuperNode's node config."""
         own = {"data-path": self.data_path, "data-kind": self.data_kind}
         return {
@@ -75,6 +78,7 @@ class Device:
             STATE_FOLDER: str(self.state),
             **{key: value for key, value in own.items() if value},
             **self.profile.node_config(),
+            **self.consent.node_config(),
         }
 
 
@@ -109,6 +113,7 @@ def _device(
             f"partition_id = {given.partition_id}: must be below partitions = {given.partitions}"
         )
     data_path = str(folder / Path(given.data.root).expanduser()) if given.data.root else ""
+    given.consent.check_names()
     node_data({"data-path": data_path, "data-kind": given.data.source})
     if odd := next((t for t in (given.name, data_path, str(folder)) if '"' in t or "'" in t), ""):
         raise UserError(f"{odd!r} has a quotation mark, which Flower's node config cannot carry")
@@ -125,6 +130,7 @@ def _device(
         data_path=data_path,
         data_kind=given.data.source,
         profile=given.profile,
+        consent=given.consent,
         # As many clients as the fleet has, unless the experiment says otherwise.
         experiment=ExperimentConfig.resolve({"partition.clients": 0}, tried, other).for_nodes(
             given.partitions

@@ -32,7 +32,8 @@ def normalized_convolution(
         run = mapped.convolution if mapped.serves(x, weight, bias) else composite
         return run(x, weight, bias, settings)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    known = torch.amp.is_autocast_available(device)  # not to "meta"
+    if known and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         with torch.autocast(device, enabled=False):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedkn.layers.dropout import keep_mask
-from fedkn.layers.dtypes import wide
+from fedkn.layers.dtypes import undisturbed, wide
 from fedkn.layers.small_units import SMALL_UNIT, expected_scale_and_shift
 from fedkn.layers.statistics import Geometry, statistics, unit_size
 
@@ -57,12 +57,12 @@ def composite(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings
     """
     _, stride, padding, dilation, groups = settings.geometry
     dtype = wide(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with undisturbed(x.device.type):
         mean, scale, shift = unit_maps(x.to(dtype), settings)
         centred = is_centred(settings)
         used = weight - weight.mean((1, 2, 3), keepdim=True) if centred else weight
     z = F.conv2d(x, used, None, stride, padding, dilation, groups)
-    with torch.autocast(x.device.type, enabled=False):
+    with undisturbed(x.device.type):
         y = z.to(dtype)
         if not centred:
             y = y - mean * filter_sums(weight.to(dtype))

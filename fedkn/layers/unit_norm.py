@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedkn.layers import plain
 from fedkn.layers.composite import Settings, averages_over_drops, unit_maps
-from fedkn.layers.dtypes import wide
+from fedkn.layers.dtypes import undisturbed, wide
 from fedkn.layers.statistics import box
 
 __all__ = ["normalized_units"]
@@ -37,13 +37,13 @@ def normalized_units(units: Tensor, settings: Settings, eager: bool) -> Tensor:
     if torch.is_grad_enabled() and units.requires_grad:
         y: Tensor = _NormalizedUnits.apply(units, settings)  # type: ignore[no-untyped-call] # torch's
         return y
-    with torch.autocast(units.device.type, enabled=False):
+    with undisturbed(units.device.type):
         return _forward(units, settings)[0]
 
 
 def _definition(units: Tensor, settings: Settings) -> Tensor:
     dtype, kernel = wide(units.dtype), settings.geometry.kernel
-    with torch.autocast(units.device.type, enabled=False):
+    with undisturbed(units.device.type):
         mean, scale, shift = unit_maps(units.to(dtype), settings)
         y = (units - _spread(mean, kernel)) * _spread(scale, kernel)
         if shift is not None:
@@ -65,7 +65,7 @@ def _normal(values: Tensor, mean: Tensor, scale: Tensor, settings: Settings) -> 
 class _NormalizedUnits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, units: Tensor, settings: Settings) -> Tensor:
-        with torch.autocast(units.device.type, enabled=False):
+        with undisturbed(units.device.type):
             y, mean, scale, far = _forward(units, settings)
         ctx.settings, ctx.far = settings, far
         ctx.save_for_backward(units, mean, scale)

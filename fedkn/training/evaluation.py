@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkn.seeds import derive
+from fedkn.training.draws import own_draws
 from fedkn.training.inputs import Inputs
 
 __all__ = ["Evaluation", "evaluate"]
@@ -28,7 +30,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate `model`, in evaluation mode, on uint8 `images` (N, C, H, W) and int64 `labels` (N,).
 
-    All three are on one device. The model is left in the mode in which it came.
+    All three are on one device. The model is left in the mode in which it came. What a network
+    draws in evaluation follows from the number of the batch: the same at every call.
 
     Raises:
         ValueError: if there are no images.
@@ -40,9 +43,11 @@ def evaluate(
     right = torch.zeros((), dtype=torch.int64, device=images.device)
     loss = torch.zeros((), dtype=torch.float64, device=images.device)
     parts = torch.split(images, batch_size), torch.split(labels, batch_size)
-    for some, answers in zip(*parts, strict=True):
-        scores = model(inputs(some))
-        right += (scores.argmax(1) == answers).sum()
-        loss += F.cross_entropy(scores, answers, reduction="sum").double()
+    with own_draws(images.device, derive("evaluation")) as draws:
+        for number, (some, answers) in enumerate(zip(*parts, strict=True)):
+            with draws.seeded(derive("evaluation", number)):
+                scores = model(inputs(some))
+            right += (scores.argmax(1) == answers).sum()
+            loss += F.cross_entropy(scores, answers, reduction="sum").double()
     model.train(was_training)
     return Evaluation(int(right) / len(images), float(loss) / len(images), len(images))

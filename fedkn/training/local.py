@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkn.config import TrainConfig
-from fedkn.layers import dropout_stream
+from fedkn.errors import UserError
 from fedkn.normalizers import Forward, Normalizer
+from fedkn.seeds import derive
 from fedkn.training.batches import plan_batches
+from fedkn.training.draws import own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.optimizer import FlatSGD
 from fedkn.training.precision import training_scores
+from fedkn.training.standing import Standing
 from fedkn.training.step_batches import step_batches
 
 __all__ = ["LocalTask", "LocalUpdate", "Workspace", "carried_part", "train_locally"]
@@ -83,17 +86,45 @@ class Workspace:
 
     Whatever `load` is not given goes back to its initial value, so nothing of one client reaches
     the next. The model's parameters become views of one vector (see `FlatSGD`).
+
+    Raises UserError where a model cannot be trained so, as `FlatSGD`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.optimizer = FlatSGD(model)
-        # Detached tensors share memory with the model: copying into them loads a state in place.
-        self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self._take_over(FlatSGD(model))
         self._initial = {name: tensor.clone() for name, tensor in self._tensors.items()}
         # Buffers outside the state (persistent=False) cannot be loaded, but must not be passed on.
-        transient = [b for name, b in model.named_buffers() if name not in self._tensors]
-        self._transient = [(buffer, buffer.clone()) for buffer in transient]
+        self._passing = {name: buffer.clone() for name, buffer in self._transient.items()}
+
+    def attached(self) -> FlatSGD:
+        """Return the optimizer, after a look whether it still moves the model's own tensors.
+
+        Ordinary calls part them: ``model.zero_grad()``, ``.to()``, ``.double()``,
+        ``load_state_dict(assign=True)``, ``requires_grad_()``, a second Workspace. Then the model
+        as it is now is taken over again, with the values that it has and the optimizer's momentum
+        as far as it belongs to parameters that are still trained.
+
+        Raises:
+            UserError: if the model has tensors of other names or shapes than it had.
+        """
+        if self._standing.holds():
+            self.optimizer.tie_gradients()
+            return self.optimizer
+        before = self.optimizer
+        self._take_over(FlatSGD(self.model))
+        found = {name: t.shape for name, t in (self._tensors | self._transient).items()}
+        had = {name: t.shape for name, t in (self._initial | self._passing).items()}
+        if found != had:
+            odd = sorted(dict(found.items() ^ had.items()))
+            raise UserError(
+                f"the model is not the one that its Workspace was made of ({', '.join(odd[:3])}): "
+                "make a new Workspace after changing a model"
+            )
+        self.optimizer.resume(before)
+        self._initial = _cast(self._initial, self._tensors)
+        self._passing = _cast(self._passing, self._transient)
+        return self.optimizer
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +138,9 @@ class Workspace:
 
         Raises:
             ValueError: if a name is unknown or a shape or dtype differs.
+        UserError: as `attached`.
         """
+        optimizer = self.attached()
         given: dict[str, Tensor] = {}
         for state in states:
             given.update(state)
@@ -121,13 +154,22 @@ class Workspace:
                     f"{tuple(tensor.shape)} {tensor.dtype}"
                 )
             tensor.copy_(value)
-        for buffer, initial in self._transient:
-            buffer.copy_(initial)
-        self.optimizer.restart()
+        for name, buffer in self._transient.items():
+            buffer.copy_(self._passing[name])
+        optimizer.restart()
 
     def state(self) -> dict[str, Tensor]:
         """Return the model's tensors by name: views, which the next `load` overwrites."""
         return dict(self._tensors)
+
+    def _take_over(self, optimizer: FlatSGD) -> None:
+        self.optimizer = optimizer
+        # Detached tensors share memory with the model: copying into them loads a state in place.
+        self._tensors = {name: value.detach() for name, value in self.model.state_dict().items()}
+        self._transient = {
+            name: buffer for name, buffer in self.model.named_buffers() if name not in self._tensors
+        }
+        self._standing = Standing(self.model)
 
 
 def train_locally(
@@ -141,18 +183,18 @@ def train_locally(
 ) -> LocalUpdate:
     """Train the loaded model on uint8 `images` (N, C, H, W) with int64 `labels` (N,).
 
-    Every step: the batches of `plan_batches`, augmented and scaled, each forward with the
-    normalizers' dropout drawn from the task's seeds, in ``train.precision``, cross entropy and
-    backward; the mean of their gradients, each weighted by its examples; FedProx's term where
-    ``task.proximal_mu`` is set, clipping, SCAFFOLD's correction, SGD. Images and labels are on the
-    model's device. The model's `normalizer` says what is too small a batch, and prepares and
-    completes its layers.
+    Every step: the batches of `plan_batches`, augmented and scaled, each forward with all random
+    draws, the network's own included, from the task's seeds (`fedkn.training.draws`), in
+    ``train.precision``, cross entropy and backward; the mean of their gradients, each weighted by
+    its examples; FedProx's term where ``task.proximal_mu`` is set, clipping, SCAFFOLD's correction,
+    SGD. Images and labels are on the model's device. The model's `normalizer` says what is too
+    small a batch, and prepares and completes its layers.
 
     Where the layers treat every example by itself and drop nothing, a step over several batches is
     that over one batch of all their examples.
     """
     started = time.perf_counter()
-    train, optimizer, model = task.train, workspace.optimizer, workspace.model
+    train, optimizer, model = task.train, workspace.attached(), workspace.model
     plan = plan_batches(
         len(labels),
         train,
@@ -169,26 +211,28 @@ def train_locally(
     total = torch.zeros((), dtype=torch.float64, device=workspace.device)
     model.train()
     normalizer.begin_training(model, task.round_)
-    draws = (task.seed, task.round_, task.client)
-    for batches in step_batches(images, labels, plan.steps, inputs, draws):
-        optimizer.zero_grad()
-        size = sum(len(batch.labels) for batch in batches)
-        for x, answers, dropout in batches:
-            with dropout_stream(dropout):
-                loss = F.cross_entropy(training_scores(model, x, train.precision), answers)
-            share = None if len(batches) == 1 else loss.new_tensor(len(answers) / size)
-            loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
-            total.add_(loss.detach(), alpha=len(answers))
-        if anchor is not None:
-            optimizer.add_proximal(anchor, task.proximal_mu)
-        optimizer.step(
-            task.learning_rate,
-            momentum=train.momentum,
-            weight_decay=train.weight_decay,
-            clip_norm=train.clip_norm,
-            correction=correction,
-        )
-    normalizer.end_training(model, _pass_over(model, images, inputs), task.round_)
+    place = (task.seed, task.round_, task.client)
+    with own_draws(workspace.device, derive(task.seed, "network", *place[1:])) as draws:
+        for batches in step_batches(images, labels, plan.steps, inputs, place):
+            optimizer.zero_grad()
+            size = sum(len(batch.labels) for batch in batches)
+            for x, answers, dropout in batches:
+                with draws.seeded(dropout):
+                    loss = F.cross_entropy(training_scores(model, x, train.precision), answers)
+                share = None if len(batches) == 1 else loss.new_tensor(len(answers) / size)
+                loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
+                total.add_(loss.detach(), alpha=len(answers))
+            if anchor is not None:
+                optimizer.add_proximal(anchor, task.proximal_mu)
+            optimizer.step(
+                task.learning_rate,
+                momentum=train.momentum,
+                weight_decay=train.weight_decay,
+                clip_norm=train.clip_norm,
+                correction=correction,
+            )
+        draws.reseed(derive(task.seed, "statistics", *place[1:]))
+        normalizer.end_training(model, _pass_over(model, images, inputs), task.round_)
     velocity = optimizer.velocity() if train.keep_momentum else {}
     mean_loss = float(total) / plan.examples if plan.examples else 0.0
     return LocalUpdate(
@@ -208,6 +252,10 @@ _MOMENTUM = "momentum/"
 def carried_part(carried: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return what a client carries under names that begin with `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in carried.items() if k.startswith(prefix)}
+
+
+def _cast(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(like[name]) for name, value in values.items()}
 
 
 def _pass_over(model: nn.Module, images: Tensor, inputs: Inputs) -> Forward:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
-from fedkn.layers import dropout_stream
+from fedkn.training.draws import own_draws
 from fedkn.training.precision import training_scores
 
 __all__ = ["peak_bytes", "saved_activations", "step_memory"]
@@ -32,12 +32,13 @@ def step_memory(model: nn.Module, x: Tensor, labels: Tensor, *, precision: str =
             parameter.grad = torch.zeros_like(parameter)
 
     def step() -> None:
-        with dropout_stream(0):
+        with draws.seeded(0):
             loss = F.cross_entropy(training_scores(model, x, precision), labels)
         loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
 
     model.train()
-    peak = peak_bytes(step, x.device)
+    with own_draws(x.device, 0) as draws:
+        peak = peak_bytes(step, x.device)
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.zero_()
@@ -88,7 +89,8 @@ def saved_activations(model: nn.Module, x: Tensor) -> int:
         return tensor
 
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    watch = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with own_draws(x.device, 0), watch:
         output = model(x)
     # The graph lives until here, so no address was used twice.
     del output

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fedkn.errors import UserError
 
 __all__ = ["FlatSGD"]
 
@@ -20,31 +23,42 @@ class FlatSGD:
     ``torch.nn.utils.clip_grad_norm_``, equal to float32 rounding.
 
     Raises:
-        ValueError: if the trainable parameters differ in dtype or device, or there are none.
+        UserError: if the trainable parameters differ in dtype or device, have no shape yet (lazy
+            modules), or there are none.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        named = _trainable(model)
         self.parameters = list(named.values())
-        kinds = {(p.dtype, p.device) for p in self.parameters}
-        if len(kinds) != 1:
-            raise ValueError(f"trainable parameters must share one dtype and device, got {kinds}")
-        ((dtype, device),) = kinds
+        dtype, device = _kind(named)
         size = sum(p.numel() for p in self.parameters)
         self.values = torch.empty(size, dtype=dtype, device=device)
         self.gradients = torch.zeros(size, dtype=dtype, device=device)
         self._velocity = torch.zeros(size, dtype=dtype, device=device)
         self._started = False
         self._named_velocity: dict[str, Tensor] = {}
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         offset = 0
         for name, parameter in named.items():
             span = slice(offset, offset + parameter.numel())
             self._named_velocity[name] = _laid_out(self._velocity[span], parameter)
             values = _laid_out(self.values[span], parameter)
             values.copy_(parameter.detach())
-            parameter.grad = _laid_out(self.gradients[span], parameter)
+            gradient = _laid_out(self.gradients[span], parameter)
+            self._gradients.append((parameter, gradient))
+            parameter.grad = gradient
             parameter.data = values
             offset = span.stop
+
+    def tie_gradients(self) -> None:
+        """Make the parameters' gradients views of the vector again, where they are not: zeros.
+
+        ``model.zero_grad()`` takes them away, and PyTorch then makes others that nobody reads.
+        """
+        for parameter, gradient in self._gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+                gradient.zero_()
 
     def restart(self, velocity: Mapping[str, Tensor] | None = None) -> None:
         """Begin with a new client: with the `velocity` of all parameters by name, or none."""
@@ -52,6 +66,14 @@ class FlatSGD:
         for name, value in (velocity or {}).items():
             self._named_velocity[name].copy_(value)
         self.zero_grad()
+
+    def resume(self, other: FlatSGD) -> None:
+        """Go on with the momentum of `other`, where it is of parameters that are here as well."""
+        for name, value in other.velocity().items():
+            own = self._named_velocity.get(name)
+            if own is not None and own.shape == value.shape:
+                self._started = True
+                own.copy_(value)
 
     def velocity(self) -> dict[str, Tensor]:
         """Return the momentum's velocity by parameter: views; empty before the first step."""
@@ -102,6 +124,31 @@ class FlatSGD:
                 self._started = True
             gradient = self._velocity
         self.values.add_(gradient, alpha=-learning_rate)
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _kind(named: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
+    """Return the one dtype and device of parameters; UserError if there is no such."""
+    first: tuple[str, torch.dtype, torch.device] | None = None
+    for name, parameter in named.items():
+        if is_lazy(parameter):
+            raise UserError(
+                f"'{name}' of the model has no shape yet: send a batch through the model first"
+            )
+        if first is None:
+            first = (name, parameter.dtype, parameter.device)
+        elif first[1:] != (parameter.dtype, parameter.device):
+            raise UserError(
+                "the parameters that are trained must share one dtype and device, but "
+                f"'{first[0]}' is {first[1]} on {first[2]} and '{name}' is {parameter.dtype} on "
+                f"{parameter.device}: use model.to(...), or freeze one by requires_grad_(False)"
+            )
+    if first is None:
+        raise UserError("the model has no parameter to train: requires_grad is off for all")
+    return first[1:]
 
 
 def _laid_out(flat: Tensor, parameter: Tensor) -> Tensor:

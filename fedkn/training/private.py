@@ -2,36 +2,38 @@
 
 Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv 1607.00133, Algorithm 1:
 every example is in a step's batch with the same probability, independently of the others (Poisson
-sampling); its gradient is clipped; Gaussian noise is added to the sum. Opacus gives the gradients
-of the single examples. docs/privacy.md says what this protects, and what it does not.
+sampling); its gradient is clipped; Gaussian noise is added to the sum. Examples go through the
+model one at a time, so a gradient is one example's whatever the network is made of.
+docs/privacy.md says what this protects, and what it does not.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkn.config import PrivacyConfig
+from fedkn.config import PrivacyConfig, TrainConfig
 from fedkn.errors import UserError
-from fedkn.layers import dropout_stream
-from fedkn.layers.opacus import register
 from fedkn.normalizers import Normalizer
-from fedkn.seeds import numpy_generator
+from fedkn.seeds import derive, numpy_generator, torch_generator
 from fedkn.training.batches import plan_batches
+from fedkn.training.draws import own_draws
+from fedkn.training.example_draws import example_names
 from fedkn.training.inputs import Inputs
 from fedkn.training.local import LocalTask, LocalUpdate, Workspace, carried_part
+from fedkn.training.mixing import refuse_mixing
 from fedkn.training.optimizer import FlatSGD
 from fedkn.training.privacy_spent import PrivacySpent
-from fedkn.training.step_batches import step_batches
+from fedkn.training.sampled_gaussian import Run
 
-__all__ = ["poisson_batch", "refuse_unprivate", "train_privately"]
+__all__ = ["poisson_batch", "refuse_unprivate", "steps_of_a_round", "train_privately"]
 
 
 def train_privately(
@@ -55,75 +57,67 @@ def train_privately(
     are fewer. Then follow FedProx's term, weight decay, SCAFFOLD's correction and momentum, which
     see the images through noise alone. ``train.clip_norm`` is not applied.
 
-    The examples drawn go through the model in ``train.accumulate`` equal parts, more where
-    ``task.largest_batch`` divides the local batches; their clipped gradients are summed, and noise
-    is added once. So a step and its privacy are those of one batch.
+    Each example goes through the model alone, whatever the batch: neither ``train.accumulate`` nor
+    ``task.largest_batch`` changes anything but B. Its augmentation and dropout are drawn with
+    ("example", round, client, step, its name) from the seed, a name being what `example_names`
+    makes of its content: so the sum without one example lacks one vector of norm C at most. A
+    gradient that is not finite counts as zero.
 
     The batches are drawn with ("poisson", round, client, step), the noise with ("noise", round,
-    client, step), both from the seed, or both from the operating system with ``privacy.secret``;
-    augmentation and dropout as in `train_locally`. The update carries the privacy spent under
-    ``privacy/…``, and its ``epsilon`` is that of all rounds together, at ``privacy.delta``. Its
-    loss is exact: without noise, over the examples that were drawn.
+    client, step), both from the seed, or both from the operating system with ``privacy.secret``.
+    The update carries the privacy spent under ``privacy/…``, and its ``epsilon`` is that of all
+    rounds together, at ``privacy.delta``. Its loss is exact: without noise, over the examples that
+    were drawn.
 
     Raises:
-        UserError: as `refuse_unprivate`, or if Opacus is not installed.
+        UserError: as `refuse_unprivate`, or if the network mixes examples or fails on one alone.
         ValueError: if the privacy spent was carried incompletely.
     """
     started = time.perf_counter()
     refuse_unprivate(normalizer, workspace.model, task.train.precision)
-    train, optimizer, model = task.train, workspace.optimizer, workspace.model
+    train, optimizer, model = task.train, workspace.attached(), workspace.model
     size, seed, round_, client = len(labels), task.seed, task.round_, task.client
     plan = plan_batches(
         size, train, normalizer.minimum_batch, seed=seed, round_=round_, client=client
     )
     expected = min(train.batch_size * train.accumulate, size)
-    bearable = min(task.largest_batch or train.batch_size, train.batch_size)
-    parts = train.accumulate * -(-train.batch_size // bearable)
     spent = PrivacySpent.restored(task.carried)
     anchor = optimizer.values.clone() if task.proximal_mu else None
     correction = optimizer.flat(task.correction) if task.correction else None
     if train.keep_momentum:
         optimizer.restart(carried_part(task.carried, _MOMENTUM))
-    total = torch.zeros((), dtype=torch.float64, device=workspace.device)
-    summed = torch.zeros_like(optimizer.gradients)
-    seen = 0
     model.train()
     # Not completed by end_training, which looks at all images without noise: only layers with
     # buffers need it, and those are refused.
     normalizer.begin_training(model, round_)
-    with _gradients_by_example(model):
-        for step in range(len(plan.steps)):
-            draw, noise = (_generator(task, what, step, privacy) for what in ("poisson", "noise"))
-            batch = poisson_batch(size, expected / size, draw)
-            # Without examples the sum is zero and the step is noise alone.
-            # A drawn batch may be larger than expected, the parts that are borne may not.
-            count = max(parts, -(-len(batch) // bearable)) if task.largest_batch else parts
-            chosen = [part for part in torch.tensor_split(batch, count) if len(part)]
-            steps, draws = ([chosen] if chosen else []), (seed, round_, client)
-            summed.zero_()
-            for batches in step_batches(images, labels, steps, inputs, draws, first=step):
-                for x, answers, dropout in batches:
-                    with dropout_stream(dropout):
-                        loss = F.cross_entropy(model(x), answers, reduction="sum")
-                    loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
-                    _sum_clipped(optimizer, privacy.clip_norm)
-                    summed.add_(optimizer.gradients)
-                    total += loss.detach().double()
-                    seen += len(answers)
-            optimizer.gradients.copy_(summed)
-            _add_noise(optimizer, privacy.noise_multiplier * privacy.clip_norm, noise)
-            optimizer.gradients.div_(expected)
-            if anchor is not None:
-                optimizer.add_proximal(anchor, task.proximal_mu)
-            optimizer.step(
-                task.learning_rate,
-                momentum=train.momentum,
-                weight_decay=train.weight_decay,
-                clip_norm=0.0,
-                correction=correction,
-            )
-    if plan.steps:
-        spent = spent.after(privacy.noise_multiplier, expected / size, len(plan.steps))
+    examples = _Examples(workspace, images, labels, inputs, (seed, round_, client))
+    total = torch.zeros((), dtype=torch.float64, device=workspace.device)
+    summed = torch.zeros_like(optimizer.gradients)
+    seen = 0
+    examples.refuse_mixing()
+    for step in range(len(plan.steps)):
+        draw, noise = (_generator(task, what, step, privacy) for what in ("poisson", "noise"))
+        batch = poisson_batch(size, expected / size, draw).tolist()
+        # Without examples the sum is zero and the step is noise alone.
+        summed.zero_()
+        for example in batch:
+            total += examples.differentiate(example, step)
+            _add_clipped(summed, optimizer.gradients, privacy.clip_norm)
+        seen += len(batch)
+        optimizer.gradients.copy_(summed)
+        _add_noise(optimizer, privacy.noise_multiplier * privacy.clip_norm, noise)
+        # By what was expected: what was drawn would tell of single examples.
+        optimizer.gradients.div_(expected)
+        if anchor is not None:
+            optimizer.add_proximal(anchor, task.proximal_mu)
+        optimizer.step(
+            task.learning_rate,
+            momentum=train.momentum,
+            weight_decay=train.weight_decay,
+            clip_norm=0.0,
+            correction=correction,
+        )
+    spent = spent.after(privacy.noise_multiplier, expected / size if size else 0.0, len(plan.steps))
     velocity = optimizer.velocity() if train.keep_momentum else {}
     return LocalUpdate(
         examples=plan.examples,
@@ -136,6 +130,13 @@ def train_privately(
         | spent.tensors(),
         epsilon=spent.epsilon(privacy.delta),
     )
+
+
+def steps_of_a_round(size: int, train: TrainConfig, privacy: PrivacyConfig) -> Run:
+    """Return what `train_privately` spends in a round on `size` examples, before it does."""
+    plan = plan_batches(size, train, 1, seed=0, round_=1, client=0)
+    expected = min(train.batch_size * train.accumulate, size)
+    return privacy.noise_multiplier, expected / size if size else 0.0, len(plan.steps)
 
 
 def refuse_unprivate(normalizer: Normalizer, model: nn.Module, precision: str) -> None:
@@ -179,41 +180,69 @@ def _generator(
     return numpy_generator(task.seed, what, task.round_, task.client, step)
 
 
+class _Examples:
+    """A client's examples, each differentiated alone, with draws of its own."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        images: Tensor,
+        labels: Tensor,
+        inputs: Inputs,
+        draws: tuple[int, int, int],
+    ) -> None:
+        self._workspace = workspace
+        self._images, self._labels, self._inputs = images, labels, inputs
+        self._draws = draws
+        self._names = example_names(images, labels)
+
+    def differentiate(self, example: int, step: int) -> Tensor:
+        """Put the gradient of `example` in place of the optimizer's; return its loss, float64."""
+        seed, *place = self._draws
+        key = derive(seed, "example", *place, step, self._names[example])
+        image = self._images[example : example + 1]
+        if self._inputs.augments:
+            image = self._inputs.augmented(image, torch_generator(key, "augment"))
+        self._workspace.optimizer.zero_grad()
+        with _seeded(self._workspace.device, derive(key, "network")):
+            scores = self._workspace.model(self._inputs(image))
+            loss = F.cross_entropy(scores, self._labels[example : example + 1])
+            loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
+        return loss.detach().double()
+
+    def refuse_mixing(self) -> None:
+        """Raise UserError if the model mixes examples: tried on the first few, once a model."""
+        model = self._workspace.model
+        if model in _TRIED:
+            return
+
+        def gradient(example: int) -> Tensor:
+            self.differentiate(example, 0)
+            return self._workspace.optimizer.gradients.clone()
+
+        few = self._inputs(self._images[:_FEW])
+        refuse_mixing(model, few, gradient, lambda: _seeded(few.device, 0))
+        _TRIED.add(model)
+
+
+# Enough for a batch, few enough for the memory of a small device.
+_FEW = 3
+_TRIED: WeakSet[nn.Module] = WeakSet()
+
+
 @contextmanager
-def _gradients_by_example(model: nn.Module) -> Iterator[None]:
-    """Have Opacus leave the gradients of the examples of a summed loss in ``grad_sample``.
-
-    Afterwards the model is as before, also where a step broke off.
-    """
-    register()
-    from opacus.grad_sample import GradSampleModule  # noqa: PLC0415 - optional
-
-    hooked = GradSampleModule(model, loss_reduction="sum")
-    try:
-        with warnings.catch_warnings():
-            # The images need no gradient, and Opacus needs none of theirs.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            yield
-    finally:
-        hooked.to_standard_module()
-        for module in model.modules():
-            for left in ("activations", "max_batch_len"):
-                if hasattr(module, left):
-                    delattr(module, left)
+def _seeded(device: torch.device, key: int) -> Iterator[None]:
+    """Let every random draw of a forward pass follow from `key`, whoever's generator it takes."""
+    with own_draws(device, key) as draws, draws.seeded(key):
+        yield
 
 
 @torch.no_grad()
-def _sum_clipped(optimizer: FlatSGD, clip_norm: float) -> None:
-    """Put the sum of the examples' clipped gradients in place of the optimizer's gradient."""
-    samples: list[Tensor] = []
-    for parameter in optimizer.parameters:
-        samples.append(parameter.grad_sample)  # type: ignore[attr-defined]  # Opacus put it there
-        parameter.grad_sample = None  # type: ignore[attr-defined]  # and looks there
-    squares = torch.stack([g.flatten(1).square().sum(1) for g in samples])
-    factors = (clip_norm / (squares.sum(0).sqrt() + 1e-6)).clamp_(max=1.0)
-    for parameter, gradients in zip(optimizer.parameters, samples, strict=True):
-        assert parameter.grad is not None
-        parameter.grad.copy_(torch.einsum("n,n...->...", factors, gradients))
+def _add_clipped(summed: Tensor, gradient: Tensor, clip_norm: float) -> None:
+    """Add `gradient`, clipped to `clip_norm`, to `summed`; nothing if it is not finite."""
+    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    if norm < float("inf"):
+        summed.add_(gradient, alpha=min(1.0, clip_norm / (norm + 1e-6)))
 
 
 def _add_noise(optimizer: FlatSGD, deviation: float, generator: np.random.Generator) -> None:

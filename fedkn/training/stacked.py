@@ -27,6 +27,7 @@ from fedkn.layers import dropout_stream
 from fedkn.seeds import derive, torch_generator
 from fedkn.training.batches import BatchPlan, plan_batches
 from fedkn.training.captured import Captured
+from fedkn.training.draws import own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.local import LocalTask, LocalUpdate
 
@@ -63,10 +64,11 @@ class StackedWorkspace:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if odd := sorted(model.state_dict().keys() - parameters.keys()):
             raise UserError(
-                f"clients of a model with buffers or fixed parameters ({odd[0]}, …) cannot train "
-                "together: set engine = 'inprocess'"
+                f"clients of a model with buffers, fixed or shared parameters ({odd[0]}, …) cannot "
+                "train together: set engine = 'inprocess'"
             )
         self.model = model
+        self._kinds = _kinds(model)
         self.size = size
         self.initial = {name: p.detach().clone().contiguous() for name, p in parameters.items()}
         self.values = [_stacked(p, size) for p in self.initial.values()]
@@ -87,7 +89,15 @@ class StackedWorkspace:
 
         Raises:
             ValueError: too many clients, an unknown name, or a shape or dtype that differs.
+            UserError: if the model's tensors are others than when the workspace was made of it, or
+                are trained no more: what is stacked here would be something else.
         """
+        now = _kinds(self.model)
+        if odd := sorted(dict(now.items() ^ self._kinds.items())):
+            raise UserError(
+                f"the model is not the one that its StackedWorkspace was made of "
+                f"({', '.join(odd[:3])}): make a new one after changing a model"
+            )
         if len(clients) > self.size:
             raise ValueError(f"{len(clients)} clients in a workspace for {self.size}")
         for place, client in enumerate(clients):
@@ -123,8 +133,12 @@ def train_stacked(
 
     The tensors are views, valid until the workspace is used again. The model's layers must treat
     the examples of a batch independently: shorter batches are filled up with examples of no weight.
+    Random draws are those of fedkn's layers alone: others would be drawn for all clients at once,
+    so that a client's depended on who trains beside it.
 
     Raises:
+        UserError: if the network draws random numbers of its own (`torch.nn.Dropout`, ...), or has
+            operations that `torch.func.vmap` does not know.
         ValueError: if the tasks differ in more than the client, carry anything from round to round,
             correct the gradient, accumulate it or compute in another precision than float32, or as
             `StackedWorkspace.load`.
@@ -149,8 +163,12 @@ def train_stacked(
     workspace.load(members)
     workspace.model.train()
     workspace.rate.fill_(task.learning_rate)
-    for step, batch in enumerate(_batches(members, ordered, inputs)):
-        _take_step(workspace, batch, task.train, task.proximal_mu, first=step == 0)
+    with own_draws(workspace.device, derive(task.seed, "network", task.round_)) as draws:
+        before = draws.state()
+        for step, batch in enumerate(_batches(members, ordered, inputs)):
+            _take_step(workspace, batch, task.train, task.proximal_mu, first=step == 0)
+            if step == 0 and draws.state() != before:
+                raise _draws_of_its_own(workspace.model)
     losses = workspace.losses.tolist()
     seconds = (time.perf_counter() - started) / len(clients)
     results: dict[int, tuple[LocalUpdate, dict[str, Tensor]]] = {}
@@ -270,7 +288,11 @@ def _step(
     # New leaves on the same memory: only the head of the stack has a step to take.
     values = [value.detach()[:active].requires_grad_() for value in workspace.values]
     named = dict(zip(workspace.initial, values, strict=True))
-    scores = torch.func.vmap(_forward(workspace.model))(named, batch.images, batch.seeds)
+    forward = torch.func.vmap(_forward(workspace.model))
+    try:
+        scores = forward(named, batch.images, batch.seeds)
+    except RuntimeError as error:
+        raise _refusal(workspace.model, error) from error
     losses = F.cross_entropy(scores.flatten(0, 1), batch.labels.flatten(), reduction="none")
     sums = (losses.view_as(batch.labels) * batch.weights).sum(1)
     sizes = batch.weights.sum(1)
@@ -278,6 +300,39 @@ def _step(
     with torch.no_grad():
         workspace.losses[:active] += sums.double()
         _update(workspace, gradients, train, mu, first=first)
+
+
+def _kinds(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype, bool]]:
+    """Return shape, dtype and whether it is trained, for every parameter and buffer of `model`."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: (t.shape, t.dtype, t.requires_grad) for name, t in tensors}
+
+
+def _refusal(model: nn.Module, error: RuntimeError) -> Exception:
+    """Return `error` of a forward pass under vmap as one that names the way out, if vmap's own."""
+    reason = (str(error).splitlines() or [""])[0]
+    if "randomness" in reason:
+        return _draws_of_its_own(model)
+    if "vmap" not in reason:
+        return error
+    return UserError(
+        f"the network cannot be run for several clients at once ({reason[:200]}): "
+        "set engine = 'inprocess'"
+    )
+
+
+def _draws_of_its_own(model: nn.Module) -> UserError:
+    found = next((name for name, m in model.named_modules() if _is_random(m)), None)
+    which = "" if found is None else f" ({type(model.get_submodule(found)).__name__} '{found}')"
+    return UserError(
+        f"the network draws random numbers of its own{which}, which clients that train together "
+        "would share: set engine = 'inprocess'"
+    )
+
+
+def _is_random(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return any(word in name for word in ("dropout", "droppath", "stochasticdepth", "rrelu"))
 
 
 def _forward(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:

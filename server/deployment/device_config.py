@@ -40,4 +40,9 @@ state = "{device.state.name}"
 # [profile]
 # batch_size = 2
 # threads = 1
+
+# What runs may do with the images: see docs/device.md.
+# [consent]
+# private_only = true
+# max_epsilon = 8.0
 """

@@ -56,7 +56,7 @@ def supernode(
     device: Device,
     server: str,
     port: int,
-    node_config: Mapping[str, str | int] | None = None,
+    node_config: Mapping[str, str | int | float] | None = None,
 ) -> Program:
     """Return the SuperNode of `device` on this machine.
 

@@ -23,7 +23,7 @@ RENEWAL = timedelta(days=30)
 """So long before its end `bring_up` renews the server's certificate."""
 
 Say = Callable[[str], None]
-NodeConfigs = Mapping[str, Mapping[str, str | int]]
+NodeConfigs = Mapping[str, Mapping[str, str | int | float]]
 
 _START_SECONDS = 60.0
 # A SuperNode that was killed is refused until the SuperLink takes it for gone, after 60 s.

@@ -151,7 +151,7 @@ def down(fleet: FleetFolder, *, debug: Debug = False) -> None:
     typer.echo(f"ended: {', '.join(ended)}" if ended else "nothing was running")
 
 
-def _node_configs(fleet: Fleet) -> dict[str, dict[str, str | int]]:
+def _node_configs(fleet: Fleet) -> dict[str, dict[str, str | int | float]]:
     """Return what every device.toml says of data and limits of the device's own."""
     from clients.device.settings import read_device
 

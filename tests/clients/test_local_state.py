@@ -92,6 +92,20 @@ def test_a_damaged_file_is_named(tmp_path, caplog, damage):
     assert path.name in caplog.text
 
 
+def test_every_flipped_bit_is_seen(tmp_path):
+    context = Context(1, 9, {STATE_FOLDER: str(tmp_path)}, RecordDict(), {})
+    state(context).keep(1, kept(1), horizon=4)
+    (path,) = Path(tmp_path).rglob("*.safetensors")
+    intact = path.read_bytes()
+    for place in range(0, 8 * len(intact), 7):
+        damaged = bytearray(intact)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        assert state(context).restore(1) == ({}, True)
+    path.write_bytes(intact)
+    assert not state(context).restore(1)[1]
+
+
 @pytest.mark.parametrize("token", ["", "../../etc", "ABC", "a" * 100])
 def test_a_token_cannot_name_another_folder(context, token):
     with pytest.raises(UserError, match="token"):

@@ -37,7 +37,6 @@ def test_tensors_that_all_travel_ask_for_none() -> None:
 
 
 def test_what_cannot_be_trained_privately_is_refused_with_the_reason() -> None:
-    pytest.importorskip("opacus")
     with pytest.raises(UserError, match=r"'batch' normalizes every example by the others"):
         check(grid("kernel,batch", privacy__mechanism="example"))
     assert check(grid("kernel,group", privacy__mechanism="example"))

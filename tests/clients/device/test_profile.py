@@ -207,3 +207,37 @@ def test_the_memory_limit_chooses_the_batch_before_training():
     size = tight.largest_batch
     assert 8 <= size < 64
     assert held(size) <= limit * MIB < held(2 * size)
+
+
+PRIVATE = {"privacy__mechanism": "example", "privacy__noise_multiplier": 1.0}
+
+
+def test_private_training_bears_whatever_one_image_needs():
+    """Images go through the model one at a time: smaller batches would be no relief."""
+    config = small(**PRIVATE, train__batch_size=64, train__local_steps=2)
+    plain, low = metrics_of(config), metrics_of(config, batch_size=2)
+    assert (low["batch-size"], low["epsilon"]) == (0, plain["epsilon"])
+    session, _ = open_session(device_context(config, memory_limit=1), None)
+    assert session.largest_batch == 64
+    wide = small(**PRIVATE, model__width=64)
+    with pytest.raises(UserError, match=r"on 1 image\(s\) holds"):
+        open_session(device_context(wide, memory_limit=1), None)
+
+
+def test_private_training_out_of_memory_is_not_tried_again():
+    config = small(**PRIVATE, train__batch_size=8)
+    session, partition = open_session(device_context(config, device_name="a"), None)
+    task = LocalTask(0, 1, partition, config.train, 0.1)
+    tries = []
+
+    def step(module, inputs):
+        tries.append(len(inputs[0]))
+        torch.empty(2**60, dtype=torch.uint8)
+
+    hook = session.workspace.model.register_forward_pre_hook(step)
+    try:
+        with pytest.raises(UserError, match="does not suffice for a step on 1 image"):
+            SequentialTrainer().train(session, task, {})
+    finally:
+        hook.remove()
+    assert len(tries) == 1

@@ -203,7 +203,6 @@ def test_memory_is_that_of_one_batch():
 @pytest.mark.parametrize("name", ["group", "kernel"])
 def test_a_private_step_is_that_of_one_batch(name, divided):
     """The same draws, the same clipped sum, the same noise once, the same epsilon."""
-    pytest.importorskip("opacus")
     privacy = PrivacyConfig(mechanism="example", noise_multiplier=0.8, clip_norm=0.05)
     accumulate, largest = divided
     small = TRAIN.model_copy(update={"batch_size": 8 // accumulate, "accumulate": accumulate})

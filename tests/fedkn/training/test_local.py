@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fedkn import models, normalizers
 from fedkn.config import TrainConfig
+from fedkn.errors import UserError
 from fedkn.layers import dropout_stream
 from fedkn.normalizers import Normalizer
 from fedkn.normalizers.none import NoNormalizer
@@ -307,3 +309,154 @@ def test_the_normalizer_prepares_and_completes_the_model_with_all_images():
     assert begin == ("begin", 2, True)
     assert (name, round_) == ("end", 2)
     assert torch.equal(seen, images.float() / 255)
+
+
+def _other(model: nn.Module) -> nn.Module:
+    """A model with the same tensors by other numbers."""
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return twin
+
+
+def _replaced(model: nn.Module) -> None:
+    head = model.head.fc
+    head.weight = nn.Parameter(head.weight.detach().clone())
+
+
+def _new_head(model: nn.Module) -> None:
+    model.head.fc = copy.deepcopy(model.head.fc)
+
+
+def _frozen_and_freed(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    model.requires_grad_(True)
+
+
+ORDINARY = {
+    "zero_grad": lambda m: m.zero_grad(),
+    "cast": lambda m: m.double().float(),
+    "assigned": lambda m: m.load_state_dict(_other(m).state_dict(), assign=True),
+    "second": Workspace,
+    "second, used": lambda m: trained(Workspace(m)),
+    "replaced": _replaced,
+    "new head": _new_head,
+    "frozen and freed": _frozen_and_freed,
+    "moved": lambda m: m.to("meta").to_empty(device="cpu"),
+    "layout": lambda m: m.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("when", ["before loading", "after loading"])
+@pytest.mark.parametrize("name", ["kernel", "batch"])
+@pytest.mark.parametrize("call", ORDINARY)
+def test_after_an_ordinary_call_on_its_model_a_workspace_trains_on(call, name, when):
+    """A task after the call is what it is on a fresh model with the same tensors."""
+    workspace = Workspace(build(name))
+    state = _other(build(name)).state_dict()
+    if when == "before loading":
+        ORDINARY[call](workspace.model)
+        workspace.load(state)
+    else:
+        workspace.load(state)
+        ORDINARY[call](workspace.model)
+        if call == "moved":
+            workspace.model.load_state_dict(state)
+    start = {k: v.clone() for k, v in workspace.model.state_dict().items()}
+    normalizer = normalizers.create(name)
+    train_locally(workspace, *data(), TASK, inputs=PLAIN, normalizer=normalizer)
+    expected, _ = trained(Workspace(build(name)), state=start, normalizer=name)
+    for key, value in workspace.model.state_dict().items():
+        if call == "layout":
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(value, expected[key]), key
+    now = workspace.model.state_dict()
+    assert all(torch.equal(value, now[key]) for key, value in workspace.state().items())
+    if call != "layout":
+        # And the next client starts from the initial tensors again.
+        again, _ = trained(workspace, normalizer=name)
+        fresh, _ = trained(Workspace(build(name)), normalizer=name)
+        assert all(torch.equal(value, again[key]) for key, value in fresh.items())
+
+
+def test_two_workspaces_on_one_model_take_turns():
+    model = build("none")
+    first, second = Workspace(model), Workspace(model)
+    expected, _ = trained(Workspace(build("none")))
+    for workspace in (first, second, first, second):
+        assert all(torch.equal(v, expected[k]) for k, v in trained(workspace)[0].items())
+
+
+def test_a_frozen_layer_stays_and_a_freed_one_learns():
+    workspace = Workspace(build("none"))
+    workspace.load()
+    head = workspace.model.head.fc
+    before = head.weight.detach().clone()
+    head.requires_grad_(False)
+    train = TRAIN.model_copy(update={"weight_decay": 0.1})
+    for frozen in (True, False):
+        head.requires_grad_(not frozen)
+        train_locally(
+            workspace,
+            *data(),
+            replace(TASK, train=train),
+            inputs=PLAIN,
+            normalizer=normalizers.create("none"),
+        )
+        assert torch.equal(head.weight, before) == frozen
+
+
+def test_a_buffer_that_is_no_part_of_the_state_and_was_replaced():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 10)
+            self.register_buffer("calls", torch.zeros(1), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1  # not in place
+            out: Tensor = self.fc(x.flatten(1))
+            return out
+
+    workspace = Workspace(Counting())
+    for _ in range(2):
+        trained(workspace)
+        assert workspace.model.calls == 6
+    workspace.load()
+    assert workspace.model.calls == 0
+
+
+def test_a_model_that_became_another_is_refused():
+    workspace = Workspace(build("none"))
+    workspace.model.head.fc = nn.Linear(16, 7)
+    with pytest.raises(UserError, match=r"head\.fc\.weight.*make a new Workspace"):
+        workspace.load()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: build("none").requires_grad_(False), "no parameter to train"),
+        (lambda: nn.Sequential(nn.LazyConv2d(3, 3)), "send a batch through the model"),
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()), "'1.weight' is torch.f"),
+    ],
+)
+def test_what_cannot_be_trained_says_why(model, words):
+    with pytest.raises(UserError, match=words):
+        Workspace(model())
+
+
+def test_momentum_survives_being_taken_over():
+    """Two tasks without a load in between, the second after a cast, are two without the cast."""
+    found = []
+    for call in (lambda m: None, lambda m: m.double().float()):
+        workspace = Workspace(build("none"))
+        workspace.load()
+        for _ in range(2):
+            train_locally(
+                workspace, *data(), TASK, inputs=PLAIN, normalizer=normalizers.create("none")
+            )
+            call(workspace.model)
+        found.append(state_of(workspace))
+    assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())

@@ -146,5 +146,5 @@ def test_parameters_of_two_kinds_are_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
     with pytest.raises(ValueError, match="share one dtype and device"):
         FlatSGD(model)
-    with pytest.raises(ValueError, match="share one dtype and device"):
+    with pytest.raises(ValueError, match="no parameter to train"):
         FlatSGD(nn.Identity())

@@ -120,7 +120,6 @@ def test_a_device_that_cannot_is_refused(monkeypatch):
 
 
 def test_private_training_is_refused():
-    pytest.importorskip("opacus")
     workspace = Workspace(build("group"))
     task = LocalTask(seed=0, round_=1, client=0, train=TRAIN, learning_rate=0.1)
     with pytest.raises(UserError, match=r"set train\.precision = 'float32'"):

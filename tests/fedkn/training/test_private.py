@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,15 +15,16 @@ from fedkn import models, normalizers
 from fedkn.config import PrivacyConfig, TrainConfig
 from fedkn.errors import UserError
 from fedkn.layers import dropout_stream
-from fedkn.layers.dropout import next_number
-from fedkn.layers.kn_conv import KNConv
 from fedkn.normalizers import Normalizer
 from fedkn.seeds import derive, numpy_generator
 from fedkn.training import Inputs, LocalTask, Workspace, train_locally
 from fedkn.training.privacy_spent import PrivacySpent
-from fedkn.training.private import poisson_batch, refuse_unprivate, train_privately
-
-pytest.importorskip("opacus")
+from fedkn.training.private import (
+    poisson_batch,
+    refuse_unprivate,
+    steps_of_a_round,
+    train_privately,
+)
 
 TRAIN = TrainConfig(batch_size=2, local_epochs=2, momentum=0.9, weight_decay=1e-3, clip_norm=1e-9)
 TASK = LocalTask(seed=3, round_=2, client=1, train=TRAIN, learning_rate=0.05)
@@ -37,11 +38,6 @@ AUGMENTED = Inputs("unit", flip=True, crop_padding=1)
 class Doubled(Inputs):
     def __call__(self, images: Tensor) -> Tensor:
         return super().__call__(images).double()
-
-
-@pytest.fixture(autouse=True)
-def unregistered(monkeypatch):
-    monkeypatch.setattr(KNConv, "recorder", None)  # and puts it back afterwards
 
 
 def suitable() -> list[str]:
@@ -80,16 +76,15 @@ def trained(model, task=TASK, privacy=NOISY, *, inputs=PLAIN, given=None, name="
     return {k: v.clone() for k, v in workspace.state().items()}, update
 
 
-class SameMasks:
-    """Draws the masks that KNConv draws under Opacus."""
+def key_of(task: LocalTask, step: int, images: Tensor, labels: Tensor, i: int) -> int:
+    """Return the seed of an example's draws, where no two examples are equal."""
+    content = b"%s%d:" % (repr(tuple(images.shape[1:])).encode(), int(labels[i]))
+    digest = hashlib.blake2b(content + images[i].numpy().tobytes(), digest_size=16).hexdigest()
+    return derive(task.seed, "example", task.round_, task.client, step, f"{digest}-0")
 
-    def __call__(self, layer, x):
-        return dropout_stream(next_number())
 
-
-def naive(model: nn.Module, given, privacy, monkeypatch, task=TASK):
-    """One example's loss at a time, all of a batch forward so that masks agree; no noise."""
-    monkeypatch.setattr(KNConv, "recorder", SameMasks())
+def naive(model: nn.Module, given, privacy, task=TASK):
+    """One example's loss at a time, with its own masks; no noise."""
     images, labels = given
     x = (images.float() / 255).double()
     expected = min(task.train.batch_size, len(labels))
@@ -104,12 +99,10 @@ def naive(model: nn.Module, given, privacy, monkeypatch, task=TASK):
         batch = [i for i, draw in enumerate(draws) if draw < expected / len(labels)]
         sizes.append(len(batch))
         sums = [torch.zeros_like(p) for p in model.parameters()]
-        for place in range(len(batch)):
-            with dropout_stream(derive(task.seed, "dropout", *where)):
-                scores = model.train()(x[batch])
-            loss = nn.functional.cross_entropy(
-                scores[place : place + 1], labels[batch[place]][None]
-            )
+        for i in batch:
+            with dropout_stream(derive(key_of(task, step, images, labels, i), "network")):
+                scores = model.train()(x[i : i + 1])
+            loss = nn.functional.cross_entropy(scores, labels[i : i + 1])
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
             for total, gradient in zip(sums, gradients, strict=True):
@@ -120,14 +113,13 @@ def naive(model: nn.Module, given, privacy, monkeypatch, task=TASK):
     return dict(model.state_dict()), sizes
 
 
-@pytest.mark.filterwarnings("error:Full backward hook")
 @pytest.mark.parametrize("privacy", [CLIPPED, OPEN], ids=["clipped", "open"])
 @pytest.mark.parametrize("name", suitable())
-def test_without_noise_it_is_the_naive_loop(name, privacy, monkeypatch):
+def test_without_noise_it_is_the_naive_loop(name, privacy):
     """Every normalizer, in its memory format, with its dropout, an empty batch among them."""
     task = replace(TASK, client=0)
     ours, update = trained(build(name).double(), task, privacy, inputs=Doubled("unit"), name=name)
-    theirs, sizes = naive(build(name).double(), data(), privacy, monkeypatch, task)
+    theirs, sizes = naive(build(name).double(), data(), privacy, task)
     assert 0 in sizes
     assert max(sizes) > 2
     for key, value in theirs.items():
@@ -137,7 +129,7 @@ def test_without_noise_it_is_the_naive_loop(name, privacy, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["mobilenet_v2", "densenet20x16", "knresnet13"])
 @pytest.mark.parametrize("name", ["group", "ws_group", "kernel"])
-def test_other_networks(architecture, name, monkeypatch):
+def test_other_networks(architecture, name):
     """Depthwise convolutions, concatenation, pre-activation."""
     train = TRAIN.model_copy(update={"local_epochs": 1, "batch_size": 4})
     task, given = replace(TASK, train=train), data(side=16)
@@ -149,7 +141,7 @@ def test_other_networks(architecture, name, monkeypatch):
         given=given,
         name=name,
     )
-    theirs, _ = naive(build(name, architecture).double(), given, CLIPPED, monkeypatch, task)
+    theirs, _ = naive(build(name, architecture).double(), given, CLIPPED, task)
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-7, msg=key)
 
@@ -244,22 +236,27 @@ def test_secret_noise_cannot_be_replayed():
 # -- rounds ---------------------------------------------------------------------------------------
 
 
-def test_ten_rounds_cost_what_one_accountant_says():
-    from opacus.accountants import RDPAccountant
-
-    whole = RDPAccountant()
+def test_ten_rounds_cost_what_their_steps_cost_together():
     carried, epsilons = {}, []
     workspace = Workspace(build("group"))
     for round_ in range(1, 11):
         task = replace(TASK, round_=round_, carried=carried)
         _, update = trained(workspace, task)
         carried = update.carried
-        for _ in range(update.steps):
-            whole.step(noise_multiplier=0.8, sample_rate=2 / 7)
+        whole = PrivacySpent().after(0.8, 2 / 7, 8 * round_)
+        assert update.epsilon == whole.epsilon(NOISY.delta)
         epsilons.append(update.epsilon)
-        assert update.epsilon == pytest.approx(whole.get_epsilon(delta=NOISY.delta), rel=1e-12)
     assert epsilons == sorted(epsilons)
     assert epsilons[-1] > 1.5 * epsilons[0]
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 100])
+@pytest.mark.parametrize("change", [{}, {"accumulate": 3}, {"local_steps": 3}, {"batch_size": 200}])
+def test_what_a_round_will_cost_is_known_before(size, change):
+    train = TRAIN.model_copy(update=change)
+    _, update = trained(build("group"), replace(TASK, train=train), given=data(size))
+    told = PrivacySpent().after(*steps_of_a_round(size, train, NOISY))
+    assert PrivacySpent.restored(update.carried) == told
 
 
 def test_momentum_is_kept_beside_the_privacy_spent():
@@ -280,15 +277,16 @@ def test_no_examples_cost_nothing():
     assert (update.steps, update.epsilon) == (0, 0.0)
 
 
-def test_the_model_is_left_as_it_was_even_where_a_step_broke_off():
+def test_nothing_is_left_behind_where_a_step_broke_off():
     workspace = Workspace(build("ws_group"))
     clean, _ = trained(workspace, name="ws_group")
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
     images, _ = data()
     with pytest.raises(IndexError):
         trained(workspace, given=(images, torch.full((7,), 10)), name="ws_group")
-    assert not any(m._forward_hooks or m._backward_hooks for m in workspace.model.modules())
-    assert not any(hasattr(m, "activations") for m in workspace.model.modules())
-    assert not any(hasattr(p, "grad_sample") for p in workspace.model.parameters())
+    assert torch.equal(torch.rand(3), expected)  # the global generator is as it was
     again, _ = trained(workspace, name="ws_group")
     assert all(torch.equal(clean[k], again[k]) for k in clean)
 
@@ -326,9 +324,3 @@ def test_normalizers_say_truly_whether_they_mix_examples(name):
         with dropout_stream(1):
             scores.append(model(images)[0])
     assert normalizer.mixes_examples != torch.allclose(*scores, rtol=1e-9)
-
-
-def test_without_opacus_the_error_names_the_remedy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "opacus.grad_sample", None)
-    with pytest.raises(UserError, match=r"pip install 'fedkn\[privacy\]'"):
-        trained(build("group"))

@@ -151,3 +151,27 @@ def test_bad_weights_and_mixed_tasks_are_refused() -> None:
     mixed = [clients[0], dataclasses.replace(clients[1], task=other)]
     with pytest.raises(ValueError, match="same training"):
         train_stacked(workspace, mixed, inputs=Inputs("unit"), minimum_batch=1)
+
+
+def test_a_model_that_was_changed_afterwards_is_refused_and_an_untouched_meaning_is_not() -> None:
+    """What is stacked are copies: casts and cleared gradients change nothing for them."""
+    (client,) = _clients("none", PLAIN, (5,))
+
+    def result(workspace: StackedWorkspace) -> dict[str, Tensor]:
+        ((_, state),) = train_stacked(workspace, [client], inputs=Inputs("unit"), minimum_batch=1)
+        return {name: value.clone() for name, value in state.items()}
+
+    expected = result(StackedWorkspace(_model("none"), 2))
+    workspace = StackedWorkspace(_model("none"), 2)
+    workspace.model.zero_grad()
+    Workspace(workspace.model.double().float())
+    assert all(torch.equal(v, expected[k]) for k, v in result(workspace).items())
+    for change in (
+        lambda m: m.head.fc.requires_grad_(False),
+        lambda m: m.head.fc.register_parameter("more", torch.nn.Parameter(torch.zeros(1))),
+        lambda m: m.double(),
+    ):
+        workspace = StackedWorkspace(_model("none"), 2)
+        change(workspace.model)
+        with pytest.raises(UserError, match="make a new one after changing a model"):
+            result(workspace)

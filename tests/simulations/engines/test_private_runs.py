@@ -8,8 +8,6 @@ from fedkn.errors import UserError
 from simulations.engines.run import run_experiment
 from tests.simulations.engines.test_local_tensors import Killed, config, kill_after, lines
 
-pytest.importorskip("opacus")
-
 PRIVATE = {
     "privacy__mechanism": "example",
     "privacy__noise_multiplier": 2.0,
