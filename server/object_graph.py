@@ -103,9 +103,12 @@ class _Graph:
             return
         if part.children:
             raise ValueError(f"a {part.kind} that holds other parts")
-        kind = MetricProto if part.kind == "MetricRecord" else ConfigProto
-        items = kind.FromString(bytes(part.body)).items
-        if len({item.key for item in items}) < len(items):
+        body = bytes(part.body)
+        if part.kind == "MetricRecord":
+            keys = [item.key for item in MetricProto.FromString(body).items]
+        else:
+            keys = [item.key for item in ConfigProto.FromString(body).items]
+        if len(set(keys)) < len(keys):
             raise ValueError(f"a {part.kind} with a key that comes twice")
 
     def _array(self, name: str) -> int:
