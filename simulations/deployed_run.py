@@ -14,10 +14,12 @@ from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
 from fedkn.text import printable
 from server.deployment.bundle import build_bundle
+from server.deployment.certificates import public_pem
 from server.deployment.control import Control, RunState, SuperLinkAway, advice
 from server.deployment.fleet import Fleet
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
+from server.identities import write_identities
 from simulations.metrics_lines import number
 from simulations.run_folder import MetricsTail
 
