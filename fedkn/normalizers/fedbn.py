@@ -30,8 +30,8 @@ class FedBNNormalizer(BatchNormFamily):
     statistics: ClassVar[str] = "the batch and all pixels, per channel"
     not_for: ClassVar[str] = (
         "A model for clients that never took part, because its norms stay where they were "
-        "trained; batches of one image; few images a client, dealt evenly: there their own "
-        "models are no better for it (docs/results.md)."
+        "trained; batches of one image; few images a client, dealt evenly: such clients are no "
+        "better off with it (docs/results.md)."
     )
 
     def _parameter_role(self, round: int) -> TensorRole:

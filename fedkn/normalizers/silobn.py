@@ -29,8 +29,8 @@ class SiloBNNormalizer(BatchNormFamily):
     statistics: ClassVar[str] = "the batch and all pixels, per channel"
     not_for: ClassVar[str] = (
         "A model for clients that never took part, which have no statistics before some are "
-        "measured; batches of one image; few images a client: in most columns of "
-        "docs/results.md their own models are worse than fedbn's."
+        "measured; batches of one image; few images a client: on its clients' images it is "
+        "worse than fedbn in most columns of docs/results.md."
     )
 
     def _parameter_role(self, round: int) -> TensorRole:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,16 @@ from fedkn.normalizers import FederationRule, Normalizer, TensorRole, create, na
 __all__ = ["markdown"]
 
 _COLUMNS = ("name", "what it is", "statistics over", "smallest batch", "in a round", "not for")
-_MORE = ("name", "options", "scale and bias", "examples of a batch", "clients", "pixels", "paper")
+_MORE = (
+    "name",
+    "in reports",
+    "options",
+    "scale and bias",
+    "examples of a batch",
+    "clients",
+    "pixels",
+    "paper",
+)
 _LATE = 10**6  # a round by which whatever changes in the course of a run has changed
 
 
@@ -27,7 +38,7 @@ def markdown() -> str:
 def _row(normalizer: Normalizer) -> list[str]:
     return [
         f"`{normalizer.name}`",
-        normalizer.title,
+        _first_line(normalizer),
         normalizer.statistics,
         str(normalizer.minimum_batch),
         _in_a_round(normalizer),
@@ -38,6 +49,7 @@ def _row(normalizer: Normalizer) -> list[str]:
 def _more(normalizer: Normalizer) -> list[str]:
     return [
         f"`{normalizer.name}`",
+        normalizer.title,
         ", ".join(f"`{name} = {_shown(value)}`" for name, value in normalizer.options().items()),
         "yes" if normalizer.affine else "",
         "mixed" if normalizer.mixes_examples else "apart",
@@ -45,6 +57,12 @@ def _more(normalizer: Normalizer) -> list[str]:
         normalizer.published_scaling,
         normalizer.paper,
     ]
+
+
+def _first_line(normalizer: Normalizer) -> str:
+    """Return the first line of the file that its class is in."""
+    text = inspect.getdoc(sys.modules[type(normalizer).__module__]) or ""
+    return text.partition("\n")[0].removesuffix(".")
 
 
 def _in_a_round(normalizer: Normalizer) -> str:
@@ -71,7 +89,7 @@ def _exceptions(rule: FederationRule) -> str:
     for name, role in rule.items():
         if role is not TensorRole.SHARED:
             found.setdefault(role, []).append(f"`{name.partition('.')[2]}`")
-    others = (f"{', '.join(tensors)}: {role}" for role, tensors in found.items())
+    others = (f"{', '.join(tensors)} ({role})" for role, tensors in found.items())
     return f"all shared but {', '.join(others)}" if found else "all shared"
 
 

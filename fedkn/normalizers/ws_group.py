@@ -28,8 +28,8 @@ class WeightStandardizedGroupNormalizer(GroupNormalizer):
     )
     not_for: ClassVar[str] = (
         "Filters of few weights (1x1 over few channels, depthwise), of which standardizing "
-        "takes two degrees of freedom each; nor everywhere else: with two labels a client, "
-        "batch has the higher mean on CIFAR-10 at batches of 2 and 8 (docs/results.md)."
+        "takes two degrees of freedom each; two labels a client on CIFAR-10, where batch has "
+        "the higher mean at batches of 2 and 8 (docs/results.md)."
     )
     affine: ClassVar[bool] = True
 
