@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from fedkn.data.vision import import_torchvision
 from fedkn.errors import UserError
-from fedkn.layers import native
+from fedkn.layers.native import library as native
 from simulations.environment import installed_version
 
 __all__ = ["Finding", "diagnose"]

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkn.errors import UserError
 from fedkn.layers import KernelNorm2d, KNConv2d, WSConv2d
-from fedkn.layers.padding import PADDING_MODES
+from fedkn.layers.kernel.padding import PADDING_MODES
 from fedkn.models.wiring import (
     COMPUTED_WEIGHT,
     UNUSABLE,

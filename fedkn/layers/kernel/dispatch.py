@@ -1,0 +1,110 @@
+"""Which backend computes a kernel-normalized convolution: the first row of `TABLE` that serves.
+
+A backend is a module of `fedkn.layers.kernel.backends` with
+
+    serves(x, weight, bias)              True, or a `No` that says why not
+    forward(x, weight, bias, settings)   the output
+    backward(g, …)                       the gradients of (x, weight, bias) for the output's
+
+plain and triton are by hand: what their forward pass keeps for their backward pass and how
+autograd sees the two is in `fedkn.layers.kernel.autograd`. cpp's autograd is C++ like its kernels,
+and vmap is cpp for several clients side by side.
+
+Tensors are eager, or a transform, compiler, exporter or tracer looks on (`circumstances`): who
+looks on is given the definition, which it can see through, but for the one vmap that a backend
+serves. Small units in evaluation are averaged by the definition alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkn.layers.circumstances import No, Served
+from fedkn.layers.kernel import definition
+from fedkn.layers.kernel.autograd import by_hand
+from fedkn.layers.kernel.backends import cpp, plain, triton, vmap
+from fedkn.layers.kernel.settings import Settings
+from fedkn.layers.kernel.small_units import averages_over_drops
+
+__all__ = ["TABLE", "Row", "answers", "convolution"]
+
+
+class Row(NamedTuple):
+    """A way to compute the convolution, and where it is taken."""
+
+    name: str
+    eager: bool
+    """Whether it takes eager tensors, or those that somebody looks on."""
+    serves: Callable[[Tensor, Tensor, Tensor | None], Served]
+    run: Callable[[Tensor, Tensor, Tensor | None, Settings], Tensor]
+    """From (x, weight, bias, settings) to the output, which autograd differentiates."""
+
+
+TABLE = (
+    Row("vmap", False, vmap.serves, vmap.forward),
+    Row("cpp", True, cpp.serves, cpp.forward),
+    Row("triton", True, triton.serves, by_hand(triton)),
+    Row("plain", True, plain.serves, by_hand(plain)),
+)
+"""The backends by preference. Where none serves, `fedkn.layers.kernel.definition` does."""
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, eager: bool
+) -> Tensor:
+    """Return `fedkn.layers.kernel.definition.convolution`, by the fastest way that serves.
+
+    `eager` is what `fedkn.layers.circumstances.eager` said when the mask's key was drawn.
+    """
+    if averages_over_drops(x, settings):
+        return definition.convolution(x, weight, bias, settings)
+    device = x.device.type
+    if eager and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        # The backends know nothing of autocast: it is done for them.
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return _first(x.to(dtype), weight.to(dtype), bias, settings, eager)
+    return _first(x, weight, bias, settings, eager)
+
+
+def answers(
+    x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, eager: bool
+) -> dict[str, Served]:
+    """Return what each row says, by its name, up to the first that serves.
+
+    Arguments as of `convolution`. Where none says True, the definition serves.
+    """
+    small = averages_over_drops(x, settings)
+    device = x.device.type
+    if eager and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+    found: dict[str, Served] = {}
+    for row in TABLE:
+        if small:
+            found[row.name] = _SMALL
+        elif row.eager != eager:
+            found[row.name] = _LOOKED_ON if row.eager else _EAGER
+        else:
+            found[row.name] = row.serves(x, weight, bias)
+        if found[row.name]:
+            break
+    return found
+
+
+_SMALL = No("units this small are averaged over how many of their elements drop")
+_LOOKED_ON = No("a transform, compiler, exporter or tracer looks on")
+_EAGER = No("no transform is under way")
+
+
+def _first(
+    x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, eager: bool
+) -> Tensor:
+    for row in TABLE:
+        if row.eager == eager and row.serves(x, weight, bias):
+            return row.run(x, weight, bias, settings)
+    return definition.convolution(x, weight, bias, settings)
