@@ -15,8 +15,8 @@ from fedkn import models, normalizers
 from fedkn.config import PrivacyConfig, TrainConfig
 from fedkn.errors import UserError
 from fedkn.layers import dropout_stream
-from fedkn.layers.dropout import next_number
-from fedkn.layers.kn_conv import KNConv
+from fedkn.layers.kernel.dropout import next_number
+from fedkn.layers.kernel.layer import KNConv
 from fedkn.normalizers import Normalizer
 from fedkn.seeds import derive, numpy_generator
 from fedkn.training import Inputs, LocalTask, Workspace, train_locally
@@ -37,11 +37,6 @@ AUGMENTED = Inputs("unit", flip=True, crop_padding=1)
 class Doubled(Inputs):
     def __call__(self, images: Tensor) -> Tensor:
         return super().__call__(images).double()
-
-
-@pytest.fixture(autouse=True)
-def unregistered(monkeypatch):
-    monkeypatch.setattr(KNConv, "recorder", None)  # and puts it back afterwards
 
 
 def suitable() -> list[str]:
@@ -80,16 +75,15 @@ def trained(model, task=TASK, privacy=NOISY, *, inputs=PLAIN, given=None, name="
     return {k: v.clone() for k, v in workspace.state().items()}, update
 
 
-class SameMasks:
-    """Draws the masks that KNConv draws under Opacus."""
-
-    def __call__(self, layer, x):
-        return dropout_stream(next_number())
+def under_opacus(layer: KNConv, x: Tensor) -> Tensor:
+    """Draw the masks that KNConv draws under Opacus."""
+    with dropout_stream(next_number()):
+        return layer.apply_to(x)
 
 
 def naive(model: nn.Module, given, privacy, monkeypatch, task=TASK):
     """One example's loss at a time, all of a batch forward so that masks agree; no noise."""
-    monkeypatch.setattr(KNConv, "recorder", SameMasks())
+    monkeypatch.setattr(KNConv, "forward", under_opacus)
     images, labels = given
     x = (images.float() / 255).double()
     expected = min(task.train.batch_size, len(labels))

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.func import vmap
 
-from fedkn.layers import mapped, native
+from fedkn.layers import group_norm as norms
+from fedkn.layers import max_pool as pools
 from fedkn.layers.group_norm import group_norm, serves
 from fedkn.layers.max_pool import max_pool
+from fedkn.layers.native import library
 from tests.fedkn.layers.paths import path
 
 CLIENTS = 3
@@ -19,7 +21,7 @@ CLIENTS = 3
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels():
-    if not native.load():
+    if not library.load():
         pytest.skip("the fused CPU kernels cannot be built here")
 
 
@@ -41,8 +43,8 @@ def _pytorch(x, gain, shift):
 
 def test_outputs_and_gradients_are_those_of_a_loop():
     leaves = _drawn()
-    with path("native"), mock.patch.object(mapped, "group_norm", wraps=mapped.group_norm) as norm:
-        with mock.patch.object(mapped, "max_pool", wraps=mapped.max_pool) as pool:
+    with path("native"), mock.patch.object(norms, "_of_clients", wraps=norms._of_clients) as norm:
+        with mock.patch.object(pools, "_of_clients", wraps=pools._of_clients) as pool:
             together = vmap(_layer)(*leaves)
         norm.assert_called_once()
         pool.assert_called_once()
@@ -97,7 +99,7 @@ def test_what_the_kernels_do_not_take_is_left_to_pytorch(reason):
     elif reason == "inside grad":
         vmap(torch.func.grad(layer))(x, gain, shift)
     elif reason == "switched off":
-        with native.switched_off():
+        with library.switched_off():
             vmap(layer)(x, gain, shift)
     else:
         vmap(layer)(x.double(), gain.double(), shift.double())

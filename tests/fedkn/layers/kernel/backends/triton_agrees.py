@@ -6,9 +6,8 @@ import itertools
 
 import torch
 
-from fedkn.layers import cuda, plain
-from fedkn.layers.composite import Settings
-from fedkn.layers.statistics import Geometry
+from fedkn.layers.kernel.backends import plain, triton
+from fedkn.layers.kernel.settings import Geometry, Settings
 
 CASES = (
     ((2, 6, 8, 8), (3, 3), ((1, 1), (1, 1), (1, 1), 1), 77, 3277),
@@ -32,7 +31,7 @@ for (shape, kernel, place, key, level), (relu, output), layout, offset in iterto
     tensors = (x, weight, bias)
     wanted = (True, True, bias is not None)
     outputs = []
-    for path in (plain, cuda):
+    for path in (plain, triton):
         y, saved = path.forward(*tensors, settings, keep=True)
         g = torch.ones_like(y) * torch.arange(6.0).view(1, -1, 1, 1)
         outputs.append([y, *path.backward(g, tensors, saved, settings, wanted)])

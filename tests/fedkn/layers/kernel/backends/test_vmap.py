@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
-from fedkn.layers import KNConv2d, dropout_stream, native
+from fedkn.layers import KNConv2d, dropout_stream
+from fedkn.layers.kernel.backends import cpp
+from fedkn.layers.native import library
 from tests.fedkn.layers.paths import path
 
 CLIENTS = 3
@@ -63,7 +65,7 @@ def test_outputs_and_gradients_are_those_of_a_loop(settings, training, shared_im
     x = (images()[0] if shared_images else images()).requires_grad_()
     leaves = [x, *parameters.values()]
     run, dims = forward(layer), (0, None if shared_images else 0, 0)
-    with path("native"), mock.patch.object(native, "side_by_side", wraps=native.side_by_side) as it:
+    with path("native"), mock.patch.object(cpp, "of_clients", wraps=cpp.of_clients) as it:
         together = vmap(run, dims)(parameters, x, seeds)
         assert it.call_count == 2 - (not training)  # small units in evaluation go by the definition
         gradients = torch.autograd.grad(together.square().sum(), leaves)
@@ -117,7 +119,7 @@ def test_inside_other_transforms_the_definition_serves(transform) -> None:
         "jacrev": jacrev(lambda p, x, s: run(p, x, s).square().sum((1, 2, 3))),
         "vmap": lambda p, x, s: {"y": vmap(lambda image: run(p, image[None], s))(x)},
     }[transform]
-    with path("native"), mock.patch.object(native, "side_by_side") as it:
+    with path("native"), mock.patch.object(cpp, "of_clients") as it:
         together = vmap(inner, randomness="different")(parameters, images(), seeds)
         assert not it.called
     for k in range(CLIENTS):
@@ -135,9 +137,9 @@ def test_what_the_kernels_do_not_take_goes_by_the_definition(reason) -> None:
     parameters, dims = stacked(layer), (0, 0, 0)
     if reason == "weights shared":
         parameters, dims = dict(layer.named_parameters()), (None, 0, 0)
-    off = mock.patch.object(native, "_on", reason != "switched off")
+    off = mock.patch.object(library, "_on", reason != "switched off")
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=reason == "autocast")
-    with path("native"), off, autocast, mock.patch.object(native, "side_by_side") as it:
+    with path("native"), off, autocast, mock.patch.object(cpp, "of_clients") as it:
         y = vmap(forward(layer), dims)(parameters, x, seeds)
         assert not it.called
     assert y.shape == (CLIENTS, 2, 2, 7, 5)

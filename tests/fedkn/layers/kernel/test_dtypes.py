@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedkn.layers.dtypes import cast, wide
+from fedkn.layers.kernel.dtypes import cast, wide
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from fedkn.errors import UserError
-from fedkn.layers import KNConv2d, cuda, dropout_stream
+from fedkn.layers import KNConv2d, dropout_stream
+from fedkn.layers.kernel.backends import triton
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
@@ -27,7 +28,7 @@ needs_triton = pytest.mark.skipif(
 def run(program: str, **environment: str) -> None:
     answer = subprocess.run(
         [sys.executable, HERE / program],
-        env=os.environ | {"PYTHONPATH": str(HERE.parents[2])} | environment,
+        env=os.environ | {"PYTHONPATH": str(HERE.parents[4])} | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -67,20 +68,20 @@ def test_a_device_gives_what_the_cpu_gives(layout, offset) -> None:
 
 @pytest.fixture
 def fresh(monkeypatch):
-    cuda.load.cache_clear()
+    triton.load.cache_clear()
     yield monkeypatch
-    cuda.load.cache_clear()
+    triton.load.cache_clear()
 
 
 def test_the_switch(fresh) -> None:
     fresh.setenv("FEDKN_TRITON", "0")
-    assert not cuda.load()
-    cuda.load.cache_clear()
+    assert not triton.load()
+    triton.load.cache_clear()
     fresh.setenv("FEDKN_TRITON", "maybe")
     with pytest.raises(UserError, match="FEDKN_TRITON 'maybe'"):
-        cuda.load()
-    cuda.load.cache_clear()
+        triton.load()
+    triton.load.cache_clear()
     fresh.setenv("FEDKN_TRITON", "1")
     fresh.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install triton"):
-        cuda.load()
+        triton.load()

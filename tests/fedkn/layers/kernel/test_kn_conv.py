@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fedkn.errors import UserError
 from fedkn.layers import KNConv1d, KNConv2d, dropout_stream
-from fedkn.layers.dropout import LEVELS, drop_level, keep_mask, next_key
-from tests.fedkn.layers.naive import moments, naive_kn_conv, padded, units
+from fedkn.layers.kernel.dropout import LEVELS, drop_level, keep_mask, next_key
+from tests.fedkn.layers.kernel.naive import moments, naive_kn_conv, padded, units
 from tests.fedkn.layers.paths import PATHS, path
 
 P = 0.1

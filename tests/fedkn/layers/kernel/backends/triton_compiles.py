@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fedkn.layers import triton_kernels as kernels
+from fedkn.layers.kernel.backends import triton_kernels as kernels
 
 FLOAT, DOUBLE = "*fp32", "*fp64"
 TAPS = dict.fromkeys(("SH", "SW", "PH", "PW", "DH", "DW"), 1) | {"KH": 3, "KW": 3}

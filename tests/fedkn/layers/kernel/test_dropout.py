@@ -7,7 +7,7 @@ from scipy import stats
 
 from fedkn.errors import UserError
 from fedkn.layers import KNConv2d, dropout_stream
-from fedkn.layers.dropout import LEVELS, drop_level, keep_mask, next_key, next_number
+from fedkn.layers.kernel.dropout import LEVELS, drop_level, keep_mask, next_key, next_number
 
 CPU = torch.device("cpu")
 
@@ -146,3 +146,14 @@ def test_evaluation_is_deterministic_and_expected_variance_is_the_mean_of_the_dr
     )
     error = (draws.mean() - expected) / (draws.std() / len(draws) ** 0.5)
     assert abs(error.item()) < 4
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 7), (1, 1, 1, 1), (3, 4, 8, 8), (0, 2, 3, 3), (5, 33, 67, 31)]
+)
+def test_a_mask_comes_back_from_its_bits(shape) -> None:
+    size = torch.Size(shape)
+    mask, bits = keep_mask_and_bits(-7, size, 20000, torch.float32)
+    assert torch.equal(mask, keep_mask(-7, size, 20000, torch.float32, CPU))
+    assert torch.equal(mask_of_bits(bits, size, torch.float32), mask)
+    assert bits.nbytes <= mask.numel() / 8 + 2 * shape[0] + 1
