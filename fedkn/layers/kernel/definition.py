@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedkn.layers.kernel.dropout import draw_mask
-from fedkn.layers.kernel.dtypes import wide
+from fedkn.layers.kernel.dtypes import undisturbed, wide
 from fedkn.layers.kernel.settings import Settings
-from fedkn.layers.kernel.small_units import averages_over_drops, expected_scale_and_shift
-from fedkn.layers.kernel.statistics import statistics, unit_size
+from fedkn.layers.kernel.small_units import expected_scale_and_shift
+from fedkn.layers.kernel.statistics import statistics
 
 __all__ = ["centred", "convolution", "filter_sums", "norm", "spread"]
 
@@ -44,11 +44,11 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settin
     """
     _, stride, padding, dilation, groups = settings.geometry
     dtype = wide(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with undisturbed(x.device.type):
         mean, scale, shift = _moments(x.to(dtype), settings)
         used = centred(weight) if settings.centres_filters else weight
     z = F.conv2d(x, used, None, stride, padding, dilation, groups)
-    with torch.autocast(x.device.type, enabled=False):
+    with undisturbed(x.device.type):
         y = z.to(dtype)
         if not settings.centres_filters:
             y = y - mean * filter_sums(weight.to(dtype))
@@ -69,7 +69,7 @@ def norm(units: Tensor, settings: Settings) -> Tensor:
     far apart as they are large.
     """
     dtype, kernel = wide(units.dtype), settings.geometry.kernel
-    with torch.autocast(units.device.type, enabled=False):
+    with undisturbed(units.device.type):
         mean, scale, shift = _moments(units.to(dtype), settings)
         y = (units - spread(mean, kernel)) * spread(scale, kernel)
         if shift is not None:
@@ -99,10 +99,9 @@ def _moments(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor | No
 
     A normalized unit is (U - mean) * scale + shift, None for zero. `x` is of the statistics' dtype.
     """
-    if averages_over_drops(x, settings):
-        n = unit_size(x, settings.geometry)
-        mean, variance = statistics(x, None, 0, settings.geometry)
-        scale, shift = expected_scale_and_shift(mean, variance, n, settings.level, settings.eps)
-        return mean, scale, shift
-    mean, variance = statistics(x, draw_mask(x, settings), settings.level, settings.geometry)
-    return mean, torch.rsqrt(variance + settings.eps), None
+    geometry, n, _, level, eps, *_ = settings
+    small, mask = settings.averages_over_drops, draw_mask(x, settings)
+    mean, variance = statistics(x, mask, 0 if small else level, geometry)
+    if small:
+        return mean, *expected_scale_and_shift(mean, variance, n, level, eps)
+    return mean, torch.rsqrt(variance + eps), None

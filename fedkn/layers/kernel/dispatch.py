@@ -20,15 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fedkn.layers.circumstances import No, Served
 from fedkn.layers.kernel import definition
 from fedkn.layers.kernel.autograd import by_hand
 from fedkn.layers.kernel.backends import cpp, plain, triton, vmap
+from fedkn.layers.kernel.dtypes import autocast_dtype, undisturbed
 from fedkn.layers.kernel.settings import Settings
-from fedkn.layers.kernel.small_units import averages_over_drops
 
 __all__ = ["TABLE", "Row", "answers", "convolution"]
 
@@ -60,15 +59,15 @@ def convolution(
 
     `eager` is what `fedkn.layers.circumstances.eager` said when the mask's key was drawn.
     """
-    if averages_over_drops(x, settings):
-        return definition.convolution(x, weight, bias, settings)
-    device = x.device.type
-    if eager and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    small = settings.averages_over_drops
+    if eager and not small and (dtype := autocast_dtype(x)):
         # The backends know nothing of autocast: it is done for them.
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return _first(x.to(dtype), weight.to(dtype), bias, settings, eager)
-    return _first(x, weight, bias, settings, eager)
+        with undisturbed(x.device.type):
+            return convolution(x.to(dtype), weight.to(dtype), bias, settings, eager)
+    for row in () if small else TABLE:
+        if row.eager == eager and row.serves(x, weight, bias):
+            return row.run(x, weight, bias, settings)
+    return definition.convolution(x, weight, bias, settings)
 
 
 def answers(
@@ -78,10 +77,8 @@ def answers(
 
     Arguments as of `convolution`. Where none says True, the definition serves.
     """
-    small = averages_over_drops(x, settings)
-    device = x.device.type
-    if eager and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    small = settings.averages_over_drops
+    if eager and not small and (dtype := autocast_dtype(x)):
         x, weight = x.to(dtype), weight.to(dtype)
     found: dict[str, Served] = {}
     for row in TABLE:
@@ -99,12 +96,3 @@ def answers(
 _SMALL = No("units this small are averaged over how many of their elements drop")
 _LOOKED_ON = No("a transform, compiler, exporter or tracer looks on")
 _EAGER = No("no transform is under way")
-
-
-def _first(
-    x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, eager: bool
-) -> Tensor:
-    for row in TABLE:
-        if row.eager == eager and row.serves(x, weight, bias):
-            return row.run(x, weight, bias, settings)
-    return definition.convolution(x, weight, bias, settings)

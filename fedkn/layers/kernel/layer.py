@@ -106,7 +106,7 @@ class KNConv(nn.Module):
         """Do what `forward` does, unrecorded."""
         eager = circumstances.eager()
         padded, geometry = self.placed(x)
-        settings = self.settings(geometry, lambda: draw_key(padded.device, eager))
+        settings = self.settings(geometry, lambda: draw_key(self.weight.device, eager))
         y = dispatch.convolution(padded, self.filters(), self.bias, settings, eager)
         return y if self.dims == 2 else y.squeeze(2)
 
@@ -130,9 +130,9 @@ class KNConv(nn.Module):
         It is called where there is a mask: in training, and in evaluation that is stochastic.
         """
         key, level = _mask(self, draw)
-        return Settings(
-            geometry, key, level, self.eps, self.activation == "relu", self.keeps_output
-        )
+        n = geometry.unit_size(self.weight.shape[1] * self.groups)
+        relu = self.activation == "relu"
+        return Settings(geometry, n, key, level, self.eps, relu, self.keeps_output)
 
     def extra_repr(self) -> str:
         """Return the settings shown by `print`."""
@@ -244,7 +244,8 @@ class _KernelNorm(nn.Module):
         eager = circumstances.eager()
         key, level = _mask(self, lambda: draw_key(beside.device, eager))
         geometry = Geometry(kernel, kernel, (0, 0), (1, 1), 1)
-        settings = Settings(geometry, key, level, self.eps, relu=False)
+        n = geometry.unit_size(x.shape[1])
+        settings = Settings(geometry, n, key, level, self.eps, relu=False)
         return units.normalized(beside, settings, eager)
 
 

@@ -6,10 +6,13 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "EVAL_MODES", "Geometry", "Settings", "Statistics"]
+__all__ = ["ACTIVATIONS", "EVAL_MODES", "SMALL_UNIT", "Geometry", "Settings", "Statistics"]
 
 EVAL_MODES = ("expected", "plain", "stochastic")
 ACTIVATIONS = ("relu",)
+SMALL_UNIT = 64
+"""The largest unit that is averaged over how many of its elements drop (`small_units`): beyond,
+with and without that differ by less than a percent."""
 Statistics = Literal["stochastic", "expected", "plain"]
 """How mean and variance are taken: under a dropout mask (training), as that gives them in
 expectation, or without dropout."""
@@ -24,11 +27,17 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int]
     groups: int
 
+    def unit_size(self, channels: int) -> int:
+        """Return n, the number of elements of a unit of maps with so many `channels`."""
+        return channels * self.kernel[0] * self.kernel[1]
+
 
 class Settings(NamedTuple):
     """What a kernel-normalized convolution does to its tensors."""
 
     geometry: Geometry
+    n: int
+    """The elements of a unit."""
     key: int | Tensor | None
     """The key of the dropout mask; None for deterministic statistics."""
     level: int
@@ -52,3 +61,8 @@ class Settings(NamedTuple):
         groups the mean is over all channels while a filter sees some, so it does not hold.
         """
         return self.key is None and self.geometry.groups == 1
+
+    @property
+    def averages_over_drops(self) -> bool:
+        """Whether a deterministic pass averages over how many elements drop (`small_units`)."""
+        return self.n <= SMALL_UNIT and self.key is None and self.level > 0

@@ -25,23 +25,11 @@ import torch
 from torch import Tensor
 
 from fedkn.layers.kernel.host_masks import LEVELS
-from fedkn.layers.kernel.settings import Settings
-from fedkn.layers.kernel.statistics import unit_size
 
-__all__ = ["SMALL_UNIT", "averages_over_drops", "expected_scale_and_shift"]
-
-# The largest unit that is averaged over K: beyond, the two ways differ by less than a percent.
-SMALL_UNIT = 64
+__all__ = ["expected_scale_and_shift"]
 
 # Numbers of dropped elements that are less probable than this are left out.
 _NEGLIGIBLE = 1e-9
-
-
-def averages_over_drops(x: Tensor, settings: Settings) -> bool:
-    """Whether a deterministic pass averages over the number of dropped elements: small units."""
-    if settings.key is not None or not settings.level:
-        return False
-    return unit_size(x, settings.geometry) <= SMALL_UNIT
 
 
 def expected_scale_and_shift(

@@ -23,7 +23,6 @@ __all__ = [
     "statistics",
     "unbox",
     "unbox_quickly",
-    "unit_size",
 ]
 
 
@@ -42,18 +41,13 @@ def statistics(
     x * mask / (1 - p), p = level/LEVELS; without one, the mean is x's own and the variance is the
     one that dropout gives in expectation, v + p/(1-p) * E[x^2] * (1 - 1/n).
     """
-    n = unit_size(x, geometry)
+    n = geometry.unit_size(x.shape[1])
     boxed = box(_sums(x, mask), geometry)
     first, second = moment_weights(n, level, mask is not None)
     mean = boxed[:, :1] * first
     square = boxed[:, 1:] * second
     variance = (square - mean * mean).clamp_min(0.0)
     return mean.to(x.dtype), variance.to(x.dtype)
-
-
-def unit_size(x: Tensor, geometry: Geometry) -> int:
-    """Return n, the number of elements of a unit of `x`, (N, C, H, W)."""
-    return x.shape[1] * geometry.kernel[0] * geometry.kernel[1]
 
 
 def moment_weights(n: int, level: int, masked: bool) -> tuple[float, float]:

@@ -21,9 +21,8 @@ from torch import Tensor
 from fedkn.layers.kernel import definition
 from fedkn.layers.kernel.backends import plain
 from fedkn.layers.kernel.definition import spread
-from fedkn.layers.kernel.dtypes import wide
+from fedkn.layers.kernel.dtypes import undisturbed, wide
 from fedkn.layers.kernel.settings import Settings
-from fedkn.layers.kernel.small_units import averages_over_drops
 from fedkn.layers.kernel.statistics import box
 
 __all__ = ["normalized"]
@@ -35,12 +34,12 @@ def normalized(units: Tensor, settings: Settings, eager: bool) -> Tensor:
     `units` is (N, C, OH * KH, OW * KW); `settings.geometry` has windows as far apart as they are
     large. `eager` as in `fedkn.layers.circumstances`. Returns the input's shape and dtype.
     """
-    if not eager or averages_over_drops(units, settings):
+    if not eager or settings.averages_over_drops:
         return definition.norm(units, settings)
     if torch.is_grad_enabled() and units.requires_grad:
         y: Tensor = _NormalizedUnits.apply(units, settings)  # type: ignore[no-untyped-call] # torch's
         return y
-    with torch.autocast(units.device.type, enabled=False):
+    with undisturbed(units.device.type):
         return _forward(units, settings)[0]
 
 
@@ -58,7 +57,7 @@ def _normal(values: Tensor, mean: Tensor, scale: Tensor, settings: Settings) -> 
 class _NormalizedUnits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, units: Tensor, settings: Settings) -> Tensor:
-        with torch.autocast(units.device.type, enabled=False):
+        with undisturbed(units.device.type):
             y, mean, scale, far = _forward(units, settings)
         ctx.settings, ctx.far = settings, far
         ctx.save_for_backward(units, mean, scale)

@@ -32,7 +32,7 @@ def of_clients(  # noqa: PLR0917 - as `forward`, then what differs
     or None, `keys` has one for each client, in place of the settings' key. Returns
     (N, clients * O, OH, OW).
     """
-    geometry, _, level, eps, relu, keeps_output = settings
+    geometry, _, _, level, eps, relu, keeps_output = settings
     _, stride, padding, dilation, groups = geometry
     y: Tensor = torch.ops.fedkn_native.convolution.default(
         x, weight, bias, stride, padding, dilation, groups, clients, keys, level, eps, relu,
@@ -65,7 +65,9 @@ def backward(  # noqa: PLR0917 - the operator's order
     kernel, step, zeros, spread = (
         (size[0], size[1]) for size in (weight.shape[2:], stride, padding, dilation)
     )
-    settings = Settings(Geometry(kernel, step, zeros, spread, groups), None, level, eps, relu)
+    geometry = Geometry(kernel, step, zeros, spread, groups)
+    n = geometry.unit_size(weight.shape[1] * groups)
+    settings = Settings(geometry, n, None, level, eps, relu)
     with torch.enable_grad():
         # Aliases: where one of them depends on another, that is no concern of this layer's.
         x, weight = x.view_as(x), weight.view_as(weight)

@@ -4,9 +4,8 @@ With z the output before the bias, s the scale and mu the mean of each position,
 dw[n] = sum over positions of (g * s)[n] * (unit - mu)[n].
 
 Opacus keeps a layer's input in a hook on its forward pass and asks for the gradients in one on its
-backward pass. What it does not keep is the dropout mask: the layer's forward pass, which goes
-through `forward` where such a hook is on this very layer, draws it from a seed that is remembered
-until then.
+backward pass. What it does not keep is the dropout mask: where such a hook is on this very layer,
+its forward pass is `forward`, which draws the mask from a seed and remembers that until then.
 """
 
 from __future__ import annotations

@@ -30,7 +30,6 @@ from fedkn.layers.kernel.statistics import (
     moment_weights,
     statistics,
     unbox_quickly,
-    unit_size,
 )
 
 __all__ = [
@@ -139,7 +138,7 @@ def unit_statistics(x: Tensor, settings: Settings, keep: bool) -> UnitStatistics
         dropped = x if mask is None else mask.mul_(x)
         sums = dropped.sum(1, keepdim=True)
         squares = dropped * dropped if mask is None else dropped.mul_(dropped)
-        n = unit_size(x, settings.geometry)
+        n = settings.n
         first, second = moment_weights(n, settings.level, mask is not None)
         both = torch.cat((sums, squares.sum(1, keepdim=True)))
         mean, square = box_quickly(both, settings.geometry, first).chunk(2)
@@ -178,7 +177,7 @@ def add_through_statistics(  # noqa: PLR0917 - what the forward pass kept comes 
     size = (x.shape[2], x.shape[3])
     offset, slope = unbox_quickly(torch.cat((offset, curvature)), size, settings.geometry).chunk(2)
     # -first * offset - second * slope * x, but for a factor that the last step brings.
-    n = unit_size(x, settings.geometry)
+    n = settings.n
     first, second = moment_weights(n, settings.level, settings.key is not None)
     values, ratio = cast(x, dtype), second / first
     if far:

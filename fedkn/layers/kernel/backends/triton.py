@@ -21,7 +21,6 @@ from fedkn.layers.kernel.autograd import Saved
 from fedkn.layers.kernel.definition import centred, filter_sums
 from fedkn.layers.kernel.host_masks import LEVELS
 from fedkn.layers.kernel.settings import Settings
-from fedkn.layers.kernel.statistics import unit_size
 
 __all__ = ["backward", "forward", "load", "serves"]
 
@@ -121,7 +120,7 @@ def backward(
         kernels.add_through_statistics[(_cdiv(pixels, block_x), samples, shares)](
             x, dx, _key(settings), mean, scale, maps,
             *x.shape[1:], rows, columns, *_words(x, settings),
-            unit_size(x, geometry), *_strides(x), *_strides(dx),
+            settings.n, *_strides(x), *_strides(dx),
             **_taps(settings), **_masking(settings), ALIGNED=pixels % 4 == 0, SPLITS=splits,
             SHARES=shares, BLOCK_C=block_c, BLOCK_P=block_x,
         )  # fmt: skip
@@ -159,7 +158,7 @@ def _statistics(x: Tensor, settings: Settings, kernels: Any) -> tuple[Tensor, Te
     scale = torch.empty_like(mean)
     kernels.moments[(_cdiv(rows * columns, _TILE), samples)](
         sums, mean, scale, height, width, columns, rows * columns,
-        unit_size(x, settings.geometry), settings.level, settings.eps,
+        settings.n, settings.level, settings.eps,
         **_taps(settings), MASKED=settings.key is not None, SPLITS=splits, BLOCK_P=_TILE,
     )  # fmt: skip
     return mean, scale

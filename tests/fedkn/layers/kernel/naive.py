@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkn.layers.kernel.small_units import SMALL_UNIT
+from fedkn.layers.kernel.settings import SMALL_UNIT
 
 TORCH_MODE = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
 

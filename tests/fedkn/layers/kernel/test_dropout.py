@@ -7,7 +7,15 @@ from scipy import stats
 
 from fedkn.errors import UserError
 from fedkn.layers import KNConv2d, dropout_stream
-from fedkn.layers.kernel.dropout import LEVELS, drop_level, keep_mask, next_key, next_number
+from fedkn.layers.kernel.dropout import (
+    LEVELS,
+    drop_level,
+    keep_mask,
+    keep_mask_and_bits,
+    mask_of_bits,
+    next_key,
+    next_number,
+)
 
 CPU = torch.device("cpu")
 

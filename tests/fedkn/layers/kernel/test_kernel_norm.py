@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from fedkn.layers import KernelNorm1d, KernelNorm2d, KNConv2d, dropout_stream
 from fedkn.layers.kernel.dropout import LEVELS, drop_level, keep_mask, next_key
 from tests.fedkn.layers.kernel.naive import moments, naive_kernel_norm, padded, units
+from tests.fedkn.layers.kernel.test_kn_conv import close, conditioned
 from tests.fedkn.layers.paths import path
-from tests.fedkn.layers.test_kn_conv import close, conditioned
 
 P = 0.1
 

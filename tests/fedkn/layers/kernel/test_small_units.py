@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from fedkn.layers import KernelNorm2d, KNConv2d
 from fedkn.layers.kernel.dropout import LEVELS, drop_level
-from fedkn.layers.kernel.small_units import SMALL_UNIT, expected_scale_and_shift
+from fedkn.layers.kernel.settings import SMALL_UNIT
+from fedkn.layers.kernel.small_units import expected_scale_and_shift
 
 EPS = 1e-5
 

@@ -27,7 +27,9 @@ for (shape, kernel, place, key, level), (relu, output), layout, offset in iterto
     x = (torch.randn(shape) + offset).contiguous(memory_format=layout)
     weight = torch.randn(6, shape[1] // place[3], *kernel)
     bias = torch.randn(6) if relu or output else None
-    settings = Settings(Geometry(kernel, *place), key, level, 1e-5, relu, output)
+    geometry = Geometry(kernel, *place)
+    n = geometry.unit_size(shape[1])
+    settings = Settings(geometry, n, key, level, 1e-5, relu, output)
     tensors = (x, weight, bias)
     wanted = (True, True, bias is not None)
     outputs = []
