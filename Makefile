@@ -19,7 +19,7 @@ help:
 	@echo "make test     the whole test suite"
 	@echo "make test-deployment  real processes: TLS, faults, restarts (minutes)"
 	@echo "make soak     eight devices, a hundred rounds, a kill or restart in every five (most of an hour)"
-	@echo "make lint     ruff, mypy, import-linter"
+	@echo "make lint     ruff, clang-format, mypy, import-linter"
 	@echo "make install  only what the others need, into $(VENV) (PYTHON=python3.12 for another Python)"
 	@echo "make clean    remove $(VENV)"
 
@@ -54,6 +54,7 @@ soak: install
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror fedkn/layers/native/*.h fedkn/layers/native/*.cpp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

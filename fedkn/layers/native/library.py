@@ -125,7 +125,7 @@ def compiler() -> list[str] | None:
 
 _OFF = No("the fused CPU kernels are switched off in this process")
 _STRIDED = No("the maps are neither contiguous nor channels last in memory")
-_MISFIT = No("it takes float32 tensors on the CPU, of no class of their own")
+_MISFIT = No("it takes plain float32 tensors on the CPU")
 _WATCHED = No("a dispatch mode looks on, and should see the convolution")
 _NONE = No("the fused CPU kernels cannot be had: FEDKN_NATIVE=0, or none built and no C++ compiler")
 

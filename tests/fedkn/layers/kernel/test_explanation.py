@@ -36,7 +36,7 @@ def test_the_fused_kernels_on_a_cpu() -> None:
     [
         (lambda x, layer: (x.double(), layer.double()), "float32"),
         (lambda x, layer: (x[:, :, :, ::2], layer), "neither contiguous nor channels last"),
-        (lambda x, layer: (x.as_subclass(nn.Buffer), layer), "no class of their own"),
+        (lambda x, layer: (x.as_subclass(nn.Buffer), layer), "plain float32 tensors"),
     ],
 )
 def test_why_the_fused_kernels_do_not_serve(change, reason) -> None:
