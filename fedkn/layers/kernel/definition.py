@@ -24,17 +24,19 @@ Nasirigerdeh et al., "Kernel Normalized Convolutional Networks", TMLR 2024, arXi
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedkn.layers.kernel.dropout import draw_mask
-from fedkn.layers.kernel.dtypes import undisturbed, wide
+from fedkn.layers.kernel.dtypes import wide
 from fedkn.layers.kernel.settings import Settings
 from fedkn.layers.kernel.small_units import expected_scale_and_shift
 from fedkn.layers.kernel.statistics import statistics
 
-__all__ = ["centred", "convolution", "filter_sums", "norm", "spread"]
+__all__ = ["centred", "convolution", "filter_sums", "norm", "spread", "undisturbed"]
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
@@ -44,11 +46,11 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settin
     """
     _, stride, padding, dilation, groups = settings.geometry
     dtype = wide(x.dtype)
-    with undisturbed(x.device.type):
+    with undisturbed(x):
         mean, scale, shift = _moments(x.to(dtype), settings)
         used = centred(weight) if settings.centres_filters else weight
     z = F.conv2d(x, used, None, stride, padding, dilation, groups)
-    with undisturbed(x.device.type):
+    with undisturbed(z):
         y = z.to(dtype)
         if not settings.centres_filters:
             y = y - mean * filter_sums(weight.to(dtype))
@@ -69,7 +71,7 @@ def norm(units: Tensor, settings: Settings) -> Tensor:
     far apart as they are large.
     """
     dtype, kernel = wide(units.dtype), settings.geometry.kernel
-    with undisturbed(units.device.type):
+    with undisturbed(units):
         mean, scale, shift = _moments(units.to(dtype), settings)
         y = (units - spread(mean, kernel)) * spread(scale, kernel)
         if shift is not None:
@@ -92,6 +94,16 @@ def spread(maps: Tensor, kernel: tuple[int, int]) -> Tensor:
     if kernel == (1, 1):
         return maps
     return maps.repeat_interleave(kernel[0], 2).repeat_interleave(kernel[1], 3)
+
+
+def undisturbed(x: Tensor) -> AbstractContextManager[object]:
+    """Return the context in which autocast changes no dtype on the device of `x`.
+
+    Some know no autocast, as "meta" does, and torch raises where it is switched off for them.
+    """
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def _moments(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fedkn.layers.kernel import definition
 from fedkn.layers.kernel.backends import plain
-from fedkn.layers.kernel.definition import spread
-from fedkn.layers.kernel.dtypes import undisturbed, wide
+from fedkn.layers.kernel.definition import spread, undisturbed
+from fedkn.layers.kernel.dtypes import wide
 from fedkn.layers.kernel.settings import Settings
 from fedkn.layers.kernel.statistics import box
 
@@ -39,7 +39,7 @@ def normalized(units: Tensor, settings: Settings, eager: bool) -> Tensor:
     if torch.is_grad_enabled() and units.requires_grad:
         y: Tensor = _NormalizedUnits.apply(units, settings)  # type: ignore[no-untyped-call] # torch's
         return y
-    with undisturbed(units.device.type):
+    with undisturbed(units):
         return _forward(units, settings)[0]
 
 
@@ -57,7 +57,7 @@ def _normal(values: Tensor, mean: Tensor, scale: Tensor, settings: Settings) -> 
 class _NormalizedUnits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, units: Tensor, settings: Settings) -> Tensor:
-        with undisturbed(units.device.type):
+        with undisturbed(units):
             y, mean, scale, far = _forward(units, settings)
         ctx.settings, ctx.far = settings, far
         ctx.save_for_backward(units, mean, scale)
