@@ -59,19 +59,21 @@ class PreActivationResidual(nn.Module):
 
 
 class Halve(nn.Module):
-    """Pool 2x2 with stride 2, but leave maps with a side below 4 as they are.
+    """Pool 2x2 with stride 2, but leave maps with a side below `least` as they are.
 
-    The networks were published for 32x32 images; on 8x8 digits their last poolings would leave a
-    single pixel, or none. From 32x32 up nothing changes.
+    The networks were published for 32x32 images; from there up nothing is left out. On 8x8 digits
+    their last poolings would leave a single pixel (with the 4 that is most networks'), or none
+    (with 2: what can be pooled is pooled, as the KNResNets' authors do).
     """
 
-    def __init__(self, kind: Literal["max", "average"] = "max") -> None:
+    def __init__(self, kind: Literal["max", "average"] = "max", least: int = 4) -> None:
         super().__init__()
         self.kind = kind
+        self.least = least
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C, H // 2, W // 2), or to itself."""
-        if min(x.shape[-2:]) < 4:
+        if min(x.shape[-2:]) < self.least:
             return x
         return max_pool(x) if self.kind == "max" else F.avg_pool2d(x, 2)
 

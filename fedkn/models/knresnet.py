@@ -118,7 +118,7 @@ def _transition(
     return "transition", chain(
         before=make.norm_act(inputs, "relu"),
         conv=make.conv(inputs, outputs, kernel_size, then_norm=True, padding=padding),
-        pool=Halve(),
+        pool=Halve(least=2),
     )
 
 
@@ -132,7 +132,7 @@ def _final_convolution(spec: ModelSpec, in_channels: int) -> nn.Module:
         then_norm=spec.ends_in_own_norm,
         padding=1 if spec.low_resolution else 0,
     )
-    return chain(pool=Halve(), before=make.norm_act(inputs, "relu"), conv=conv)
+    return chain(pool=Halve(least=2), before=make.norm_act(inputs, "relu"), conv=conv)
 
 
 def _assemble(

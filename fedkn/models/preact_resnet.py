@@ -45,7 +45,7 @@ def knresnet13(spec: ModelSpec) -> nn.Module:
         pooled = chain(
             before=make.norm_act(channels, "mish"),
             conv=make.conv(channels, outputs, 3, then_norm=True, padding=1),
-            pool=Halve(),
+            pool=Halve(least=2),
         )
         parts.append((f"conv{place + 1}", pooled))
         channels = outputs

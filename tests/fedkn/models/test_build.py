@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -155,8 +156,55 @@ def test_maps_of_the_originals(name, low, high):
 
 
 def test_halving_leaves_tiny_maps_alone():
-    assert sides_after_pooling(build("knresnet18", width=4, num_classes=2), 8) == [4, 2, 2, 2]
     assert sides_after_pooling(build(width=4, num_classes=2), 8) == [4, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "expected"),
+    [
+        ("knresnet18", 28, [14, 7, 3, 1]),
+        ("knresnet18", 8, [4, 2, 1, 1]),
+        ("knresnet34", 28, [14, 7, 3, 1]),
+        ("knresnet50", 8, [4, 2, 1]),
+        ("knresnet13", 28, [14, 7, 3]),
+        ("knresnet13", 12, [6, 3, 1]),
+    ],
+)
+def test_the_knresnets_pool_whatever_can_be_pooled(name, side, expected):
+    width = 16 if name.endswith("50") else 4
+    assert sides_after_pooling(build(name, width=width, num_classes=2), side) == expected
+
+
+@pytest.mark.parametrize("side", [28, 20])
+def test_small_images_go_through_knresnet18_as_published(side):
+    """Layer by layer as the paper has it, every pooling torch's own."""
+    model = build("knresnet18", width=8, num_classes=2, in_channels=1).eval()
+    x = torch.randn(2, 1, side, side, generator=torch.Generator().manual_seed(0))
+    expected = model.stem(x)
+    for name, part in model.named_children():
+        if name.startswith("block"):
+            expected = expected + part.branch(part.before(expected))
+        elif name.startswith("transition"):
+            expected = F.max_pool2d(part.conv(part.before(expected)), 2)
+        elif name == "final":
+            expected = part.conv(part.before(F.max_pool2d(expected, 2)))
+    expected = model.head.fc(model.head.before(expected).mean((2, 3)))
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("normalizer", NAMES)
+@pytest.mark.parametrize("name", ["resnet8", "knresnet18"])
+def test_the_meta_device(normalizer, name):
+    """Shapes without numbers: built there or sent there, forward and backward."""
+    with torch.device("meta"):
+        there = build(name, normalizers.create(normalizer), width=8)
+    sent = build(name, normalizers.create(normalizer), width=8).to("meta")
+    for model in (there, sent):
+        out = model.train()(torch.empty(4, 3, 32, 32, device="meta"))
+        assert (out.device.type, out.shape) == ("meta", (4, 10))
+        out.sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        assert model.eval()(torch.empty(1, 3, 32, 32, device="meta")).shape == (1, 10)
 
 
 @pytest.mark.parametrize("normalizer", NAMES)
