@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedkn.layers.kernel.settings import Geometry
 from fedkn.layers.stacked_convolution import convolve_stacked
-from fedkn.layers.statistics import Geometry
 from fedkn.training.captured import Captured
 from fedkn.training.precision import computing_in
 
