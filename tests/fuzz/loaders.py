@@ -20,20 +20,22 @@ from flwr.app import Context, RecordDict
 
 from clients.device.settings import read_device
 from clients.local_state import local_state
-from fedkn.config import ExperimentConfig, read_toml
+from fedkn.config import ExperimentConfig
 from fedkn.data.arrays import load_arrays
 from fedkn.data.decoded import Decoded, load_decoded
 from fedkn.errors import FedknError
 from fedkn.models import build
 from fedkn.models.published import load_published_weights
 from fedkn.normalizers import create
+from fedkn.tables import read_toml
 from server.checkpoints import Checkpoint, CheckpointStore
 from server.deployment.device_config import device_toml
 from server.deployment.fleet import Fleet
-from server.identities import read_identities, write_identities
 from server.metrics_log import MetricsLog
-from server.participation import begin
-from simulations.run_folder import GridRecord, RunFolder
+from server.rounds.identities import read_identities, write_identities
+from server.rounds.participation import begin
+from simulations.runs.folder import RunFolder
+from simulations.runs.records import GridRecord
 from tests.fuzz.mutation import mutated_bytes, mutated_json
 
 __all__ = ["LOADERS"]
