@@ -32,6 +32,7 @@ from fedkn.training.inputs import Inputs
 from fedkn.training.local import LocalTask, LocalUpdate
 from fedkn.training.precision import computing_in
 from fedkn.training.recorded import Capture
+from fedkn.training.rule import LocalRule
 from fedkn.training.stacked_batches import Batch, StackedBatches, StackedClient
 from fedkn.training.transfer import moved
 
@@ -63,7 +64,7 @@ class StackedWorkspace:
         self.initial = {name: p.detach().clone().contiguous() for name, p in parameters.items()}
         self.values = [_stacked(p, size) for p in self.initial.values()]
         self.velocity = [torch.zeros_like(v) for v in self.values]
-        self.anchor = [torch.zeros_like(v) for v in self.values]
+        self.begun = [torch.zeros_like(v) for v in self.values]
         device = self.values[0].device
         self.losses = torch.zeros(size, dtype=torch.float64, device=device)
         self.rate = torch.zeros((), device=device)
@@ -119,8 +120,8 @@ class StackedWorkspace:
             loaded[name] = torch.stack([own if value is None else value for value in given])
         for stacked, value in zip(self.values, moved(loaded, self.device).values(), strict=True):
             stacked[: len(clients)].copy_(value)
-        for anchor, value in zip(self.anchor, self.values, strict=True):
-            anchor.copy_(value)
+        for begun, value in zip(self.begun, self.values, strict=True):
+            begun.copy_(value)
         for velocity in self.velocity:
             velocity.zero_()
         self.losses.zero_()
@@ -162,18 +163,18 @@ def train_stacked(
         UserError: if the network draws random numbers of its own (`torch.nn.Dropout`, ...), or has
             operations that `torch.func.vmap` does not know.
         ValueError: if the tasks differ in more than the client, carry anything from round to round,
-            correct the gradient, accumulate it or compute in another precision than float32, or as
-            `StackedWorkspace.load`.
+            have a rule that cannot be stacked, accumulate the gradient or compute in another precision
+            than float32, or as `StackedWorkspace.load`.
     """
     started = time.perf_counter()
     kinds = {
-        (c.task.round_, c.task.train, c.task.learning_rate, c.task.proximal_mu) for c in clients
+        (c.task.round_, c.task.train, c.task.learning_rate, c.task.rules) for c in clients
     }
     if len(kinds) != 1:
         raise ValueError("clients that train together must be given the same training")
-    if any(c.task.correction or c.task.carried or c.task.train.keep_momentum for c in clients):
+    train, rules = clients[0].task.train, clients[0].task.rules
+    if any(client.task.carried for client in clients) or any(rule.alone for rule in rules):
         raise ValueError("clients that train together keep nothing and correct nothing")
-    train = clients[0].task.train
     if train.accumulate > 1 or train.precision == "bfloat16":
         raise ValueError("clients that train together take one batch a step, in float32")
     plans = [_plan(client, minimum_batch) for client in clients]
@@ -233,9 +234,10 @@ def _steps(
     workspace: StackedWorkspace, batches: StackedBatches, task: LocalTask
 ) -> Iterator[Callable[[], None]]:
     """Yield the steps, each to be taken before the next is asked for."""
+    rules = _acting(task)
     if workspace.capture is None:
         for batch in batches.one_by_one():
-            yield partial(_step, workspace, batch, task.train, task.proximal_mu, partly=False)
+            yield partial(_step, workspace, batch, task.train, rules, partly=False)
         return
     replayed = _Replayed(workspace, batches, task, workspace.capture)
     for step in range(len(batches)):
@@ -270,7 +272,8 @@ class _Replayed:
         active, stack = self._batches.active(step), workspace.size
         while stack // 2 >= active:
             stack //= 2
-        key = (stack, self._tables.shape, task.train, task.proximal_mu)
+        rules = _acting(task)
+        key = (stack, self._tables.shape, task.train, rules)
         if key not in workspace.steps:
             changed = (*workspace.values, *workspace.velocity, workspace.losses)
             tables, inputs = self._tables, self._batches.inputs
@@ -279,7 +282,7 @@ class _Replayed:
                     workspace,
                     tables.batch(stack, inputs),
                     task.train,
-                    task.proximal_mu,
+                    rules,
                     partly=True,
                 ),
                 (),
@@ -348,8 +351,17 @@ _BYTES_AT_ONCE = 1 << 26
 _MOST_STEPS = 256
 
 
+def _acting(task: LocalTask) -> tuple[LocalRule, ...]:
+    return tuple(rule for rule in task.rules if rule.acts)
+
+
 def _step(
-    workspace: StackedWorkspace, batch: Batch, train: TrainConfig, mu: float, *, partly: bool
+    workspace: StackedWorkspace,
+    batch: Batch,
+    train: TrainConfig,
+    rules: tuple[LocalRule, ...],
+    *,
+    partly: bool,
 ) -> None:
     """Take a step; `partly`: some of the clients may have no example in the batch."""
     active = len(batch.keys)
@@ -370,7 +382,7 @@ def _step(
     with torch.no_grad():
         workspace.losses[:active] += sums.double()
         taking = sizes.clamp_max(1.0) if partly else None
-        _update(workspace, gradients, train, mu, taking=taking)
+        _update(workspace, gradients, train, rules, taking=taking)
 
 
 def _kinds(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype, bool]]:
@@ -419,19 +431,19 @@ def _update(
     workspace: StackedWorkspace,
     gradients: list[Tensor],
     train: TrainConfig,
-    mu: float,
+    rules: tuple[LocalRule, ...],
     *,
     taking: Tensor | None,
 ) -> None:
     """FlatSGD's step for the clients at the head of the stack, each with its own norm.
 
-    `taking` (K,) is 1 for those that take it, 0 for those whose values stay; None: all take it.
+    `rules` are those that act. `taking` (K,) is 1 for those that take it, 0 for those whose values
+    stay; None: all take it.
     """
     active = len(gradients[0])
     values = [value[:active] for value in workspace.values]
-    if mu:
-        anchors = [anchor[:active] for anchor in workspace.anchor]
-        torch._foreach_add_(gradients, torch._foreach_sub(values, anchors), alpha=mu)
+    for rule in rules:
+        rule.stacked(values, gradients, [begun[:active] for begun in workspace.begun])
     if train.clip_norm:
         squares = [g.flatten(1).square().sum(1) for g in gradients]
         norms = torch.stack(squares).sum(0).sqrt()
@@ -446,7 +458,7 @@ def _update(
         torch._foreach_add_(velocity, gradients)
         gradients = velocity
     steps = torch._foreach_mul(gradients, workspace.rate)
-    if taking is not None and (mu or train.weight_decay or train.momentum):
+    if taking is not None and (rules or train.weight_decay or train.momentum):
         # Without any of them, a client whose examples have no weight has no gradient.
         for step in steps:
             step.mul_(taking.view(-1, *[1] * (step.dim() - 1)))
