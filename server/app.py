@@ -6,7 +6,7 @@ from flwr.app import ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedkn.federation import ARRAYS, CONFIG, METRICS, arrays_record
-from server.membership import count_nodes
+from server.rounds.membership import count_nodes
 from server.run import run_server
 from server.run_file import told_run
 

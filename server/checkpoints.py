@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError, UserError
 from fedkn.files import write_atomically
-from server.participation import Participation
+from server.rounds.participation import Participation
 from server.run_data import refuse_changes
 
 __all__ = ["Checkpoint", "CheckpointNotWritten", "CheckpointStore", "weights_sha256"]

@@ -20,23 +20,23 @@ from fedkn.errors import FedknError
 from fedkn.experiment import data_summary
 from fedkn.locks import Taken, held
 from fedkn.training import Evaluation
-from server.aggregation import Aggregator
 from server.checkpoints import (
     Checkpoint,
     CheckpointNotWritten,
     CheckpointStore,
     weights_sha256,
 )
-from server.client_evaluation import ClientEvaluation, evaluate_clients
+from server.gate.plausible import most_examples
 from server.global_model import GlobalModel
-from server.identities import read_identities
-from server.membership import Membership
 from server.metrics_log import LogNotWritten, MetricsLog
-from server.participation import Participation, begin
-from server.plausible import most_examples
-from server.rounds import NoValidUpdates, RoundReport, run_round
+from server.rounds.aggregation import Aggregator
+from server.rounds.client_evaluation import ClientEvaluation, evaluate_clients
+from server.rounds.identities import read_identities
+from server.rounds.loop import NoValidUpdates, RoundReport, run_round
+from server.rounds.membership import Membership
+from server.rounds.participation import Participation, begin
+from server.rounds.waiting import Waiting
 from server.run_data import hold_to_data
-from server.waiting import Waiting
 
 __all__ = ["Outcome", "run_server"]
 

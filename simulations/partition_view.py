@@ -16,7 +16,7 @@ from rich.text import Text
 from fedkn.errors import UserError
 from fedkn.text import printable
 from simulations.report.figures import PLAIN_TEXT
-from simulations.run_folder import PartitionRecord
+from simulations.runs.records import PartitionRecord
 
 __all__ = ["partition_table", "save_picture"]
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from clients.device.settings import read_device
 from server.deployment.creation import create_fleet
-from simulations.run_folder import RunFolder
+from simulations.runs.folder import RunFolder
 from tests.clients.device.test_check import EXPERIMENT, served
 
 REPOSITORY = Path(__file__).parents[1]

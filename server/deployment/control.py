@@ -34,7 +34,7 @@ from fedkn.config import ExperimentConfig, Scalar
 from fedkn.errors import FedknError, UserError
 from server.deployment.certificates import public_pem
 from server.deployment.fleet import Device, Fleet
-from server.heartbeats import heartbeat_age
+from server.rounds.heartbeats import heartbeat_age
 from server.run_file import RunFile, for_clients, read_run_file, write_run_file
 
 __all__ = ["Control", "DeviceState", "RunState", "SuperLinkAway", "advice"]

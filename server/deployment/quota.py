@@ -35,8 +35,8 @@ __all__ = ["Quota"]
 
 _LOG = logging.getLogger("flwr")
 
-# As much as the server takes of a reply (server/exchange.py): twice what was sent, and room for
-# metrics and names.
+# As much as the server takes of a reply (server/gate/exchange.py): twice what was sent, and room
+# for metrics and names.
 _TIMES, _ROOM = 2, 2**24
 # A device that was instructed by a SuperLink before this one: nobody knows what it was sent.
 _UNKNOWN = 2**30

@@ -14,7 +14,7 @@ from fedkn.layers import KernelNorm2d, KNConv2d, dropout_stream
 from fedkn.layers.functional import Statistics
 from fedkn.seeds import derive
 from server.run_data import refuse_changes
-from simulations.trained_model import load_trained_model
+from simulations.programs.trained_model import load_trained_model
 
 __all__ = ["ModeAccuracy", "evaluation_modes"]
 

@@ -56,7 +56,7 @@ def compare(
       fedkn compare mine.toml --rounds 30 --set train.momentum=0.9 --name momentum
     """
     from simulations.commands import launch
-    from simulations.grid import GridConfig
+    from simulations.comparison.grid import GridConfig
 
     flags = given(
         settings,

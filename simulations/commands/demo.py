@@ -30,7 +30,7 @@ def demo(
       fedkn demo
     """
     from simulations.commands import launch
-    from simulations.grid import GridConfig
+    from simulations.comparison.grid import GridConfig
 
     with as_file(files("simulations") / "presets" / "demo.toml") as preset:
         table = read_toml(preset)

@@ -22,9 +22,9 @@ from simulations.commands.options import given
 if TYPE_CHECKING:
     from server.deployment.control import Control, RunState
     from server.deployment.fleet import Fleet
-    from simulations.deployed_run import Progress
-    from simulations.grid import GridConfig
-    from simulations.run_folder import RunFolder
+    from simulations.comparison.grid import GridConfig
+    from simulations.runs.deployed_run import Progress
+    from simulations.runs.folder import RunFolder
 
 __all__ = ["follow", "missing_updates", "run", "stop"]
 
@@ -65,7 +65,7 @@ def run(
     from server.deployment.fleet import Fleet
     from server.deployment.startup import wait_for_devices
     from simulations.commands import launch
-    from simulations.deployed_run import run_deployed, unfinished_run
+    from simulations.runs.deployed_run import run_deployed, unfinished_run
 
     say = _sayer()
     opened = Fleet.open(fleet)
@@ -95,7 +95,7 @@ def follow(fleet: FleetFolder, name: RunName, *, debug: o.Debug = False) -> None
     """
     from server.deployment.control import Control
     from simulations.commands import launch
-    from simulations.deployed_run import follow_run
+    from simulations.runs.deployed_run import follow_run
 
     say = _sayer()
     with Control(_opened(fleet)) as control:
@@ -140,8 +140,8 @@ def _opened(fleet: Path) -> Fleet:
 
 def _going_on(fleet: Path, name: str, control: Control) -> tuple[Fleet, RunFolder, RunState]:
     """Return the run `name` of a fleet, which goes on. Raises UserError if it does not."""
-    from simulations.deployed_run import unfinished_run
-    from simulations.run_folder import RunFolder
+    from simulations.runs.deployed_run import unfinished_run
+    from simulations.runs.folder import RunFolder
 
     opened = _opened(fleet)
     folder = RunFolder.open(opened.runs / name)
@@ -200,7 +200,7 @@ def _sayer() -> Callable[[str], None]:
 
 def _grid(fleet: Fleet, table: Mapping[str, Any], flags: Mapping[str, Any]) -> GridConfig:
     """Return the grid of a single cell: the experiment, on as many partitions as devices."""
-    from simulations.grid import GridConfig
+    from simulations.comparison.grid import GridConfig
 
     if "compare" in table:
         raise UserError("a comparison runs in simulation: use fedkn compare, or drop [compare]")
@@ -226,7 +226,7 @@ def _created(fleet: Fleet, grid: GridConfig, name: str | None) -> tuple[GridConf
 
 
 def _cell(grid: GridConfig, folder: RunFolder) -> ExperimentConfig:
-    from simulations.grid import groups, result_cells
+    from simulations.comparison.grid import groups, result_cells
 
     (group,) = groups(grid)
     (cell,) = result_cells(grid, group, grid.train.learning_rate)

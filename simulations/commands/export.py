@@ -17,8 +17,8 @@ from fedkn.text import printable
 from simulations.commands import options as o
 
 if TYPE_CHECKING:
-    from simulations.programs import Written
-    from simulations.trained_model import TrainedModel
+    from simulations.programs.program import Written
+    from simulations.programs.trained_model import TrainedModel
 
 __all__ = ["export"]
 
@@ -67,9 +67,9 @@ def export(
 
       fedkn export runs/demo --cell kernel-b2-dirichlet0.3-s0 --to pt2 --output digits.pt2
     """
-    from simulations.programs import write_program
+    from simulations.programs.program import write_program
+    from simulations.programs.trained_model import load_trained_model
     from simulations.terminal import terminal
-    from simulations.trained_model import load_trained_model
 
     trained = load_trained_model(folder, cell)
     card = trained.card

@@ -20,19 +20,14 @@ from fedkn.experiment import data_summary
 from fedkn.files import expanded
 from server.metrics_log import LogNotWritten
 from server.run_data import hold_to_data
-from simulations.environment import describe_environment
-from simulations.grid import GridConfig, partitions, seeds
-from simulations.preflight import check
-from simulations.progress import RoundLines, shown_progress
+from simulations.comparison.grid import GridConfig, partitions, seeds
+from simulations.comparison.preflight import check
+from simulations.comparison.progress import RoundLines, shown_progress
+from simulations.comparison.scheduler import Totals, run_grid
 from simulations.report import build_report, summary_dict, summary_table
-from simulations.run_folder import (
-    DEPLOYED,
-    GridRecord,
-    RunFolder,
-    partition_label,
-    write_json,
-)
-from simulations.scheduler import Totals, run_grid
+from simulations.runs.environment import describe_environment
+from simulations.runs.folder import RunFolder, write_json
+from simulations.runs.records import DEPLOYED, GridRecord, partition_label
 from simulations.terminal import terminal
 
 __all__ = [

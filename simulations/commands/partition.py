@@ -49,9 +49,9 @@ def partition(
 
       fedkn partition shards:shards_per_client=2 --source mnist --root ~/data --picture shards.png
     """
-    from simulations.grid import GridConfig
+    from simulations.comparison.grid import GridConfig
+    from simulations.comparison.preflight import count_labels
     from simulations.partition_view import partition_table, save_picture
-    from simulations.preflight import count_labels
     from simulations.terminal import terminal
 
     if picture.suffix not in (".png", ".svg", ".pdf"):

@@ -18,8 +18,8 @@ from simulations.commands import options as o
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from simulations.classifier import Card, Classifier
-    from simulations.image_files import ImageFile
+    from simulations.programs.classifier import Card, Classifier
+    from simulations.programs.image_files import ImageFile
 
 __all__ = ["predict"]
 
@@ -63,7 +63,7 @@ def predict(
     """
     import torch
 
-    from simulations.image_files import find_images, read_images
+    from simulations.programs.image_files import find_images, read_images
 
     paths = find_images(images)
     classifier = _classifier(model, cell)
@@ -81,7 +81,7 @@ def predict(
 
 def _classifier(path: Path, cell: str | None) -> Classifier:
     if path.is_dir():
-        from simulations.trained_model import load_trained_model
+        from simulations.programs.trained_model import load_trained_model
 
         trained = load_trained_model(path, cell)
         if not trained.recorded:
@@ -90,7 +90,7 @@ def _classifier(path: Path, cell: str | None) -> Classifier:
                 "as they are now, which may be others\n"
             )
         return trained.classifier
-    from simulations.programs import load_program
+    from simulations.programs.program import load_program
 
     if cell is not None:
         raise UserError(f"--cell chooses a cell of a run folder; '{path}' is not one")

@@ -29,8 +29,8 @@ def report(
       fedkn report runs/demo-20261123-064512
     """
     from fedkn.errors import UserError
-    from simulations.flower_runs import open_run
     from simulations.report import build_report, summary_dict, summary_table
+    from simulations.runs.flower_runs import open_run
     from simulations.terminal import terminal
 
     runs = [open_run(folder) for folder in folders]

@@ -63,7 +63,7 @@ def run(
       fedkn run mine.toml --learning-rate 0.1 --set strategy.name=fedadam
     """
     from simulations.commands import launch
-    from simulations.grid import GridConfig, groups
+    from simulations.comparison.grid import GridConfig, groups
 
     table = read_toml(file) if file else {}
     if "compare" in table:

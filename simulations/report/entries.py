@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from simulations.metrics_lines import ClientEvaluation
-from simulations.run_folder import CellRecord
-from simulations.statistics import (
+from simulations.runs.records import CellRecord
+from simulations.runs.results import ClientEvaluation
+from simulations.runs.statistics import (
     Interval,
     RoundsToTarget,
     mean_interval,

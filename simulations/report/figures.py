@@ -23,8 +23,8 @@ from matplotlib.ticker import MaxNLocator
 
 from fedkn import normalizers
 from fedkn.text import printable
-from simulations.run_folder import PartitionRecord
-from simulations.statistics import mean_interval
+from simulations.runs.records import PartitionRecord
+from simulations.runs.statistics import mean_interval
 
 __all__ = [
     "COLOURS",

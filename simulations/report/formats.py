@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from simulations.statistics import Interval, RoundsToTarget
+from simulations.runs.statistics import Interval, RoundsToTarget
 
 __all__ = [
     "KEEPS",

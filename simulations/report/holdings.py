@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from simulations.metrics_lines import Holding
 from simulations.report.losses import named_clients
-from simulations.run_folder import CellRecord, PartitionRecord, RunFolder
+from simulations.runs.folder import RunFolder
+from simulations.runs.records import CellRecord, PartitionRecord
+from simulations.runs.results import Holding
 
 __all__ = ["ClientTable", "client_tables"]
 

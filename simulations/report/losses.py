@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from simulations.metrics_lines import Round
 from simulations.report.formats import count
 from simulations.report.verdict import enumerated
-from simulations.run_folder import CellRecord
+from simulations.runs.records import CellRecord
+from simulations.runs.results import Round
 
 __all__ = ["DIVIDED", "LossLine", "losses", "named_clients"]
 

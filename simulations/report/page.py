@@ -24,8 +24,8 @@ from simulations.report.summary import RunSummary, Section, summarize
 from simulations.report.tables import group_counts
 from simulations.report.trials import Trial
 from simulations.report.verdict import Contest, what_own_models_show, what_the_seeds_show
-from simulations.run_folder import RunFolder
-from simulations.statistics import FEWEST_SEEDS
+from simulations.runs.folder import RunFolder
+from simulations.runs.statistics import FEWEST_SEEDS
 
 __all__ = ["build_report"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedkn import normalizers
 from fedkn.normalizers.group import GroupNormalizer
-from simulations.run_folder import CellRecord
+from simulations.runs.records import CellRecord
 
 __all__ = ["NormalizerNote", "display_name", "held_equal", "normalizer_notes", "unequal"]
 

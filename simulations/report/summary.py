@@ -12,8 +12,9 @@ from simulations.report.entries import Entry, entry_of
 from simulations.report.holdings import ClientTable, client_tables
 from simulations.report.trials import Trial, trials_of
 from simulations.report.verdict import Contest, verdicts
-from simulations.run_folder import CellRecord, GridRecord, RunFolder
-from simulations.statistics import Comparison, Group, compare_all_pairs
+from simulations.runs.folder import RunFolder
+from simulations.runs.records import CellRecord, GridRecord
+from simulations.runs.statistics import Comparison, Group, compare_all_pairs
 
 __all__ = ["RunSummary", "Section", "summarize"]
 

@@ -16,7 +16,7 @@ from simulations.report.entries import Entry, OwnModels, PrivacySpent
 from simulations.report.settings import display_name
 from simulations.report.summary import RunSummary, Section, summarize
 from simulations.report.verdict import Contest
-from simulations.run_folder import RunFolder
+from simulations.runs.folder import RunFolder
 
 __all__ = ["group_counts", "summary_dict", "summary_table"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from simulations.rate_scores import LAST_EVALUATIONS, SearchedCell, rate_scores
 from simulations.report.entries import Entry
-from simulations.run_folder import CellRecord
+from simulations.runs.rate_scores import LAST_EVALUATIONS, SearchedCell, rate_scores
+from simulations.runs.records import CellRecord
 
 __all__ = ["Trial", "trials_of"]
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from simulations.statistics import FEWEST_SEEDS, Comparison, smallest_exact_p
+from simulations.runs.statistics import FEWEST_SEEDS, Comparison, smallest_exact_p
 
 __all__ = [
     "Contest",

@@ -15,7 +15,7 @@ from fedkn.config import ExperimentConfig, check_keys, validated
 from fedkn.data import partition, sources
 from fedkn.errors import UserError
 from fedkn.tables import nest, read_toml
-from server import strategies
+from server.strategies import registry as strategies
 
 REPOSITORY = Path(__file__).parents[2]
 

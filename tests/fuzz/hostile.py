@@ -30,7 +30,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.run import Run
 
-from server.arrivals import Arrivals
+from server.gate.arrivals import Arrivals
 from tests.fuzz.mutation import NUMBERS, TEXTS, mutated_bytes, mutated_json
 
 __all__ = ["Part", "arrived", "changed", "parts_of"]

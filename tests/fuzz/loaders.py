@@ -30,10 +30,11 @@ from fedkn.normalizers import create
 from server.checkpoints import Checkpoint, CheckpointStore
 from server.deployment.device_config import device_toml
 from server.deployment.fleet import Fleet
-from server.identities import read_identities, write_identities
 from server.metrics_log import MetricsLog
-from server.participation import begin
-from simulations.run_folder import GridRecord, RunFolder
+from server.rounds.identities import read_identities, write_identities
+from server.rounds.participation import begin
+from simulations.runs.folder import RunFolder
+from simulations.runs.records import GridRecord
 from tests.fuzz.mutation import mutated_bytes, mutated_json
 
 __all__ = ["LOADERS"]

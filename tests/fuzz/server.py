@@ -30,13 +30,13 @@ from fedkn.federation import (
     packed,
 )
 from fedkn.normalizers import TensorRole
-from server.aggregation import Aggregator
-from server.client_evaluation import evaluate_clients
-from server.exchange import _largest_reply
+from server.gate.exchange import _largest_reply
 from server.global_model import GlobalModel
-from server.membership import Member, Membership
-from server.participation import begin
-from server.rounds import run_round
+from server.rounds.aggregation import Aggregator
+from server.rounds.client_evaluation import evaluate_clients
+from server.rounds.loop import run_round
+from server.rounds.membership import Member, Membership
+from server.rounds.participation import begin
 from server.run import run_server
 from tests.fuzz.hostile import arrived, changed, parts_of
 from tests.fuzz.mutation import NUMBERS, TEXTS, mutated, mutated_bytes

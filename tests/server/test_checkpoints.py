@@ -19,7 +19,7 @@ from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from server import checkpoints as module
 from server.checkpoints import Checkpoint, CheckpointNotWritten, CheckpointStore, weights_sha256
-from server.participation import Participation
+from server.rounds.participation import Participation
 
 CONFIG = {"seed": 0, "train.batch_size": 2, "normalizer.name": "kernel"}
 

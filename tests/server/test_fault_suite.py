@@ -12,8 +12,8 @@ import pytest
 from flwr.app import Error, Message
 
 from fedkn.experiment import federated_data
-from server.membership import Membership
-from server.rounds import NoValidUpdates
+from server.rounds.loop import NoValidUpdates
+from server.rounds.membership import Membership
 from server.run import run_server
 from tests.server.fake_grid import FIRST_NODE, FakeGrid, Tamper, run, small
 from tests.server.faults import FAULTS, spoiled

@@ -19,8 +19,8 @@ from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError, UserError
 from server import checkpoints
 from server.checkpoints import CheckpointNotWritten, CheckpointStore, weights_sha256
-from server.membership import ClientsMissing
 from server.metrics_log import LogNotWritten
+from server.rounds.membership import ClientsMissing
 from server.run import run_server
 from tests.full_disk import fill, small_file_system
 from tests.server.fake_grid import FakeGrid, run, small

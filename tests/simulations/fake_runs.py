@@ -7,9 +7,10 @@ import signal
 import sys
 from pathlib import Path
 
-from simulations.grid import GridConfig
-from simulations.run_folder import GridRecord, RunFolder
-from simulations.scheduler import Board, Totals, run_grid
+from simulations.comparison.grid import GridConfig
+from simulations.comparison.scheduler import Board, Totals, run_grid
+from simulations.runs.folder import RunFolder
+from simulations.runs.records import GridRecord
 
 __all__ = ["Recorder", "make_run", "run_cells"]
 

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from server.checkpoints import CheckpointStore
-from simulations import programs
+from simulations.programs import program as programs
+from simulations.programs.trained_model import load_trained_model
 from simulations.report import summary_dict
 from simulations.report.holdings import client_tables
-from simulations.run_folder import RunFolder
-from simulations.trained_model import load_trained_model
+from simulations.runs.folder import RunFolder
 from tests.forgotten import forget_data
 from tests.simulations.trained_runs import (
     CLASSES,

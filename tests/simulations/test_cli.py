@@ -10,7 +10,7 @@ from PIL import Image
 from fedkn import __version__
 from fedkn.data.sources import load
 from simulations import cli
-from simulations.run_folder import RunFolder
+from simulations.runs.folder import RunFolder
 from tests.full_disk import fill, small_file_system
 
 # Two rounds of a few steps: what is tested is the way through, not the accuracy.

@@ -12,7 +12,7 @@ from fedkn.errors import FedknError, UserError
 from fedkn.tables import read_toml
 from server.deployment.fleet import Fleet
 from simulations.commands.options import given
-from simulations.grid import GridConfig
+from simulations.comparison.grid import GridConfig
 
 KEYS = sorted(GridConfig().flat())
 VALUES = [

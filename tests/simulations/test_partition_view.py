@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedkn.errors import UserError
 from simulations.partition_view import partition_table, save_picture
-from simulations.run_folder import PartitionRecord
+from simulations.runs.records import PartitionRecord
 
 RECORD = PartitionRecord("shards of 1, 3 clients", 4, ["cat", "dog"], [[9, 0], [0, 30], [1, 2]])
 

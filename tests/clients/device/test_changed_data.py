@@ -11,9 +11,9 @@ import pytest
 from clients.local_state import STATE_FOLDER
 from fedkn.data import sources
 from server.run import run_server
-from simulations.flower_runs import open_run
 from simulations.report.holdings import client_tables
 from simulations.report.losses import losses
+from simulations.runs.flower_runs import open_run
 from tests.forgotten import forget_data
 from tests.server.fake_grid import FakeGrid, small
 

@@ -18,7 +18,7 @@ from fedkn.experiment import data_summary, federated_data
 from fedkn.federation import join_request
 from fedkn.training.privacy_spent import PrivacySpent
 from fedkn.training.private import steps_of_a_round
-from server.membership import ClientsMissing
+from server.rounds.membership import ClientsMissing
 from server.run import run_server
 from tests.clients.test_app import context as node
 from tests.clients.test_app import sent

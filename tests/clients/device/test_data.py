@@ -15,7 +15,7 @@ from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, data_summary, federated_data, inputs_of
 from fedkn.federation import join_request
-from server.membership import ClientsMissing
+from server.rounds.membership import ClientsMissing
 from server.run import run_server
 from tests.clients.device.conftest import device_context
 from tests.server.fake_grid import FakeGrid, small

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedkn import models, normalizers
 from fedkn.normalizers import TensorRole
-from server.pooling import moment_pairs, pool_moments
+from server.rounds.pooling import moment_pairs, pool_moments
 
 
 def network(name):

@@ -12,7 +12,7 @@ import pytest
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from server import run as server_run
-from server.rounds import run_round
+from server.rounds.loop import run_round
 from simulations.engines.run import run_experiment
 from tests.server.fake_grid import small
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from fedkn.config import ExperimentConfig
 from fedkn.seeds import numpy_generator
-from simulations.run_folder import GridRecord, PartitionRecord, RunFolder, partition_label
+from simulations.runs.folder import RunFolder
+from simulations.runs.records import GridRecord, PartitionRecord, partition_label
 
 # Final accuracy and the rounds it takes to get most of the way there.
 SKILLS = {

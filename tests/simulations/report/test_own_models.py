@@ -12,8 +12,8 @@ from rich.console import Console
 from scipy import stats
 
 from simulations.report import build_report, summary_dict, summary_table
-from simulations.run_folder import RunFolder
-from simulations.statistics import holm
+from simulations.runs.folder import RunFolder
+from simulations.runs.statistics import holm
 from tests.simulations.report.synthetic import Synthetic
 from tests.simulations.report.test_report import Page, read
 

@@ -20,7 +20,7 @@ from scipy import stats
 from fedkn.errors import UserError
 from fedkn.text import printable
 from simulations.report import build_report, summary_dict, summary_table
-from simulations.run_folder import RunFolder
+from simulations.runs.folder import RunFolder
 from tests.simulations.report.synthetic import Synthetic
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}

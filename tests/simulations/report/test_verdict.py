@@ -12,7 +12,7 @@ from simulations.report.verdict import (
     what_own_models_show,
     what_the_seeds_show,
 )
-from simulations.statistics import Comparison
+from simulations.runs.statistics import Comparison
 
 
 def against(first: str, second: str, p_holm: float, difference: float = 0.03) -> Comparison:

@@ -1,0 +1,1 @@
+"""The rounds: who takes part, who is waited for, what becomes of the updates."""

@@ -1,0 +1,1 @@
+"""Strategies: from the updates' shared parameters to the next ones."""

@@ -1,0 +1,152 @@
+"""Strategies by name, with the options of the configuration: Flower's, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flwr.serverapp.strategy import (
+    Bulyan,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+    Krum,
+    MultiKrum,
+    QFedAvg,
+)
+
+from fedkn.config import ExperimentConfig, StrategyConfig
+from fedkn.errors import UserError, unknown_name
+from fedkn.federation import TRAIN_LOSS
+from server.strategies.base import Strategy
+from server.strategies.differential_privacy import PrivateMean
+from server.strategies.fednova import FedNova
+from server.strategies.flower import FlowerStrategy, quiet_flower
+from server.strategies.scaffold import Scaffold
+
+__all__ = ["create_strategy", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the strategies."""
+    return (*_FLOWERS, *_OURS)
+
+
+def create_strategy(config: ExperimentConfig, parameters: Sequence[str] = ()) -> Strategy:
+    """Return the configured strategy for the shared `parameters` of these names.
+
+    With ``privacy.mechanism`` of clients it is wrapped: it then clips and adds noise.
+
+    Raises:
+        UserError: the name is unknown, an option or the mechanism does not go with it, or the
+            cohort is too small for what it promises.
+    """
+    name = config.strategy.name
+    if name not in names():
+        raise unknown_name("strategy", name, names())
+    mechanism = config.privacy.mechanism
+    of_clients = mechanism.startswith(("server_", "client_"))
+    if of_clients and name not in _MEANS:
+        raise UserError(
+            f"privacy.mechanism = '{mechanism}' bounds what one client adds to a mean, which "
+            f"'{name}' does not take: set strategy.name to {' or '.join(_MEANS)}"
+        )
+    if name in _OURS:
+        return _OURS[name](config)
+    with quiet_flower():
+        strategy = _flowers(name, config)
+        if of_clients:
+            return PrivateMean(config, strategy, parameters)
+    return FlowerStrategy(strategy, parameters)
+
+
+def _flowers(name: str, config: ExperimentConfig) -> FedAvg:
+    """Return Flower's strategy, which trains every node that it is shown."""
+    tolerated = config.strategy.malicious_clients
+    factor, constant = _SMALLEST_COHORT.get(name, (0, 1))
+    if config.cohort < (needed := factor * tolerated + constant):
+        raise UserError(
+            f"{name} with strategy.malicious_clients = {tolerated} needs cohort >= {needed}, got "
+            f"{config.cohort}: raise cohort or tolerate fewer"
+        )
+    build, options = _FLOWERS[name]
+    arguments = {key: value for key, value in options(config).items() if value != "default"}
+    return build(
+        fraction_train=1.0,
+        fraction_evaluate=0.0,
+        min_train_nodes=1,
+        min_evaluate_nodes=0,
+        min_available_nodes=1,
+        **arguments,
+    )
+
+
+_OURS: dict[str, Callable[[ExperimentConfig], Strategy]] = {
+    "scaffold": Scaffold,
+    "fednova": FedNova,
+}
+
+_MEANS = ("fedavg", "fedprox")
+"""Strategies whose aggregate is the plain mean: noise is calibrated to what one client moves it."""
+
+# Updates needed to tolerate f malicious clients, a·f + b as (a, b): arXiv 1703.02757, Prop. 4.2,
+# and arXiv 1802.07927, Section 3.
+_SMALLEST_COHORT = {"krum": (2, 3), "multikrum": (2, 3), "bulyan": (4, 3)}
+
+Options = Callable[[ExperimentConfig], dict[str, Any]]
+
+
+def _none(config: ExperimentConfig) -> dict[str, Any]:
+    del config
+    return {}
+
+
+def _adaptive(config: ExperimentConfig) -> dict[str, Any]:
+    return {"eta": config.strategy.server_learning_rate, "tau": config.strategy.tau}
+
+
+def _of(build: Callable[[StrategyConfig], dict[str, Any]]) -> Options:
+    return lambda config: build(config.strategy)
+
+
+_FLOWERS: dict[str, tuple[type[FedAvg], Options]] = {
+    "fedavg": (FedAvg, _none),
+    "fedprox": (FedProx, _of(lambda s: {"proximal_mu": s.proximal_mu})),
+    "fedavgm": (
+        FedAvgM,
+        _of(
+            lambda s: {
+                "server_learning_rate": s.server_learning_rate,
+                "server_momentum": s.server_momentum,
+            }
+        ),
+    ),
+    "fedadam": (FedAdam, _adaptive),
+    "fedyogi": (FedYogi, _adaptive),
+    "fedadagrad": (FedAdagrad, _adaptive),
+    "qfedavg": (
+        QFedAvg,
+        # q-FedAvg estimates the Lipschitz constant by the clients' own learning rate.
+        lambda config: {
+            "client_learning_rate": config.train.learning_rate,
+            "q": config.strategy.q,
+            "train_loss_key": TRAIN_LOSS,
+        },
+    ),
+    "fedmedian": (FedMedian, _none),
+    "fedtrimmedavg": (FedTrimmedAvg, _of(lambda s: {"beta": s.trim})),
+    "krum": (Krum, _of(lambda s: {"num_malicious_nodes": s.malicious_clients})),
+    "multikrum": (
+        MultiKrum,
+        lambda config: {
+            "num_malicious_nodes": config.strategy.malicious_clients,
+            "num_nodes_to_select": max(1, config.cohort - config.strategy.malicious_clients),
+        },
+    ),
+    "bulyan": (Bulyan, _of(lambda s: {"num_malicious_nodes": s.malicious_clients})),
+}

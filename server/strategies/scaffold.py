@@ -1,0 +1,89 @@
+"""SCAFFOLD: control variates take the drift of unlike clients out of their local steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedkn.config import ExperimentConfig
+from fedkn.errors import UserError
+from fedkn.training import learning_rate
+from server.gate.screening import Update
+from server.strategies.base import Arrays, Strategy, weighted_sum
+
+__all__ = ["Scaffold"]
+
+_PREFIX = "control/"
+
+
+class Scaffold(Strategy):
+    """SCAFFOLD with option II (arXiv 1910.06378, Algorithm 1, Eq. 4 and 5).
+
+    A client i takes the steps y <- y - lr (g(y) - c_i + c), keeps c_i+ = c_i - c + (x - y)/(K lr)
+    and sends y. With S the updates of the round and N all clients the server sets
+
+        x <- x + lr_g mean_S(y_i - x),    c <- c + |S|/N mean_S(c_i+ - c_i).
+
+    Both means are uniform, as in the paper. The difference of a client's variates,
+    (x - y_i)/(K_i lr) - c, contains nothing that the server does not have, so it is computed here
+    and nothing is sent for it: an update costs as much as FedAvg's, and no client can set c but
+    through its update. K_i is the number of local steps in the update's metrics.
+
+    Raises:
+        UserError: with local momentum, for which option II's K lr is not the sum of the steps.
+    """
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        if config.train.momentum:
+            raise UserError(
+                f"scaffold needs train.momentum = 0, got {config.train.momentum:g}: its control "
+                "variates are means of plain gradients"
+            )
+        if config.privacy.mechanism == "example":
+            raise UserError(
+                "scaffold corrects every step, which DP-SGD does not take: set strategy.name = "
+                "'fedavg', or privacy.mechanism = 'none'"
+            )
+        self._config = config
+        rate = config.strategy.server_learning_rate
+        self._rate = 1.0 if rate == "default" else rate
+        self._control: dict[str, np.ndarray] = {}
+
+    def control(self, parameters: Arrays) -> dict[str, np.ndarray]:
+        """Return c; before the first round it is zero."""
+        return {
+            name: self._control.get(name, np.zeros_like(value))
+            for name, value in parameters.items()
+        }
+
+    def aggregate(
+        self, round_: int, sent: Arrays, updates: Sequence[Update]
+    ) -> dict[str, np.ndarray]:
+        """Return x after the round; c goes along."""
+        local = learning_rate(self._config.train, round_, self._config.rounds)
+        share = len(updates) / self._config.partition.clients
+        mean = weighted_sum(updates, [1 / len(updates)] * len(updates), sent)
+        control = self.control(sent)
+        following: dict[str, np.ndarray] = {}
+        for name, x in sent.items():
+            gradients = [
+                (x.astype(np.float64) - u.arrays[name]) / (u.metrics["steps"] * local)
+                for u in updates
+            ]
+            following[name] = (1 - self._rate) * x + self._rate * mean[name]
+            moved = (1 - share) * control[name] + share * np.mean(gradients, axis=0)
+            self._control[name] = np.asarray(moved, dtype=x.dtype)
+        return following
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return c by parameter."""
+        return {_PREFIX + name: value for name, value in self._control.items()}
+
+    def load_state(self, arrays: Arrays) -> None:
+        """Restore c."""
+        self._control = {
+            name.removeprefix(_PREFIX): np.asarray(value)
+            for name, value in arrays.items()
+            if name.startswith(_PREFIX)
+        }

@@ -1,0 +1,1 @@
+"""A comparison: its grid, its search for learning rates, its scheduler."""

@@ -1,0 +1,85 @@
+"""Everything that can be known to be wrong with a grid, found before anything is written."""
+
+from __future__ import annotations
+
+from fedkn.config import PartitionConfig
+from fedkn.data.partition import label_counts
+from fedkn.errors import UserError
+from fedkn.experiment import build_model, device_of, federated_data, normalizer_of
+from fedkn.normalizers import TensorRole
+from fedkn.training import refuse_unprivate
+from server.strategies.registry import create_strategy
+from simulations.comparison.grid import (
+    GridConfig,
+    groups,
+    partitions,
+    result_cells,
+    searches,
+    seeds,
+    untrainable,
+)
+from simulations.runs.records import PartitionRecord, partition_label
+
+__all__ = ["check", "count_labels"]
+
+
+def check(grid: GridConfig) -> list[PartitionRecord]:
+    """Check names, data, partitions and models of `grid`.
+
+    Returns:
+        The label counts of every partition, for each seed of the results.
+
+    Raises:
+        UserError: the first thing found that would make cells fail, naming what to change.
+    """
+    reasons = [untrainable(group) for group in groups(grid)]
+    if all(reasons):
+        raise UserError(f"nothing can be trained: {reasons[0]}; give a larger batch size")
+    create_strategy(grid.experiment)
+    device_of(grid.experiment)
+    for partition in partitions(grid):
+        for seed in seeds(grid, "search") if searches(grid) else ():
+            _count(grid, partition, seed)
+    tables = count_labels(grid)
+    _check_models(grid)
+    return tables
+
+
+def count_labels(grid: GridConfig) -> list[PartitionRecord]:
+    """Return client x label counts of every partition of `grid`, for each seed of the results.
+
+    Raises UserError where the data or a partition of them cannot be had.
+    """
+    return [
+        _count(grid, partition, seed)
+        for partition in partitions(grid)
+        for seed in seeds(grid, "result")
+    ]
+
+
+def _count(grid: GridConfig, partition: PartitionConfig, seed: int) -> PartitionRecord:
+    config = grid.experiment.model_copy(update={"partition": partition, "seed": seed})
+    data = federated_data(config)
+    counts = label_counts(data.train.labels, data.parts, data.train.num_classes)
+    label = partition_label(partition)
+    classes, notes = list(data.train.classes), list(data.notes)
+    return PartitionRecord(label, seed, classes, counts.tolist(), notes)
+
+
+def _check_models(grid: GridConfig) -> None:
+    by_normalizer = {group.normalizer: group for group in groups(grid)}
+    keep_tensors = []
+    for name, group in by_normalizer.items():
+        config = result_cells(grid, group, grid.compare.learning_rates[0])[0].config
+        normalizer, model = normalizer_of(config), build_model(config)
+        if config.privacy.mechanism == "example":
+            refuse_unprivate(normalizer, model, config.train.precision)
+        rule = normalizer.federation_rule(model)
+        if TensorRole.LOCAL in rule.values():
+            keep_tensors.append(name)
+    if keep_tensors and not grid.evaluation.client_fraction:
+        keep = "keeps" if len(keep_tensors) == 1 else "keep"
+        raise UserError(
+            f"{', '.join(keep_tensors)} {keep} tensors on the clients: set "
+            "evaluation.client_fraction (say 0.2), so that each client's own model can be evaluated"
+        )

@@ -1,0 +1,1 @@
+"""What a run leaves behind: its folder, its lines, and what they show."""

@@ -1,0 +1,209 @@
+"""The lines of metrics.jsonl: what each kind must hold.
+
+docs/run-folder.md describes them. Fields that later versions added are missing in older runs.
+`parsed` is the one place where a line is checked: whoever reads what it returns may rely on every
+field's type and range.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedkn.text import printable
+from simulations.runs.results import LARGEST_NUMBER, number
+
+__all__ = ["parsed"]
+
+
+def parsed(text: bytes) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl, None where it is malformed.
+
+    That is: no JSON object, nested too deeply, of an unknown kind, without a required field, or
+    with one of another type or beyond its range. Errors and reasons are made printable.
+    """
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not _is_cell(line.get("cell")):
+        return None
+    kind = line.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        return None
+    required, optional = _KINDS[kind]
+    if not required.keys() <= line.keys():
+        return None
+    checks = {**required, **optional}
+    if not all(check(line[name]) for name, check in checks.items() if name in line):
+        return None
+    if "error" in line:
+        line["error"] = printable(line["error"], _LONGEST)
+    for loss in (*line.get("refused", ()), *line.get("failed", ())):
+        loss["reason"] = printable(loss["reason"], _LONGEST)
+    return line
+
+
+# -- what is a sound value ------------------------------------------------------------------------
+
+_LARGEST_COUNT = 2**53  # beyond, a float is not exact
+_LONGEST = 1000
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and bool(_HASH.fullmatch(value))
+
+
+def _is_cell(value: Any) -> bool:
+    """Whether it names a cell: it is part of paths, too."""
+    sound = isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()
+    return sound and not set(value) & set("/\\") and value not in (".", "..")
+
+
+def _is_count(value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and 0 <= value <= _LARGEST_COUNT
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number, NaN and null included, which both say that there is none."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_amount(value: Any) -> bool:
+    """Whether it is a number that is there, finite and not negative."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool)
+    return usable and 0 <= value <= LARGEST_NUMBER
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and (math.isnan(number(value)) or 0 <= number(value) <= 1)
+
+
+def _one_of(*values: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in values
+
+
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _by_client(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def sound(value: Any) -> bool:
+        return isinstance(value, dict) and all(
+            _CLIENT.fullmatch(key) and check(of_client) for key, of_client in value.items()
+        )
+
+    return sound
+
+
+def _is_loss(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"client", "reason"} <= value.keys()
+        and (value["client"] is None or _is_count(value["client"]))
+        and _is_text(value["reason"])
+    )
+
+
+def _is_client_result(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"client", "examples", "correct", "loss"} <= value.keys()
+        and all(_is_count(value[name]) for name in ("client", "examples", "correct"))
+        and value["correct"] <= value["examples"]
+        and value["examples"] > 0
+        and _is_number(value["loss"])
+    )
+
+
+def _is_holding(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"client", "examples", "labels"} <= value.keys()
+        and _is_count(value["client"])
+        and _is_count(value["examples"])
+        and (value["labels"] is None or _by_client(_is_count)(value["labels"]))
+    )
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(setting, str | int | float | bool) for setting in value.values()
+    )
+
+
+_CLIENT = re.compile(r"[0-9]{1,15}")
+_HASH = re.compile(r"[0-9a-f]{1,128}")
+_SPLIT = _one_of("test", "validation")
+_Checks = Mapping[str, Callable[[Any], bool]]
+
+_KINDS: dict[str, tuple[_Checks, _Checks]] = {
+    "start": (
+        {"purpose": _one_of("search", "result"), "config": _is_config},
+        dict.fromkeys(("parameters", "tensors", "local_tensors"), _is_count),
+    ),
+    "joined": ({"clients": _list_of(_is_holding)}, {"round": _is_count}),
+    "round": (
+        {
+            **dict.fromkeys(("round", "updates", "examples", "steps"), _is_count),
+            **dict.fromkeys(("skipped_batches", "skipped_examples"), _is_count),
+            **dict.fromkeys(("bytes_down", "bytes_up"), _is_count),
+            "seconds": _is_amount,
+            "cohort": _list_of(_is_count),
+            "refused": _list_of(_is_loss),
+            "failed": _list_of(_is_loss),
+            "train_loss": _is_number,
+            "train_seconds": _is_number,
+            "learning_rate": _is_number,
+        },
+        {
+            "late": _list_of(_is_count),
+            "state_lost": _list_of(_is_count),
+            "epsilon": _by_client(_is_number),
+            "batch_sizes": _by_client(_is_count),
+            "data_changed": _list_of(_is_count),
+            "waiting_seconds": _is_amount,
+            "waited_for": _list_of(_is_count),
+        },
+    ),
+    "evaluation": (
+        {
+            "round": _is_count,
+            "split": _SPLIT,
+            "accuracy": _is_share,
+            "loss": _is_number,
+            "examples": _is_count,
+        },
+        {},
+    ),
+    "client_evaluation": (
+        {
+            "round": _is_count,
+            "split": _SPLIT,
+            **dict.fromkeys(("mean", "worst_tenth"), _is_share),
+            **dict.fromkeys(("deviation", "loss"), _is_number),
+            "clients": _list_of(_is_client_result),
+            "failed": _list_of(_is_loss),
+        },
+        {},
+    ),
+    "waiting": (
+        {"round": _is_count, "clients": _list_of(_is_count), "seconds": _is_amount},
+        {"heartbeats": _by_client(_is_amount)},
+    ),
+    "memory": ({"peak_bytes": _is_count}, {}),
+    "resume": ({"round": _is_count}, {}),
+    "end": (
+        {"status": _one_of("completed", "failed", "untrainable")},
+        {"seconds": _is_number, "weights_sha256": _is_hash, "error": _is_text},
+    ),
+}
+"""By kind the fields that a line must have, and those that it may have, each with its check."""

@@ -1,0 +1,110 @@
+"""What the files of a run folder say: of the grid, of its partitions, of every cell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fedkn.config import ExperimentConfig, PartitionConfig
+from simulations.runs.results import ClientEvaluation, Evaluation, Holding, Round
+
+__all__ = ["DEPLOYED", "CellRecord", "GridRecord", "PartitionRecord", "partition_label"]
+
+DEPLOYED = "fedkn deploy run"
+"""How the command begins that trains on a fleet's devices."""
+
+Purpose = Literal["search", "result"]
+
+Status = Literal["completed", "failed", "untrainable", "unfinished"]
+
+
+@dataclass(frozen=True)
+class GridRecord:
+    """experiment.json: the resolved grid and the command that repeats it.
+
+    `partitions` holds labels (see `partition_label`); `search` says how learning rates were
+    searched (free form, shown in the report); `experiment` is the base experiment's dotted keys.
+    """
+
+    name: str
+    command: str
+    normalizers: list[str]
+    batch_sizes: list[int]
+    partitions: list[str]
+    seeds: list[int]
+    learning_rates: list[float]
+    search: dict[str, Any]
+    experiment: dict[str, Any]
+
+    @property
+    def deployed(self) -> bool:
+        """Whether a fleet's devices train it."""
+        return self.command.startswith(DEPLOYED)
+
+
+@dataclass(frozen=True)
+class PartitionRecord:
+    """One table of partition.json: `counts[client][label]` images for one partition and seed.
+
+    `notes`: what of the data was left out, passed over or has no image, in sentences.
+    """
+
+    partition: str
+    seed: int
+    classes: list[str]
+    counts: list[list[int]]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class CellRecord:
+    """One cell of the grid: what it was to do and what came of it.
+
+    `rounds` and `evaluations` are sorted by round, each round once. `status` is "unfinished" for
+    a cell that runs now or was killed: the two look alike from the outside. `local_tensors` is the
+    number of the model's tensors that never leave the clients, None where no line tells;
+    `client_evaluation` is that of the clients' own models, if there was one; `holdings` has by
+    client what it said last, on joining, that it holds.
+    """
+
+    id: str
+    purpose: Purpose
+    config: ExperimentConfig
+    parameters: int | None = None
+    tensors: int | None = None
+    local_tensors: int | None = None
+    rounds: list[Round] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    client_evaluation: ClientEvaluation | None = None
+    holdings: dict[int, Holding] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    resumes: int = 0
+    status: Status = "unfinished"
+    seconds: float | None = None
+    weights_sha256: str | None = None
+    error: str | None = None
+
+    @property
+    def partition(self) -> str:
+        """The label of the cell's partition."""
+        return partition_label(self.config.partition)
+
+    def accuracies(self, split: str) -> dict[int, float]:
+        """Return accuracy by round on `split`."""
+        return {e.round: e.accuracy for e in self.evaluations if e.split == split}
+
+
+def partition_label(partition: PartitionConfig) -> str:
+    """Return the name of a partition in tables and file names: "dirichlet 0.3, 20 clients".
+
+    Partitions that differ in a setting their scheme uses have different labels.
+    """
+    setting = {
+        "dirichlet": f" {partition.alpha:g}",
+        "shards": f" of {partition.shards_per_client}",
+        "quantity": f" {partition.sigma:g}",
+    }.get(partition.scheme, "")
+    label = f"{partition.scheme}{setting}, {partition.clients} clients"
+    if partition.minimum != PartitionConfig().minimum:
+        label += f", minimum {partition.minimum}"
+    return label

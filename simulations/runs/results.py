@@ -1,0 +1,203 @@
+"""What the lines of metrics.jsonl read as: rounds, evaluations, holdings, losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = [
+    "LARGEST_NUMBER",
+    "ClientEvaluation",
+    "ClientResult",
+    "Evaluation",
+    "Holding",
+    "Loss",
+    "Round",
+    "client_evaluation_of",
+    "evaluation_of",
+    "holdings_of",
+    "number",
+    "round_of",
+]
+
+LARGEST_NUMBER = 1e39  # beyond every float32; its square is still a float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A client that did not count in a round or an evaluation, and why.
+
+    `client` is None where nobody could tell whose reply it was.
+    """
+
+    client: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a cell, as its server reported it. Units as in docs/run-folder.md.
+
+    `late`: clients whose reply was not waited for. `state_lost`: clients that began anew because
+    what they keep between rounds was gone. `epsilon`: what each client that trained with
+    differential privacy has spent so far, infinite without noise. `batch_sizes`: those of devices
+    that could not bear the one asked for. `data_changed`: clients whose own images are others than
+    in their first round.
+    """
+
+    round: int
+    seconds: float
+    cohort: tuple[int, ...]
+    updates: int
+    examples: int
+    steps: int
+    skipped_batches: int
+    skipped_examples: int
+    refused: tuple[Loss, ...]
+    failed: tuple[Loss, ...]
+    train_loss: float
+    bytes_down: int
+    bytes_up: int
+    train_seconds: float
+    learning_rate: float
+    late: tuple[int, ...] = ()
+    state_lost: tuple[int, ...] = ()
+    epsilon: Mapping[int, float] = field(default_factory=dict)
+    batch_sizes: Mapping[int, int] = field(default_factory=dict)
+    data_changed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a client said on joining that it holds to train on.
+
+    `labels`: examples by class (an index); None where it said no more than their number.
+    """
+
+    client: int
+    examples: int
+    labels: Mapping[int, int] | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The global model's accuracy (0 to 1) and loss on one split after a round."""
+
+    round: int
+    split: str
+    accuracy: float
+    loss: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """One client's own model on the images that it keeps: `correct` of `examples`, mean loss."""
+
+    client: int
+    examples: int
+    correct: int
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of its images that it classifies correctly."""
+        return self.correct / self.examples
+
+
+@dataclass(frozen=True)
+class ClientEvaluation:
+    """Every client's own model on its own images of one split, after the last round.
+
+    `mean`, `worst_tenth` (mean of the tenth of the clients that do worst) and `deviation` are of
+    the clients' accuracies (0 to 1), each client counting once; NaN where no client answered.
+    """
+
+    round: int
+    split: str
+    mean: float
+    worst_tenth: float
+    deviation: float
+    loss: float
+    clients: tuple[ClientResult, ...]
+    failed: tuple[Loss, ...]
+
+
+def round_of(line: Mapping[str, Any]) -> Round:
+    """Return the round that a line of kind ``round`` tells of."""
+    return Round(
+        round=line["round"],
+        seconds=number(line["seconds"]),
+        cohort=tuple(line["cohort"]),
+        updates=line["updates"],
+        examples=line["examples"],
+        steps=line["steps"],
+        skipped_batches=line["skipped_batches"],
+        skipped_examples=line["skipped_examples"],
+        refused=_losses(line["refused"]),
+        failed=_losses(line["failed"]),
+        train_loss=number(line["train_loss"]),
+        bytes_down=line["bytes_down"],
+        bytes_up=line["bytes_up"],
+        train_seconds=number(line["train_seconds"]),
+        learning_rate=number(line["learning_rate"]),
+        late=tuple(line.get("late", ())),
+        state_lost=tuple(line.get("state_lost", ())),
+        # JSON has no infinity: an epsilon without bound is written as null.
+        epsilon={
+            int(client): math.inf if value is None else float(value)
+            for client, value in line.get("epsilon", {}).items()
+        },
+        batch_sizes={int(client): n for client, n in line.get("batch_sizes", {}).items()},
+        data_changed=tuple(line.get("data_changed", ())),
+    )
+
+
+def holdings_of(line: Mapping[str, Any]) -> list[Holding]:
+    """Return what a line of kind ``joined`` tells of the clients that have joined."""
+    return [
+        Holding(
+            of["client"],
+            of["examples"],
+            None if of["labels"] is None else {int(i): n for i, n in of["labels"].items()},
+        )
+        for of in line["clients"]
+    ]
+
+
+def evaluation_of(line: Mapping[str, Any]) -> Evaluation:
+    """Return what a line of kind ``evaluation`` tells of the global model."""
+    accuracy, loss = number(line["accuracy"]), number(line["loss"])
+    return Evaluation(line["round"], line["split"], accuracy, loss, line["examples"])
+
+
+def client_evaluation_of(line: Mapping[str, Any]) -> ClientEvaluation:
+    """Return what a line of kind ``client_evaluation`` tells of the clients' own models."""
+    return ClientEvaluation(
+        round=line["round"],
+        split=line["split"],
+        mean=number(line["mean"]),
+        worst_tenth=number(line["worst_tenth"]),
+        deviation=number(line["deviation"]),
+        loss=number(line["loss"]),
+        clients=tuple(
+            ClientResult(of["client"], of["examples"], of["correct"], number(of["loss"]))
+            for of in line["clients"]
+        ),
+        failed=_losses(line["failed"]),
+    )
+
+
+def number(value: float | None) -> float:
+    """Return a number of a line as a float: JSON has no NaN, and the log writes null.
+
+    So does what is infinite, or larger than any loss can be and have a square: nobody can compute
+    with it.
+    """
+    return math.nan if value is None or abs(value) > LARGEST_NUMBER else float(value)
+
+
+def _losses(losses: Iterable[Mapping[str, Any]]) -> tuple[Loss, ...]:
+    return tuple(Loss(loss["client"], loss["reason"]) for loss in losses)
