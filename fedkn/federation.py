@@ -76,8 +76,8 @@ CONTROL = "control"
 # Record of every message to a client: what it must know of the experiment's images.
 DATA = "data"
 
-# Config of a training message; the round carries Flower's name. A strategy adds what its client half
-# is to be told.
+# Config of a training message; the round carries Flower's name. A strategy adds what its client
+# half is to be told.
 ROUND, LEARNING_RATE = "server-round", "learning-rate"
 
 # Which run a client's own tensors belong to, and the round that left them as the server last

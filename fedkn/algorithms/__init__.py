@@ -1,4 +1,4 @@
-"""Algorithms: for each a file here, its client half, and one of the same name in server/strategies/.
+"""Algorithms: for each a file here, its client half, and one of its name in server/strategies/.
 
 An algorithm is known by the name of its files, which is its ``strategy.name``: to add one is to add
 the two. A strategy without a file here trains as FedAvg does: only its server half is its own.

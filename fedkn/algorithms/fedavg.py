@@ -1,8 +1,9 @@
 """FedAvg, the client half: plain local SGD (its server half: `server/strategies/fedavg.py`).
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
-AISTATS 2017, arXiv 1602.05629, Algorithm 1: a client takes the steps w <- w - lr g(w) over batches of
-its own examples, E times over all of them, and sends w. `fedkn/reference.py` is all of it on one page.
+AISTATS 2017, arXiv 1602.05629, Algorithm 1: a client takes the steps w <- w - lr g(w) over batches
+of its own examples, E times over all of them, and sends w. `fedkn/reference.py` is all of it on one
+page.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """FedNova, the client half: plain local SGD, whose number of steps the server half divides by.
 
-Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization",
-NeurIPS 2020, arXiv 2007.07481. A client takes FedAvg's steps and sends what FedAvg's sends: how many
-steps they were is in every update's metrics. The server half is `server/strategies/fednova.py`.
+Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated
+Optimization", NeurIPS 2020, arXiv 2007.07481. A client takes FedAvg's steps and sends what FedAvg's
+sends: how many steps they were is in every update's metrics. The server half is
+`server/strategies/fednova.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """FedProx, the client half: a term that holds clients near the global model.
 
-Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, arXiv 1812.06127, Eq. 2. Its
-server half (`server/strategies/fedprox.py`) averages as FedAvg's does, and tells the term's weight.
+Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, arXiv 1812.06127, Eq. 2.
+The server half (`server/strategies/fedprox.py`) averages as FedAvg's does, and tells the term's
+weight.
 """
 
 from __future__ import annotations

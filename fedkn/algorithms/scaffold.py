@@ -31,8 +31,8 @@ _CONTROL = "control/"
 class Scaffold(LocalRule):
     """Client i takes the steps y <- y - lr (g(y) - c_i + c) and keeps c_i+ (`next_control`).
 
-    c, the server's control variate, comes beside the model (`LocalTask.given`), one number for every
-    shared parameter; c_i never leaves the client. Parameters that are not shared are not corrected.
+    c, the server's control variate, comes beside the model (`LocalTask.given`), one tensor for every
+    shared parameter; c_i never leaves the client. Parameters not shared are not corrected.
     """
 
     alone: ClassVar[str] = "scaffold corrects the gradients of each of them"
@@ -108,7 +108,8 @@ def next_control(
     """Return c_i+ = c_i - c + (x - y)/(K lr) by parameter, for each of `control_server`.
 
     arXiv 1910.06378, Eq. 4, option II: x is `received`, y is `trained`, K is `steps`. Without a
-    step c_i stays. Computed in float64 on the CPU, as the server does, and returned in the dtypes of c.
+    step c_i stays. Computed in float64 on the CPU, as the server does, and returned in the dtypes
+    of c.
     """
     following: dict[str, Tensor] = {}
     for name, c in control_server.items():

@@ -94,9 +94,9 @@ def train_locally(
     Every step: the batches of `plan_batches`, augmented and scaled, each forward with all random
     draws, the network's own included, from the task's seeds (`fedkn.training.draws`), in
     ``train.precision``, cross entropy and backward; the mean of their gradients, each weighted by
-    its examples, clipped; SGD. The task's rules change that gradient before and after it is clipped.
-    Images and labels are on the model's device. The model's `normalizer` says what is too small a
-    batch, and prepares and completes its layers.
+    its examples, clipped; SGD. The task's rules change that gradient before and after it is
+    clipped. Images and labels are on the model's device. The model's `normalizer` says what is too
+    small a batch, and prepares and completes its layers.
 
     Where the layers treat every example by itself and drop nothing, a step over several batches is
     that over one batch of all their examples.

@@ -163,13 +163,11 @@ def train_stacked(
         UserError: if the network draws random numbers of its own (`torch.nn.Dropout`, ...), or has
             operations that `torch.func.vmap` does not know.
         ValueError: if the tasks differ in more than the client, carry anything from round to round,
-            have a rule that cannot be stacked, accumulate the gradient or compute in another precision
-            than float32, or as `StackedWorkspace.load`.
+            have a rule that cannot be stacked, accumulate the gradient or compute in another
+            precision than float32, or as `StackedWorkspace.load`.
     """
     started = time.perf_counter()
-    kinds = {
-        (c.task.round_, c.task.train, c.task.learning_rate, c.task.rules) for c in clients
-    }
+    kinds = {(c.task.round_, c.task.train, c.task.learning_rate, c.task.rules) for c in clients}
     if len(kinds) != 1:
         raise ValueError("clients that train together must be given the same training")
     train, rules = clients[0].task.train, clients[0].task.rules

@@ -24,9 +24,9 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class ClippedUpdate(LocalRule):
-    """Sends an update clipped by `clip_update`: the client half of ``privacy.mechanism = client_…``.
+    """Sends an update clipped by `clip_update`: the client half of client-level privacy.
 
-    Its server half is `server/strategies/differential_privacy.py`.
+    It is for ``privacy.mechanism = client_…``; the server half is `server/strategies/differential_privacy.py`.
     """
 
     norm: float

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord
 
+from fedkn.averaging import moment_pairs, pool_moments, weighted_sum
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import normalizer_of
 from fedkn.federation import EXAMPLES
 from fedkn.normalizers import TensorRole
 from server.gate.screening import Update
-from server.rounds.pooling import moment_pairs, pool_moments
-from server.strategies.base import Arrays, NoAggregate, weighted_sum
+from server.strategies.base import Arrays, NoAggregate
 from server.strategies.registry import create_strategy
 
 __all__ = ["Aggregator", "NoAggregate"]
@@ -113,9 +113,9 @@ class Aggregator:
         total = sum(update.metrics[EXAMPLES] for update in updates)
         weights = [update.metrics[EXAMPLES] / total for update in updates]
         parameters = self._strategy.aggregate(round_, self._only_parameters(sent), updates)
-        buffers = weighted_sum(updates, weights, set(shared) - set(self._parameters))
-        made = {name: parameters[name] if name in parameters else buffers[name] for name in shared}
         arrays = [update.arrays for update in updates]
+        buffers = weighted_sum(arrays, weights, set(shared) - set(self._parameters))
+        made = {name: parameters[name] if name in parameters else buffers[name] for name in shared}
         # A running mean over the first rounds: the initial statistics weigh nothing.
         momentum = max(normalizer_of(self._config).pooling_momentum, 1 / round_)
         return made | pool_moments(moment_pairs(rule), sent, arrays, weights, momentum)

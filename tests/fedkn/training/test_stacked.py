@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkn import models, normalizers
+from fedkn.algorithms.fedprox import FedProx
 from fedkn.config import TrainConfig
 from fedkn.errors import UserError
 from fedkn.training import Inputs, LocalTask, LocalUpdate, Workspace, stacked, train_locally
@@ -49,7 +50,7 @@ def _clients(
             name: value + 0.02 * torch.randn(value.shape, generator=draw)
             for name, value in _model(normalizer).state_dict().items()
         }
-        task = LocalTask(3, 2, 10 + place, train, train.learning_rate, mu)
+        task = LocalTask(3, 2, 10 + place, train, train.learning_rate, (FedProx(mu),))
         clients.append(StackedClient(task, received, images, labels))
     return clients
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedkn.averaging import moment_pairs, pool_moments
 from fedkn.errors import UserError
 from fedkn.normalizers import TensorRole
-from server.rounds.pooling import moment_pairs, pool_moments
 
 PAIRS = [("norm.mean", "norm.variance")]
 
