@@ -31,7 +31,7 @@ _CONTROL = "control/"
 class Scaffold(LocalRule):
     """Client i takes the steps y <- y - lr (g(y) - c_i + c) and keeps c_i+ (`next_control`).
 
-    c, the server's control variate, comes beside the model (`LocalTask.given`), one tensor for every
+    c, the server's control variate, comes beside the model (`LocalTask.given`), one tensor for each
     shared parameter; c_i never leaves the client. Parameters not shared are not corrected.
     """
 

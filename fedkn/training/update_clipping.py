@@ -26,7 +26,8 @@ Arrays = Mapping[str, np.ndarray]
 class ClippedUpdate(LocalRule):
     """Sends an update clipped by `clip_update`: the client half of client-level privacy.
 
-    It is for ``privacy.mechanism = client_…``; the server half is `server/strategies/differential_privacy.py`.
+    It is for ``privacy.mechanism = client_…``; the server half is `PrivateMean`, in
+    `server/strategies/differential_privacy.py`.
     """
 
     norm: float
