@@ -47,8 +47,6 @@ def parsed(text: bytes) -> dict[str, Any] | None:
     return line
 
 
-# -- what is a sound value ------------------------------------------------------------------------
-
 _LARGEST_COUNT = 2**53  # beyond, a float is not exact
 _LONGEST = 1000
 

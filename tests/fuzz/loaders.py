@@ -20,13 +20,14 @@ from flwr.app import Context, RecordDict
 
 from clients.device.settings import read_device
 from clients.local_state import local_state
-from fedkn.config import ExperimentConfig, read_toml
+from fedkn.config import ExperimentConfig
 from fedkn.data.arrays import load_arrays
 from fedkn.data.decoded import Decoded, load_decoded
 from fedkn.errors import FedknError
 from fedkn.models import build
 from fedkn.models.published import load_published_weights
 from fedkn.normalizers import create
+from fedkn.tables import read_toml
 from server.checkpoints import Checkpoint, CheckpointStore
 from server.deployment.device_config import device_toml
 from server.deployment.fleet import Fleet

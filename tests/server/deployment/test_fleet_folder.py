@@ -13,6 +13,7 @@ import tempfile
 import threading
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.cli.build import build_fab_from_disk
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
@@ -32,6 +34,8 @@ from server.deployment.fleet import Fleet
 from server.deployment.ports import check_free, free_port
 from server.deployment.programs import supernode
 from simulations.cli import main
+
+ROOT = Path(__file__).parents[3]
 
 SECRET = (".key", ".secret", ".pem")
 
@@ -322,12 +326,27 @@ def test_a_taken_port_names_itself_and_its_holder():
     check_free(free_port(), "127.0.0.1", "")
 
 
+def python_files(names: Iterable[str]) -> set[str]:
+    return {name for name in names if name.endswith(".py")}
+
+
+def what_runs_in_a_fleet() -> set[str]:
+    folders = (ROOT / package for package in ("fedkn", "clients", "server"))
+    files = {path.relative_to(ROOT).as_posix() for one in folders for path in one.rglob("*.py")}
+    assert {"server/app.py", "server/rounds/loop.py", "clients/app.py"} <= files
+    return {name for name in files if not name.startswith("server/deployment/")}
+
+
+def test_what_flwr_bundles_of_a_checkout_leaves_out_what_starts_a_fleet_and_nothing_else():
+    with zipfile.ZipFile(BytesIO(build_fab_from_disk(ROOT))) as bundle:
+        assert python_files(bundle.namelist()) == what_runs_in_a_fleet()
+
+
 def test_the_bundle_holds_the_code_and_every_default():
     with zipfile.ZipFile(BytesIO(build_bundle())) as bundle:
         names = set(bundle.namelist())
         project = tomllib.loads(bundle.read("pyproject.toml").decode())
-    assert {"server/app.py", "clients/app.py", "fedkn/config.py"} <= names
-    assert not [name for name in names if name.startswith(("server/deployment", "simulations"))]
+    assert python_files(names) == what_runs_in_a_fleet()
     config = project["tool"]["flwr"]["app"]["config"]
     defaults = ExperimentConfig.resolve(config).overlay(partition__clients=20)
     assert defaults == ExperimentConfig().overlay(partition__clients=20)
