@@ -1,9 +1,9 @@
 """Federated averaging of a normalizer on one page: the definition that every engine must equal.
 
-No engine, no messages, nothing fast: read this first. It is FedAvg (arXiv 1602.05629, Algorithm 1)
-with what becomes of a normalizer's tensors in a round (`fedkn.normalizers`). Engines end in its bits
-on the CPU, because every draw is seeded by what it is for and updates are added in the order of the
-clients (tests/fedkn/test_reference.py).
+No engine, no messages, nothing fast: read this first. It is FedAvg (arXiv 1602.05629, Algorithm
+1) with what becomes of a normalizer's tensors in a round (`fedkn.normalizers`). Engines end in its
+bits on the CPU, because every draw is seeded by what it is for and updates are added in the order
+of the clients (tests/fedkn/test_reference.py).
 """
 
 from __future__ import annotations
