@@ -14,8 +14,9 @@ from fedkn.config import ExperimentConfig
 from fedkn.experiment import build_model, device_of, federated_data, inputs_of
 from fedkn.training.concurrent import ConcurrentWorkspaces, train_concurrently
 from fedkn.training.memory import step_memory
-from fedkn.training.stacked import StackedWorkspace, train_stacked
+from fedkn.training.stacked import train_stacked
 from fedkn.training.stacked_batches import StackedClient
+from fedkn.training.stacked_workspace import StackedWorkspace
 from simulations.engines.choice import Together, processes_of, together_of
 from simulations.engines.gathering import Trained, Wanted
 

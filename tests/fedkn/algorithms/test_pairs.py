@@ -16,8 +16,9 @@ from fedkn.errors import UserError
 from fedkn.experiment import why_alone
 from fedkn.training import Inputs, LocalRule, LocalTask
 from fedkn.training.kept_momentum import KeptMomentum
-from fedkn.training.stacked import StackedWorkspace, train_stacked
+from fedkn.training.stacked import train_stacked
 from fedkn.training.stacked_batches import StackedClient
+from fedkn.training.stacked_workspace import StackedWorkspace
 from fedkn.training.update_clipping import ClippedUpdate
 from server.strategies import registry
 from server.strategies.base import Strategy
