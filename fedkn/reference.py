@@ -32,8 +32,7 @@ Arrays = Mapping[str, np.ndarray]
 def federated_averaging(config: ExperimentConfig) -> dict[str, np.ndarray]:
     """Return the global tensors after the rounds of `config`, by name; computed on the CPU.
 
-    Raises:
-        UserError: `config` asks for what is not on this page, or cannot work.
+    Raises UserError where `config` asks for what is not on this page, or cannot work.
     """
     plain = config.strategy.name == "fedavg" and config.privacy.mechanism == "none"
     if not plain or config.train.keep_momentum or config.train.accumulate > 1:
@@ -66,7 +65,7 @@ def federated_averaging(config: ExperimentConfig) -> dict[str, np.ndarray]:
                 updates.append((update, len(data.parts[client])))
         if updates:
             rule = normalizer.federation_rule(model, round_)
-            momentum = max(normalizer.pooling_momentum, 1 / round_)
+            momentum = max(normalizer.pooling_momentum, 1 / round_)  # a running mean at first
             world = _aggregated(world, updates, rule, parameters, momentum)
     return world
 
@@ -90,12 +89,8 @@ def _local_sgd(
             with draws.seeded(derive(seed, "dropout", *place, step)):
                 scores = training_scores(model, inputs(images), train.precision)
             F.cross_entropy(scores, labels).backward()  # type: ignore[no-untyped-call]
-            optimizer.step(
-                learning_rate(train, round_, config.rounds),
-                momentum=train.momentum,
-                weight_decay=train.weight_decay,
-                clip_norm=train.clip_norm,
-            )
+            optimizer.limit(clip_norm=train.clip_norm, weight_decay=train.weight_decay)
+            optimizer.move(learning_rate(train, round_, config.rounds), momentum=train.momentum)
 
         @torch.no_grad()
         def forward(batch_size: int) -> None:
