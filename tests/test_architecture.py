@@ -91,8 +91,8 @@ def test_a_file_is_no_longer_than_400_lines_and_says_what_it_is(path):
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
 
 
-# The ages of a process and of a heartbeat, which psutil and the SuperLink tell by the wall clock; and
-# a check of that very clock.
+# The ages of a process and of a heartbeat, which psutil and the SuperLink tell by the wall clock;
+# and a check of that very clock.
 WALL_CLOCK_WANTED = {
     *("server/deployment/status.py", "server/rounds/heartbeats.py"),
     "clients/device/connection.py",
