@@ -94,7 +94,7 @@ def _local_sgd(
 
         @torch.no_grad()
         def forward(batch_size: int) -> None:
-            for images in data.images.split(batch_size):
+            for images in torch.split(data.images, batch_size):
                 model(inputs(images))
 
         draws.reseed(derive(seed, "statistics", *place))

@@ -7,7 +7,7 @@ weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -57,9 +57,7 @@ class FedProx(LocalRule):
         (anchor,) = begun
         gradients.add_(values, alpha=self.mu).sub_(anchor, alpha=self.mu)
 
-    def stacked(
-        self, values: Sequence[Tensor], gradients: Sequence[Tensor], begun: Sequence[Tensor]
-    ) -> None:
+    def stacked(self, values: list[Tensor], gradients: list[Tensor], begun: list[Tensor]) -> None:
         """Add mu (w - w_g) of every client."""
         if self.acts:
             torch._foreach_add_(gradients, torch._foreach_sub(values, begun), alpha=self.mu)

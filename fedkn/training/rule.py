@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -72,9 +72,7 @@ class LocalRule:
         """Add to the gradient after it was clipped, and weight decay added."""
         del values, gradients, begun
 
-    def stacked(
-        self, values: Sequence[Tensor], gradients: Sequence[Tensor], begun: Sequence[Tensor]
-    ) -> None:
+    def stacked(self, values: list[Tensor], gradients: list[Tensor], begun: list[Tensor]) -> None:
         """`gradient` for K clients at once, on one tensor (K, …) a parameter.
 
         `begun` are the values with which the round began. Not called where `alone` says why not.
