@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord
 
+from fedkn.averaging import moment_pairs, pool_moments, weighted_sum
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.federation import EXAMPLES
 from fedkn.normalizers import FederationRule, TensorRole
 from server.gate.screening import Update
-from server.rounds.pooling import moment_pairs, pool_moments
-from server.strategies.base import Arrays, NoAggregate, weighted_sum
+from server.strategies.base import Arrays, NoAggregate
 from server.strategies.registry import create_strategy
 
 __all__ = ["Aggregator", "NoAggregate"]
@@ -112,11 +112,10 @@ class Aggregator:
         total = sum(update.metrics[EXAMPLES] for update in updates)
         weights = [update.metrics[EXAMPLES] / total for update in updates]
         parameters = self._strategy.aggregate(round_, self._only_parameters(sent), updates)
-        buffers = weighted_sum(updates, weights, set(shared) - set(self._parameters))
-        made = {name: parameters[name] if name in parameters else buffers[name] for name in shared}
         arrays = [update.arrays for update in updates]
-        pairs = moment_pairs(rule)
-        return made | pool_moments(pairs, sent, arrays, weights, rule.pooling_weight)
+        buffers = weighted_sum(arrays, weights, set(shared) - set(self._parameters))
+        made = {name: parameters[name] if name in parameters else buffers[name] for name in shared}
+        return made | pool_moments(moment_pairs(rule), sent, arrays, weights, rule.pooling_weight)
 
 
 def _refuse_statistics(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkn import models, normalizers
+from fedkn.averaging import moment_pairs, pool_moments
 from fedkn.normalizers import TensorRole
-from server.rounds.pooling import moment_pairs, pool_moments
 
 
 def network(name):
