@@ -70,11 +70,12 @@ def created(grid: GridConfig, command: str, out: Path | None) -> tuple[GridConfi
         raise UserError(f"'{path}' exists already: choose another --name, or '{again}'")
     tables = check(grid)
     data = data_summary(grid.experiment)
-    with RunFolder.creating(path, _record(grid, path.name)) as run:
+    record = _record(grid, path.name)
+    with RunFolder.creating(path, record) as run:
         # Before there is anything that a resume could go on from.
         hold_to_data(path, grid.data, data)
         write_json(path / _GRID_FILE, grid.flat())
-        if not run.grid.deployed:
+        if not record.deployed:
             # What a fleet's devices hold, they say themselves.
             run.write_partitions(tables)
         run.write_environment(describe_environment())
