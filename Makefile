@@ -12,12 +12,13 @@ ENV := env FLWR_HOME="$(HERE)/flwr" MPLCONFIGDIR="$(HERE)/matplotlib" XDG_CACHE_
 	TORCH_EXTENSIONS_DIR="$(HERE)/torch-extensions" FLWR_TELEMETRY_ENABLED=0 \
 	FLWR_DISABLE_UPDATE_CHECK=1 OMP_NUM_THREADS=1
 
-.PHONY: help install requirements demo test test-deployment soak lint clean
+.PHONY: help install requirements demo test test-deployment fuzz soak lint clean
 
 help:
 	@echo "make demo     a real comparison of normalizers on embedded data, with a report"
 	@echo "make test     the whole test suite"
 	@echo "make test-deployment  real processes: TLS, faults, restarts (minutes)"
+	@echo "make fuzz     100,000 hostile replies and damaged files, at random (minutes)"
 	@echo "make soak     eight devices, a hundred rounds, a kill or restart in every five (most of an hour)"
 	@echo "make lint     ruff, mypy, import-linter"
 	@echo "make requirements  requirements-device.txt and -server.txt, with hashes, from constraints.txt"
@@ -59,6 +60,10 @@ test: install
 test-deployment: install
 	@$(ENV) $(BIN)/python -m pytest -o addopts="-q --strict-markers" -x --durations=0 \
 		--basetemp "$(HERE)/tmp-deployment" tests/deployment
+
+# Its figures are in docs/threat-model.md.
+fuzz: install
+	@$(ENV) $(BIN)/python -m tests.fuzz
 
 # Its plot and figures are in docs/deployment.md.
 soak: install

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -66,11 +67,10 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_boolean_as_number(cls, value: object, info: ValidationInfo) -> object:
-        # Pydantic takes true for 1.
-        if (
-            isinstance(value, bool)
-            and cls.model_fields[info.field_name or ""].annotation in _NUMBERS
-        ):
+        # Pydantic takes true for 1, also where a word may stand for a number.
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        number = annotation in _NUMBERS or get_origin(annotation) in (Union, UnionType)
+        if isinstance(value, bool) and number:
             raise ValueError(f"must be a number, not {str(value).lower()}")
         return value
 
@@ -247,11 +247,15 @@ class ServerConfig(Section):
     max_failed_rounds: int = Field(
         3, ge=1, description="end the run after so many rounds in a row without a valid update"
     )
-    max_update_norm: NonNegative = Field(
-        0.0, description="refuse updates that move the weights by more than this norm (0: off)"
+    max_update_norm: NonNegative | Literal["auto"] = Field(
+        "auto",
+        description="refuse updates that move the weights by more than this norm (0: any norm; "
+        "auto: ten times the cohort's median, docs/strategies.md)",
     )
-    max_examples: int = Field(
-        0, ge=0, description="refuse clients that declare more examples than this (0: any number)"
+    max_examples: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="refuse clients that declare more examples than this (0: any number; auto: "
+        "ten times the clients' median, or as many as the experiment has)",
     )
     enough_updates: int = Field(
         0, ge=0, description="end a round with so many valid updates, not the cohort's (0: all)"

@@ -22,6 +22,7 @@ from torch import Tensor
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.normalizers import TensorRole
+from fedkn.text import printable
 from fedkn.training import LocalUpdate
 from fedkn.training.transfer import moved
 
@@ -38,6 +39,7 @@ __all__ = [
     "LABELS",
     "LEARNING_RATE",
     "METRICS",
+    "PACKED",
     "PARTITION",
     "PROXIMAL_MU",
     "ROUND",
@@ -66,6 +68,9 @@ __all__ = [
 
 # Records of a message. These are Flower's own defaults, so its strategies find them.
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+
+# Name and kind of the one array of a packed record.
+PACKED = "fedkn.packed"
 
 # Record of the server's control variate, which SCAFFOLD sends beside the arrays.
 CONTROL = "control"
@@ -186,13 +191,13 @@ def packed(record: ArrayRecord) -> ArrayRecord:
     text = json.dumps(index).encode()
     data = b"".join([len(text).to_bytes(8, "little"), text, *(a.data for a in record.values())])
     whole = ArrayRecord()
-    whole[_PACKED] = Array("uint8", (len(data),), _PACKED, data)
+    whole[PACKED] = Array("uint8", (len(data),), PACKED, data)
     return whole
 
 
 def is_packed(record: ArrayRecord) -> bool:
     """Return whether `record` is one of `packed`."""
-    return list(record) == [_PACKED] and record[_PACKED].stype == _PACKED
+    return list(record) == [PACKED] and record[PACKED].stype == PACKED
 
 
 def unpacked(record: ArrayRecord) -> ArrayRecord:
@@ -205,7 +210,7 @@ def unpacked(record: ArrayRecord) -> ArrayRecord:
     """
     if not is_packed(record):
         return record
-    index, data = _index(record), record[_PACKED].data
+    index, data = _index(record), record[PACKED].data
     arrays = ArrayRecord()
     end = len(data) - sum(length for *_, length in index)
     for name, dtype, shape, stype, length in index:
@@ -216,7 +221,7 @@ def unpacked(record: ArrayRecord) -> ArrayRecord:
 
 def packed_sizes(record: ArrayRecord) -> tuple[int, int]:
     """Return the bytes of a packed record's index, as it claims, and of the whole."""
-    data = record[_PACKED].data
+    data = record[PACKED].data
     return _index_end(data), len(data)
 
 
@@ -224,7 +229,7 @@ def record_bytes(record: ArrayRecord) -> int:
     """Return the bytes of the arrays in `record`, data and .npy headers, packed or not."""
     if is_packed(record):
         # Without a look into the index: what a client sent is not to be trusted yet.
-        data = record[_PACKED].data
+        data = record[PACKED].data
         return max(len(data) - _index_end(data), 0)
     return sum(len(array.data) for array in record.values())
 
@@ -268,8 +273,10 @@ def evaluation_metrics(partition: int, examples: int, correct: int, loss: float)
 
 
 def failure_reason(reply: Message) -> str:
-    """Return why the client of an error reply failed: the last line of what it says."""
-    return (reply.error.reason or "no reason given").strip().splitlines()[-1]
+    """Return why the client of an error reply failed: the last line of what it says, printable."""
+    said = (reply.error.reason or "")[-_LONGEST_REASON:]
+    lines = (printable(line) for line in reversed(said.split("\n")))
+    return next((line for line in lines if line), "no reason given")
 
 
 def data_record(summary: DataSummary) -> ConfigRecord:
@@ -319,7 +326,7 @@ def join_answer(partition: int, examples: int, labels: Sequence[int] = ()) -> Re
 
 def _index(record: ArrayRecord) -> list[tuple[str, str, list[int], str, int]]:
     """Return name, dtype, shape, kind and bytes of every array in a packed record."""
-    data = record[_PACKED].data
+    data = record[PACKED].data
     try:
         return _checked_index(json.loads(data[8 : _index_end(data)]), len(data), _index_end(data))
     except (TypeError, RecursionError) as error:
@@ -372,6 +379,6 @@ def _value(array: Array) -> np.ndarray:
 _STYPE = "numpy.ndarray"
 # Key of the fingerprint in the record `DATA`: JSON, because a ConfigRecord holds no records.
 _FINGERPRINT = "fingerprint"
-# Name and kind of the one array of a packed record.
-_PACKED = "fedkn.packed"
+# Of a longer traceback, the end.
+_LONGEST_REASON = 1 << 14
 _USUAL = {name: np.dtype(name) for name in ("float32", "float64", "int64")}

@@ -49,7 +49,7 @@ def uncarried(text: str) -> str:
     return ""
 
 
-def _toml(value: str | int) -> str:
+def _toml(value: str | int | float) -> str:
     """Return a value as TOML has it, which Flower reads: JSON, but for two letters.
 
     JSON may write a letter beyond 16 bits as two halves, which TOML takes for none, and leaves the

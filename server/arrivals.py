@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from flwr.app import Message
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
@@ -20,6 +21,9 @@ from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
 )
 from flwr.superlink.grid import HttpGrid
+
+from fedkn.text import printable
+from server.object_graph import check_objects, most_parts
 
 __all__ = ["INCOMPLETE", "Arrivals"]
 
@@ -32,7 +36,7 @@ class Arrivals:
     """The replies to the messages of a round, on their way through `grid`."""
 
     def __init__(self, grid: HttpGrid, largest: int) -> None:
-        """`largest`: bytes that a reply may have; beyond, it is given up."""
+        """`largest`: bytes that a reply may have, sent and inflated; beyond, it is given up."""
         self._largest = largest
         self._client = grid._runtime_client
         self._node = grid.node
@@ -51,12 +55,21 @@ class Arrivals:
         """
         new = [one for one in ids if one not in self._begun]
         answer = self._client.PullMessages(PullAppMessagesRequest(message_ids=new))
-        for said, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
-            parts = dict.fromkeys(one.object_id for one in iterate_object_tree(tree))
-            reply = _Reply(said.metadata.message_id, deque(parts))
-            self._begun[said.metadata.reply_to_message_id] = reply
         whole: list[Message] = []
         lost: dict[str, str] = {}
+        most = most_parts(self._largest)
+        for said, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+            asked = said.metadata.reply_to_message_id
+            if asked not in new or asked in self._begun:
+                continue
+            ids = islice((one.object_id for one in iterate_object_tree(tree)), most + 1)
+            parts = dict.fromkeys(ids)
+            if len(parts) > most:
+                lost[asked] = f"unreadable reply: more than {most} parts"
+                continue
+            self._begun[asked] = _Reply(
+                said.metadata.message_id, said.metadata.src_node_id, deque(parts)
+            )
         for asked, reply in list(self._begun.items()):
             try:
                 self._fetch(reply)
@@ -66,7 +79,7 @@ class Arrivals:
             except ObjectPullError:
                 lost[asked] = INCOMPLETE
             except ValueError as error:
-                lost[asked] = f"unreadable reply: {error}"
+                lost[asked] = printable(f"unreadable reply: {error}")
             del self._begun[asked]
         return whole, lost
 
@@ -97,6 +110,7 @@ class Arrivals:
             )
         )
         try:
+            check_objects(reply.message_id, reply.contents, self._largest)
             message = inflate_object_from_contents(reply.message_id, reply.contents)
         except Exception as error:  # what a client sends may break any parser, but not the round
             raise ValueError(f"{type(error).__name__}: {error}") from error
@@ -105,6 +119,8 @@ class Arrivals:
         # The SuperLink looked at what was announced alone.
         if message.metadata.reply_to_message_id != asked:
             raise ValueError("announced as the reply to another message")
+        if message.metadata.src_node_id != reply.node_id:
+            raise ValueError("announced as another node's")
         message.metadata.__dict__["_message_id"] = reply.message_id
         return message
 
@@ -114,6 +130,7 @@ class _Reply:
     """A reply that was announced: its parts by id, and the ids of those that have not come."""
 
     message_id: str
+    node_id: int
     missing: deque[str]
     contents: dict[str, bytes] = field(default_factory=dict)
     size: int = 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedkn.config import ExperimentConfig
@@ -19,16 +18,17 @@ from fedkn.federation import (
     CORRECT,
     DATA,
     EVALUATION_LOSS,
-    EVALUATION_METRICS,
     EXAMPLES,
     METRICS,
     PARTITION,
     data_record,
     failure_reason,
 )
+from fedkn.text import printable
 from server.exchange import exchange
 from server.membership import Membership
 from server.participation import Participation
+from server.plausible import Range, evaluation_ranges, named, numbers_in
 from server.wire import sent_through
 
 __all__ = ["ClientEvaluation", "evaluate_clients"]
@@ -74,6 +74,7 @@ def evaluate_clients(
 ) -> ClientEvaluation:
     """Let every client that is online evaluate the global `tensors` with its own."""
     everyone = range(config.partition.clients)
+    fraction = config.evaluation.client_fraction
     members = membership.online(everyone)
     content: dict[str, ArrayRecord | ConfigRecord] = {
         ARRAYS: sent_through(grid, tensors),
@@ -91,33 +92,51 @@ def evaluate_clients(
     asked = {message.metadata.message_id: partition for partition, message in messages.items()}
     clients: dict[int, dict[str, Any]] = {}
     reasons = {partition: "not online" for partition in everyone if partition not in members}
-    reasons |= dict.fromkeys(messages, "no reply")
+    # Whoever has answered, well or badly, is heard: a second answer counts for nothing.
+    waiting = set(messages)
+    reasons |= dict.fromkeys(waiting, "no reply")
     for arrived in arriving:
-        reasons |= {asked[message_id]: reason for message_id, reason in arrived.lost.items()}
+        for message_id, reason in arrived.lost.items():
+            if (partition := asked.get(message_id)) in waiting:
+                waiting.remove(partition)
+                reasons[partition] = printable(reason)
         for reply in arrived.replies:
-            partition = asked.get(reply.metadata.reply_to_message_id, -1)
+            if (partition := asked.get(reply.metadata.reply_to_message_id)) not in waiting:
+                continue
+            waiting.remove(partition)
+            member = members[partition]
+            ranges = evaluation_ranges(fraction, partition, member.examples)
             try:
-                clients[partition] = _answer(reply, partition)
-                reasons.pop(partition, None)
+                metrics = _answer(reply, partition)
+                if reply.metadata.src_node_id != member.node_id:
+                    raise ValueError("an answer of a node that was not asked")
+                clients[partition] = _figures(metrics, ranges)
+                del reasons[partition]
             except ValueError as error:
-                reasons[partition] = str(error)
+                reasons[partition] = printable(error)
     return ClientEvaluation(
         [clients[partition] for partition in sorted(clients)],
         [{"client": partition, "reason": reasons[partition]} for partition in sorted(reasons)],
     )
 
 
-def _answer(reply: Message, partition: int) -> dict[str, Any]:
+def _answer(reply: Message, partition: int) -> MetricRecord:
+    """Return what client `partition` says of its model, the numbers as it sent them."""
     if reply.has_error():
         raise ValueError(failure_reason(reply))
-    metrics = reply.content.metric_records.get(METRICS) if reply.has_content() else None
-    if metrics is None or metrics.keys() != set(EVALUATION_METRICS):
-        raise ValueError("metrics missing or not expected")
-    examples, correct, loss = (metrics[key] for key in (EXAMPLES, CORRECT, EVALUATION_LOSS))
-    if metrics[PARTITION] != partition:
-        raise ValueError(f"claims to be partition {metrics[PARTITION]}")
-    if not (isinstance(examples, int) and isinstance(correct, int) and isinstance(loss, float)):
-        raise ValueError("counts that are no integers, or a loss that is no number")
-    if not (0 <= correct <= examples and examples > 0 and math.isfinite(loss)):
-        raise ValueError(f"impossible figures: {correct} of {examples} correct, loss {loss}")
-    return {"client": partition, "examples": examples, "correct": correct, "loss": loss}
+    records = dict(reply.content) if reply.has_content() else {}
+    metrics = records.get(METRICS)
+    if records.keys() != {METRICS} or not isinstance(metrics, MetricRecord):
+        raise ValueError(f"expected one record '{METRICS}', got {named(records) or 'none'}")
+    if metrics.get(PARTITION) != partition:
+        raise ValueError(f"claims to be partition {metrics.get(PARTITION)}")
+    return metrics
+
+
+def _figures(metrics: MetricRecord, ranges: Mapping[str, Range]) -> dict[str, Any]:
+    found = numbers_in(metrics, ranges)
+    examples, correct = found[EXAMPLES], found[CORRECT]
+    if correct > examples:
+        raise ValueError(f"impossible figures: {correct} of {examples} correct")
+    loss = found[EVALUATION_LOSS]
+    return {"client": found[PARTITION], "examples": examples, "correct": correct, "loss": loss}

@@ -71,8 +71,8 @@ def _largest_reply(messages: Sequence[Message]) -> int:
         sum(record_bytes(record) for record in message.content.array_records.values())
         for message in messages
     )
-    return 2 * max(sent) + _ROOM
+    return max(sent) + _ROOM
 
 
 # For metrics, the names of arrays, and what Flower wraps around them.
-_ROOM = 1 << 24
+_ROOM = 1 << 22

@@ -70,7 +70,7 @@ class FlowerStrategy(Strategy):
         with quiet_flower(), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             try:
                 record, _ = self._strategy.aggregate_train(round_, replies)
-            except AppExitException as error:
+            except (AppExitException, ArithmeticError) as error:
                 raise NoAggregate(str(error)) from error
         if record is None:
             raise NoAggregate(f"{len(updates)} updates are too few for the strategy")

@@ -25,6 +25,8 @@ class GlobalModel:
         parameters: the names of the tensors that are parameters.
         size: number of trainable parameters (elements). local_tensors: how many never leave the
             clients; the global model has them as initialised.
+        spreads, counts: the names of buffers that hold variances or deviations, and counts of
+            batches. examples: how many the experiment has to train on.
 
     Raises:
         UserError: a configuration or data that cannot work.
@@ -54,6 +56,11 @@ class GlobalModel:
                 "evaluation.client_fraction (say 0.2), so that each client's own model can be "
                 "evaluated"
             )
+        buffers = [name for name, _ in network.named_buffers()]
+        self.spreads, self.counts = (
+            frozenset(name for name in buffers if name.rpartition(".")[2] in kinds)
+            for kinds in (_SPREADS, _COUNTS)
+        )
         self._workspace = Workspace(network)
         self._inputs = inputs_of(config, self._device)
         self._minimum_batch = normalizer.minimum_batch
@@ -65,6 +72,7 @@ class GlobalModel:
             )
         self._held = held.to(self._device)
         self._sample = data.train
+        self.examples = len(data.train)
 
     def rule(self, round_: int) -> dict[str, TensorRole]:
         """Return the role of every tensor in `round_` (from 1)."""
@@ -98,3 +106,8 @@ class GlobalModel:
             self._workspace.model, self._inputs(some.images), some.labels, precision=precision
         )
         return {"peak_bytes": peak, "batch_size": size}
+
+
+# What the layers call them.
+_SPREADS = ("running_var", "running_deviation")
+_COUNTS = ("batches", "num_batches_tracked")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, MessageType, MetricRecord
@@ -12,12 +14,16 @@ from flwr.serverapp import Grid
 from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError
 from fedkn.federation import EXAMPLES, LABELS, METRICS, PARTITION, failure_reason, join_request
+from fedkn.text import printable
 from server.exchange import exchange
 from server.heartbeats import Heartbeats
+from server.identities import Identities
+from server.plausible import joining_ranges, numbers_in
 from server.waiting import Waiting
 
 __all__ = ["ClientsMissing", "Member", "Membership", "count_nodes"]
 
+_LOG = logging.getLogger("flwr")
 _POLL_SECONDS = 1.0
 # A client that went offline is waited for until so long after its last heartbeat: a restart takes
 # less, and a device that was killed is taken for gone by then.
@@ -44,16 +50,19 @@ class Member:
 class Membership:
     """Asks nodes who they are, once each, and knows the members by partition.
 
-    A partition that comes back under another node id is the same client. Of two nodes that claim
-    one partition the first is believed, as long as it is online.
+    A partition that comes back under another node id is the same client. With `identities` a node
+    is what its key stands for: one that says otherwise, or whose key is nobody's, is refused.
+    Without, of two nodes that claim one partition the first is believed, as long as it is online.
+    Either way the log names both.
 
     Args:
         grid: the Flower grid.
         expected: there are partitions 0 to expected - 1.
         timeout: seconds to wait for clients that are not online.
         data: what they are told of the experiment's images.
-        max_examples: a client that declares more is refused: it is not waited for and takes no
-            part (0: any number).
+        most_examples: from what the members declared, how many examples a client may have. One
+            that declares more is refused: it is not waited for and takes no part.
+        identities: which key is whose.
 
     Attributes:
         waited, waited_for: seconds that the last `online` waited, and for which partitions.
@@ -66,17 +75,21 @@ class Membership:
         timeout: float,
         *,
         data: DataSummary,
-        max_examples: int = 0,
+        most_examples: Callable[[Collection[int]], float] = lambda declared: math.inf,
+        identities: Identities | None = None,
     ) -> None:
         self._grid = grid
         self._expected = expected
         self._timeout = timeout
         self._data = data
+        self._most_examples = most_examples
+        self._identities = identities
         self._members: dict[int, Member] = {}
         self._asked: set[int] = set()
         self._given_up: set[int] = set()
-        self._max_examples = max_examples
-        self._refused: dict[int, str] = {}
+        self._odd: dict[int, str] = {}
+        self._complaints: list[str] = []
+        self._logged: dict[int, str] = {}
         self._newcomers: dict[int, Member] = {}
         self._heartbeats = Heartbeats(grid)
         self.waited = 0.0
@@ -95,15 +108,17 @@ class Membership:
         """Wait until all partitions are online.
 
         Raises:
-            ClientsMissing: after `timeout` seconds, naming the partitions and what nodes said.
+            ClientsMissing: after `timeout` seconds, naming the partitions and what nodes said; or
+                all are refused.
         """
         missing, complaints = self._wait_for(set(range(self._expected)))
-        if not missing and not self._present():
-            raise ClientsMissing(
-                f"every client was refused; client 0 {self._refused[0]}: raise server.max_examples"
-            )
         if missing:
             raise ClientsMissing(_missing(missing, self._expected, self._timeout, complaints))
+        refused = self._refused()
+        for partition, reason in sorted(refused.items()):
+            _LOG.warning("client %d is refused on joining: %s", partition, reason)
+        if not self._present():
+            raise ClientsMissing(f"every client was refused; client 0 {refused.get(0, 'is gone')}")
 
     def online(
         self, partitions: Iterable[int], waiting: Waiting | None = None
@@ -123,7 +138,7 @@ class Membership:
         missing, _ = self._wait_for(set(wanted) - self._given_up, waiting)
         self._given_up.update(missing)
         present = self._present()
-        self.waited_for = sorted(awaited - self._refused.keys())
+        self.waited_for = sorted(awaited - self._refused().keys())
         self.waited = time.monotonic() - began if self.waited_for else 0.0
         return {partition: present[partition] for partition in wanted if partition in present}
 
@@ -135,7 +150,7 @@ class Membership:
 
     def why_absent(self, partition: int) -> str:
         """Return why a partition that `online` left out takes no part."""
-        refusal = self._refused.get(partition)
+        refusal = self._refused().get(partition)
         return f"refused on joining: {refusal}" if refusal else "not online when the round began"
 
     def _wait_for(
@@ -144,14 +159,14 @@ class Membership:
         """Wait for partitions; return those still missing and what nodes complained of."""
         complaints: list[str] = []
         deadline = time.monotonic() + self._timeout
-        while missing := wanted - self._present().keys() - self._refused.keys():
+        while missing := wanted - self._present().keys() - self._refused().keys():
             left = deadline - time.monotonic()
             if left <= 0 or missing <= self._known_dead():
                 break
             if waiting:
                 waiting.look(missing)
             complaints = self._ask(self._strangers(), left)
-            if wanted - self._present().keys() - self._refused.keys():
+            if wanted - self._present().keys() - self._refused().keys():
                 time.sleep(min(_POLL_SECONDS, left))
         return sorted(missing), complaints
 
@@ -164,8 +179,26 @@ class Membership:
         return {p for p, age in ages.items() if age is not None and age >= _GRACE_SECONDS}
 
     def _present(self) -> dict[int, Member]:
+        """Return the members that are online and not refused."""
+        refused = self._refused()
+        return {p: member for p, member in self._online().items() if p not in refused}
+
+    def _online(self) -> dict[int, Member]:
         online = self._heartbeats.online()
         return {p: member for p, member in self._members.items() if member.node_id in online}
+
+    def _absent(self) -> set[int]:
+        return set(range(self._expected)) - self._members.keys()
+
+    def _refused(self) -> dict[int, str]:
+        """Return by partition why it takes no part, whether online or not."""
+        most = self._most_examples([member.examples for member in self._members.values()])
+        return self._odd | {
+            partition: f"declared {member.examples} examples, more than server.max_examples "
+            f"allows ({most:.0f})"
+            for partition, member in self._members.items()
+            if member.examples > most
+        }
 
     def _strangers(self) -> set[int]:
         """Return the nodes online of which it is not known who they are."""
@@ -174,34 +207,78 @@ class Membership:
 
     def _ask(self, nodes: set[int], timeout: float) -> list[str]:
         """Ask `nodes` who they are; return their complaints."""
+        self._asked |= nodes
+        self._complaints = []
+        own = self._identities.by_node(self._grid) if self._identities else {}
+        strange = {node for node in nodes if own.get(node) is None} if self._identities else set()
+        for node in sorted(strange):
+            self._complain(node, "its key is that of no device of this fleet")
+        answers = self._answers(nodes - strange, own, timeout)
+        taken = self._online()
+        for node, member in sorted(answers.items()):
+            if member.partition in taken:
+                first = taken[member.partition].node_id
+                text = f"claims partition {member.partition}, which node {first} has, and keeps"
+                self._complain(node, text)
+            else:
+                self._members[member.partition] = taken[member.partition] = member
+                self._newcomers[member.partition] = member
+                self._odd.pop(member.partition, None)
+        return self._complaints
+
+    def _answers(
+        self, nodes: set[int], own: Mapping[int, int | None], timeout: float
+    ) -> dict[int, Member]:
+        """Return by node who answers to be a client; `own` has what the nodes' keys say."""
         questions = [
             Message(join_request(self._data), dst_node_id=node, message_type=MessageType.QUERY)
             for node in sorted(nodes)
         ]
-        self._asked |= nodes
-        answers: list[Member] = []
-        complaints: list[str] = []
-        for arrived in exchange(self._grid, questions, timeout):
-            complaints.extend(arrived.lost.values())
+        arriving = exchange(self._grid, questions, timeout)
+        asked = {one.metadata.message_id: one.metadata.dst_node_id for one in questions}
+        answers: dict[int, Member] = {}
+        for arrived in arriving:
+            for message_id, reason in arrived.lost.items():
+                if message_id in asked:
+                    self._complain(asked[message_id], reason)
             for reply in arrived.replies:
+                node = asked.get(reply.metadata.reply_to_message_id)
+                if node is None or node in answers:
+                    continue
                 try:
-                    answers.append(_member(reply, len(self._data.classes)))
+                    found = _member(reply, len(self._data.classes))
+                    answers[node] = self._checked(found, node, own.get(node))
+                except _OddAnswer as odd:
+                    self._complain(node, str(odd))
+                    partition = own.get(node, odd.partition)
+                    if partition is not None and partition in self._absent():
+                        self._odd.setdefault(partition, printable(odd))
                 except ValueError as error:
-                    complaints.append(str(error))
-        taken = self._present()
-        for member in sorted(answers, key=lambda member: member.node_id):
-            if self._max_examples and member.examples > self._max_examples:
-                self._refused[member.partition] = (
-                    f"declared {member.examples} examples, more than server.max_examples = "
-                    f"{self._max_examples}"
-                )
-            elif member.partition in taken:
-                complaints.append(f"two nodes claim partition {member.partition}")
-            else:
-                self._members[member.partition] = taken[member.partition] = member
-                self._newcomers[member.partition] = member
-                self._refused.pop(member.partition, None)
-        return complaints
+                    self._complain(node, str(error))
+        return answers
+
+    def _complain(self, node: int, text: str) -> None:
+        self._complaints.append(printable(text))
+        # Nodes are asked again and again: what they say again is known.
+        if self._logged.get(node) != self._complaints[-1]:
+            self._logged[node] = self._complaints[-1]
+            _LOG.warning("node %d is no client: %s", node, self._complaints[-1])
+
+    def _checked(self, member: Member, node: int, own: int | None) -> Member:
+        """Return `member` if the node that answered may be it: by its key it is `own`, if known."""
+        if member.node_id != node:
+            raise _OddAnswer("an answer in the name of another node", own)
+        if own is not None and member.partition != own:
+            raise _OddAnswer(
+                f"claims to be partition {member.partition}, but its key is that of partition "
+                f"{own}",
+                own,
+            )
+        if member.partition >= self._expected:
+            raise _OddAnswer(
+                f"claims to be partition {member.partition}, but there are {self._expected}", own
+            )
+        return member
 
 
 def count_nodes(grid: Grid, timeout: float) -> int:
@@ -221,17 +298,36 @@ def count_nodes(grid: Grid, timeout: float) -> int:
     return count
 
 
+class _OddAnswer(ValueError):
+    """An answer that cannot be, of the client of `partition`, if that is known."""
+
+    def __init__(self, text: str, partition: int | None) -> None:
+        super().__init__(text)
+        self.partition = partition
+
+
 def _member(reply: Message, classes: int) -> Member:
+    """Return who answered, as it says.
+
+    Raises:
+        ValueError: it failed, or gave no answer that can be.
+    """
     if reply.has_error():
         raise ValueError(failure_reason(reply))
     if not reply.has_content():
         raise ValueError("a node answered without content")
     metrics = reply.content.metric_records.get(METRICS, MetricRecord())
-    partition, examples = metrics.get(PARTITION), metrics.get(EXAMPLES)
-    if not isinstance(partition, int) or not isinstance(examples, int) or examples < 1:
-        raise ValueError(f"a node answered partition {partition} with {examples} examples")
-    labels = _counts(metrics.get(LABELS, []), classes, examples)
-    return Member(reply.metadata.src_node_id, partition, examples, labels)
+    numbers = {key: value for key, value in metrics.items() if key != LABELS}
+    try:
+        found = numbers_in(numbers, joining_ranges())
+        labels = _counts(metrics.get(LABELS, []), classes, found[EXAMPLES])
+    except ValueError as error:
+        partition = metrics.get(PARTITION)
+        raise _OddAnswer(
+            f"a node answered partition {printable(partition)} with what cannot be: {error}",
+            partition if type(partition) is int else None,
+        ) from None
+    return Member(reply.metadata.src_node_id, found[PARTITION], found[EXAMPLES], labels)
 
 
 def _counts(labels: object, classes: int, examples: int) -> tuple[int, ...]:
@@ -243,8 +339,7 @@ def _counts(labels: object, classes: int, examples: int) -> tuple[int, ...]:
         if len(counts) == classes and sum(counts) == examples:
             return counts
     raise ValueError(
-        f"a node answered with counts of labels that cannot be those of {examples} examples in "
-        f"{classes} classes"
+        f"counts of labels that cannot be those of {examples} examples in {classes} classes"
     )
 
 

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from fedkn.config import ServerConfig
 from fedkn.federation import failure_reason, record_bytes
+from fedkn.text import printable
 from server.exchange import exchange
 from server.screening import RefusedUpdate, Screen, Update
 
@@ -41,6 +42,11 @@ class Replies:
     slowest: float = 0.0
     waited: float = 0.0
     waited_for: list[int] = field(default_factory=list)
+
+    def refuse(self, reasons: Mapping[int, str]) -> None:
+        """Refuse updates that had passed: `reasons` by partition."""
+        self.updates = [update for update in self.updates if update.partition not in reasons]
+        self.refused.extend({"client": client, "reason": text} for client, text in reasons.items())
 
 
 def collect(
@@ -107,7 +113,7 @@ class _Sorting:
         if partition is not None:
             self._heard.add(partition)
             self._gone.add(partition)
-            self._replies.failed.append({"client": partition, "reason": reason})
+            self._replies.failed.append({"client": partition, "reason": printable(reason)})
 
     def take(self, reply: Message) -> None:
         """Sort out one reply."""

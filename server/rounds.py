@@ -28,6 +28,8 @@ from fedkn.federation import (
 from fedkn.training import learning_rate
 from server.aggregation import Aggregator, NoAggregate
 from server.cohorts import draw_cohort
+from server.distances import too_far
+from server.global_model import GlobalModel
 from server.membership import Membership
 from server.participation import Participation
 from server.replies import Replies, collect
@@ -121,6 +123,7 @@ def run_round(
     *,
     config: ExperimentConfig,
     grid: Grid,
+    model: GlobalModel,
     membership: Membership,
     aggregator: Aggregator,
     participation: Participation,
@@ -166,11 +169,16 @@ def run_round(
         tensors,
         {partition: member.examples for partition, member in members.items()},
         config.train,
-        max_norm=config.server.max_update_norm,
+        max_norm=0.0 if config.server.max_update_norm == "auto" else config.server.max_update_norm,
+        round_timeout=config.server.round_timeout,
+        private=config.privacy.mechanism == "example",
+        spreads=model.spreads,
+        counts=model.counts,
     )
     waiting.begin(round_)
     replies = collect(grid, messages, gate, config.server, waiting.look)
     waiting.end(replies.slowest)
+    replies.refuse(too_far(replies.updates, tensors, model.parameters, config, round_))
     replies.failed.extend(
         {"client": partition, "reason": membership.why_absent(partition)}
         for partition in cohort
@@ -214,10 +222,7 @@ def _aggregated(
     try:
         return aggregator.aggregate(round_, tensors, replies.updates)
     except NoAggregate as problem:
-        replies.refused.extend(
-            {"client": update.partition, "reason": str(problem)} for update in replies.updates
-        )
-        replies.updates = []
+        replies.refuse({update.partition: str(problem) for update in replies.updates})
         return tensors
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from server.checkpoints import (
 )
 from server.client_evaluation import ClientEvaluation, evaluate_clients
 from server.global_model import GlobalModel
+from server.identities import read_identities
 from server.membership import Membership
 from server.metrics_log import LogNotWritten, MetricsLog
 from server.participation import Participation, begin
+from server.plausible import most_examples
 from server.rounds import NoValidUpdates, RoundReport, run_round
 from server.run_data import hold_to_data
 from server.waiting import Waiting
@@ -119,7 +122,8 @@ def _run(
         config.partition.clients,
         config.server.join_timeout,
         data=data,
-        max_examples=config.server.max_examples,
+        most_examples=partial(most_examples, config.server.max_examples, model.examples),
+        identities=read_identities(config.checkpoint.folder),
     )
     if finished < config.rounds or config.evaluation.client_fraction:
         membership.join()
@@ -133,6 +137,7 @@ def _run(
             tensors,
             config=config,
             grid=grid,
+            model=model,
             membership=membership,
             aggregator=aggregator,
             participation=participation,

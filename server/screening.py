@@ -8,7 +8,7 @@ on with the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -24,7 +24,6 @@ from fedkn.federation import (
     EXAMPLES,
     METRICS,
     PARTITION,
-    TRAIN_METRICS,
     arrays_record,
     is_packed,
     npy_header,
@@ -32,17 +31,24 @@ from fedkn.federation import (
     packed_sizes,
     unpacked,
 )
+from fedkn.text import printable
+from server.plausible import named, numbers_in, training_ranges
 
 __all__ = ["RefusedUpdate", "Screen", "Update"]
 
 # A client's index of packed tensors may be written a little differently.
 _SLACK = 1 << 16
 
+_LONGEST_REASON = 300
+
 RecordT = TypeVar("RecordT")
 
 
 class RefusedUpdate(Exception):
-    """An update that fails the gate; the text is the reason."""
+    """An update that fails the gate; the text is the reason, printable whatever stands in it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason, _LONGEST_REASON))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +69,9 @@ class Screen:
         train: how clients were asked to train, which bounds the local steps they can have taken.
         max_norm: refuse an update farther than this (Euclidean, over all tensors) from `sent`;
             0 is no bound.
+        round_timeout: seconds that the round waits. private: whether updates have an epsilon.
+        spreads, counts: the names of tensors that hold variances or deviations, and counts of
+            batches.
     """
 
     def __init__(
@@ -72,11 +81,18 @@ class Screen:
         train: TrainConfig,
         *,
         max_norm: float = 0.0,
+        round_timeout: float = 0.0,
+        private: bool = False,
+        spreads: Collection[str] = (),
+        counts: Collection[str] = (),
     ) -> None:
         self._sent = sent
         self._declared = declared
         self._train = train
         self._max_norm = max_norm
+        self._round_timeout = round_timeout
+        self._private = private
+        self._spreads, self._counts = (sent.keys() & set(names) for names in (spreads, counts))
 
     def check(self, message: Message) -> Update:
         """Return the update in `message`.
@@ -96,11 +112,14 @@ class Screen:
             raise RefusedUpdate(f"unreadable: {type(error).__name__}: {error}") from error
 
     def _update(self, content: RecordDict) -> Update:
+        if content.config_records:
+            raise RefusedUpdate(f"records not expected: {named(content.config_records)}")
         metrics = self._metrics(_only(content.metric_records, METRICS))
         record = _only(content.array_records, ARRAYS)
         if is_packed(record):
             self._check_packed(record)
         arrays = self._arrays(unpacked(record))
+        self._check_statistics(arrays, metrics[EXAMPLES] * self._train.local_epochs)
         if self._max_norm:
             self._check_norm(arrays)
         return Update(int(metrics[PARTITION]), arrays, metrics)
@@ -121,52 +140,50 @@ class Screen:
                 raise RefusedUpdate(f"{what} of {size} bytes, where {expected} are expected")
 
     def _metrics(self, record: MetricRecord) -> dict[str, float]:
-        if record.keys() != set(TRAIN_METRICS):
-            odd = sorted(record.keys() ^ set(TRAIN_METRICS))
-            raise RefusedUpdate(f"metrics missing or not expected: {', '.join(odd)}")
-        metrics: dict[str, float] = {}
-        for key, value in record.items():
-            if isinstance(value, list) or not math.isfinite(value):
-                raise RefusedUpdate(f"metric '{key}' is {value}, not a finite number")
-            metrics[key] = value
-        partition = metrics[PARTITION]
-        if partition not in self._declared:
+        partition = record.get(PARTITION)
+        if type(partition) is not int or partition not in self._declared:
             raise RefusedUpdate(f"partition {partition} was not asked to train")
-        declared = self._declared[int(partition)]
-        if metrics[EXAMPLES] != declared:
-            raise RefusedUpdate(
-                f"claims {metrics[EXAMPLES]} examples, but declared {declared} on joining"
-            )
-        if metrics["trained-examples"] == 0:
+        if record.get("trained-examples") == 0:
             raise RefusedUpdate(
                 "trained on no example: every batch was smaller than the normalizer needs"
             )
-        if negative := [key for key in TRAIN_METRICS if metrics[key] < 0]:
-            raise RefusedUpdate(f"metric '{negative[0]}' is negative: {metrics[negative[0]]}")
-        most = self._train.local_epochs * declared
-        if (trained := metrics["trained-examples"]) > most:
-            raise RefusedUpdate(f"claims to have trained on {trained:g} examples: {most} at most")
-        self._check_steps(metrics["steps"], declared)
-        return metrics
-
-    def _check_steps(self, steps: float, examples: int) -> None:
-        # FedNova and SCAFFOLD divide by them. A device that takes smaller batches than it was asked
-        # to takes as many steps all the same; a batch too small for the normalizer may be none.
-        together = self._train.batch_size * self._train.accumulate
-        most = self._train.local_epochs * -(-examples // together)
-        if self._train.local_steps:
-            most = min(most, self._train.local_steps)
-        if steps != int(steps) or not 1 <= steps <= most:
-            raise RefusedUpdate(f"claims {steps:g} local steps: between 1 and {most} are possible")
+        declared, claimed = self._declared[partition], record.get(EXAMPLES)
+        if type(claimed) is int and claimed != declared:
+            raise RefusedUpdate(
+                f"claims {printable(claimed, 40)} examples, but declared {declared} on joining"
+            )
+        ranges = training_ranges(
+            self._train,
+            partition,
+            declared,
+            round_timeout=self._round_timeout,
+            private=self._private,
+        )
+        try:
+            return numbers_in(record, ranges)
+        except ValueError as error:
+            raise RefusedUpdate(str(error)) from None
 
     def _arrays(self, record: ArrayRecord) -> dict[str, np.ndarray]:
         if record.keys() != self._sent.keys():
-            odd = sorted(record.keys() ^ self._sent.keys())
-            raise RefusedUpdate(f"tensors missing or not expected: {', '.join(odd[:3])}")
+            odd = named(record.keys() ^ self._sent.keys())
+            raise RefusedUpdate(f"tensors missing or not expected: {odd}")
         arrays: dict[str, np.ndarray] = {}
         for name, sent in self._sent.items():
             arrays[name] = _checked(name, record[name], sent)
         return arrays
+
+    def _check_statistics(self, arrays: Mapping[str, np.ndarray], batches: float) -> None:
+        """Refuse what would be no variance, and counts of more `batches` than there can be."""
+        for name in self._spreads | self._counts:
+            value = arrays[name]
+            if value.size and value.min() < 0:
+                raise RefusedUpdate(f"'{name}' is negative, which no variance or count can be")
+        for name in self._counts:
+            # Float32 rounds what it counts.
+            most = 1.001 * (self._sent[name] + batches) + 1
+            if (arrays[name] > most).any():
+                raise RefusedUpdate(f"'{name}' counts more than {batches:.0f} batches in a round")
 
     def _check_norm(self, arrays: Mapping[str, np.ndarray]) -> None:
         squares = (
@@ -180,7 +197,7 @@ class Screen:
 
 def _only(records: Mapping[str, RecordT], key: str) -> RecordT:
     if set(records) != {key}:
-        raise RefusedUpdate(f"expected one record '{key}', got {sorted(records)}")
+        raise RefusedUpdate(f"expected one record '{key}', got {named(records) or 'none'}")
     return records[key]
 
 

@@ -12,11 +12,14 @@ from typing import Any
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
+from fedkn.text import printable
 from server.deployment.bundle import build_bundle
+from server.deployment.certificates import public_pem
 from server.deployment.control import Control, RunState, SuperLinkAway, advice
 from server.deployment.fleet import Fleet
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
+from server.identities import write_identities
 from simulations.metrics_lines import number
 from simulations.run_folder import MetricsTail
 
@@ -87,6 +90,8 @@ def run_deployed(fleet: Fleet, config: ExperimentConfig, control: Control, say: 
         FedknError: as `follow_run`.
     """
     folder = Path(config.checkpoint.folder)
+    keys = {device.partition: public_pem(fleet.public_key(device)) for device in fleet.devices}
+    write_identities(folder, keys)
     tail = MetricsTail(folder / "metrics.jsonl")
     tail.poll()  # what a run before this one, now resumed, wrote
     run_id = control.start(build_bundle(), config.flat())
@@ -223,7 +228,7 @@ def _failure(progress: Progress, state: RunState, control: Control) -> str:
     # the traceback and what Flower says of it.
     said = [line.strip() for line in control.output(state.run_id) if line.strip()]
     errors = [match[1] for line in said if (match := _ERROR.fullmatch(line))]
-    reason = (errors or said or [state.details or "no reason given"])[-1]
+    reason = printable((errors or said or [state.details or "no reason given"])[-1])
     return f"the run {state.outcome or 'ended early'} after {progress.rounds} rounds: {reason}"
 
 

@@ -19,7 +19,7 @@ __all__ = ["KNConv", "KNConv1d", "KNConv2d", "Recorder"]
 class Recorder(Protocol):
     """Something that seeds and remembers the dropout of each forward pass."""
 
-    def __call__(self, layer: nn.Module, x: Tensor) -> AbstractContextManager[None]:
+    def __call__(self, layer: nn.Module, x: Tensor) -> AbstractContextManager[object]:
         """Return the context in which `layer` is applied to `x`."""
 
 

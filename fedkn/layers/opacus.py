@@ -56,7 +56,7 @@ class _Recorder:
     def __init__(self) -> None:
         self._seeds: WeakKeyDictionary[nn.Module, list[tuple[int, int]]] = WeakKeyDictionary()
 
-    def __call__(self, layer: nn.Module, x: Tensor) -> AbstractContextManager[None]:
+    def __call__(self, layer: nn.Module, x: Tensor) -> AbstractContextManager[object]:
         # Opacus hooks the layers it serves; it ignores evaluation and passes without gradients.
         if not (layer._forward_hooks and layer.training and torch.is_grad_enabled()):
             return nullcontext()

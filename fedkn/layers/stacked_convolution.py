@@ -122,7 +122,7 @@ class _Call(NamedTuple):
         shift = None if bias is None else bias.flatten()
         _, stride, padding, dilation, _ = self.geometry
         y = torch.conv2d(maps, filters, shift, stride, padding, dilation, clients)
-        return y.unflatten(1, (clients, weight.shape[1]))
+        return y.view(y.shape[0], clients, weight.shape[1], *y.shape[2:])
 
 
 class _Convolution(torch.autograd.Function):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fedkn.layers import dropout_stream
+from fedkn.layers.dropout import Stream
 
 __all__ = ["Draws", "own_draws"]
 
@@ -29,7 +30,7 @@ class Draws:
     def __init__(self, device: torch.device) -> None:
         self._generators = [torch.default_generator, *_generators_of(device)]
 
-    def seeded(self, seed: int) -> AbstractContextManager[None]:
+    def seeded(self, seed: int) -> AbstractContextManager[Stream]:
         """Return the context of a forward pass in which all draws of PyTorch follow from `seed`.
 
         The pass backward may come after it. Python's and NumPy's draws follow from the seed of

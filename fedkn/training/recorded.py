@@ -266,8 +266,8 @@ def _step_of(
     def step() -> None:
         optimizer.zero_grad()
         where = tables.example + tables.offsets[:size]
-        pixels = torch.split(inputs(tables.pixels.index_select(0, where)), sizes)
-        answers = torch.split(tables.labels.index_select(0, where), sizes)
+        pixels = torch.split(inputs(tables.pixels.index_select(0, where)), list(sizes))
+        answers = torch.split(tables.labels.index_select(0, where), list(sizes))
         for x, y in zip(pixels, answers, strict=True):
             with dropout_keys(tables.keys.index_select(0, tables.batch).squeeze(0)):
                 loss = F.cross_entropy(training_scores(model, x, train.precision), y)

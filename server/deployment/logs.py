@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 from fedkn.errors import unknown_name
+from fedkn.text import printable
 from server.deployment.fleet import Fleet
 from server.deployment.programs import PROXY, SUPEREXEC, SUPERLINK
 from server.deployment.proxy import REFUSALS
@@ -15,6 +16,9 @@ __all__ = ["follow_logs", "last_lines", "log_names"]
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _POLL_SECONDS = 0.3
+_LONGEST_LINE, _DEEPEST = 2000, 40
+# Of a log of any size no more is read for its last lines.
+_LAST_BYTES = 1 << 22
 
 
 def log_names(fleet: Fleet, chosen: str = "") -> list[str]:
@@ -33,7 +37,9 @@ def log_names(fleet: Fleet, chosen: str = "") -> list[str]:
 def last_lines(fleet: Fleet, name: str, count: int) -> list[str]:
     """Return the last `count` lines that a program printed, without colours and empty lines."""
     try:
-        data = fleet.log(name).read_bytes()
+        with fleet.log(name).open("rb") as file:
+            file.seek(max(file.seek(0, 2) - _LAST_BYTES, 0))
+            data = file.read()
     except OSError:
         return []
     return _lines(data)[-count:] if count else []
@@ -60,5 +66,12 @@ def follow_logs(fleet: Fleet, names: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _lines(data: bytes) -> list[str]:
+    # Only a newline ends a line: what else Python takes for one may stand in what a device sent.
     text = _COLOURS.sub("", data.decode("utf-8", errors="replace"))
-    return [line.rstrip() for line in text.splitlines() if line.strip()]
+    return [_shown(line) for line in text.split("\n") if line.strip()]
+
+
+def _shown(line: str) -> str:
+    """Return `line` printable and of bounded length, indented as it was."""
+    indent = len(line) - len(line.lstrip(" "))
+    return " " * min(indent, _DEEPEST) + printable(line, _LONGEST_LINE)

@@ -47,16 +47,24 @@ def client_tables(run: RunFolder, partition: str, cells: Iterable[CellRecord]) -
     for cell in cells:
         if any(held.labels is not None for held in cell.holdings.values()):
             seed = cell.config.seed
-            tables[seed] = _reported(cell, partition, _classes(run, cell, drawn.get(seed)))
+            table = drawn.get(seed)
+            notes = table.notes if table else []
+            tables[seed] = _reported(cell, partition, _classes(run, cell, table), notes)
     return [tables[seed] for seed in sorted(tables)]
 
 
-def _reported(cell: CellRecord, partition: str, classes: Sequence[str]) -> ClientTable:
+def _reported(
+    cell: CellRecord, partition: str, classes: Sequence[str], notes: Sequence[str]
+) -> ClientTable:
     clients = range(cell.config.partition.clients)
     rows = [_row(cell.holdings, client, len(classes)) for client in clients]
     return ClientTable(
         PartitionRecord(
-            partition, cell.config.seed, list(classes), [row or [0] * len(classes) for row in rows]
+            partition,
+            cell.config.seed,
+            list(classes),
+            [row or [0] * len(classes) for row in rows],
+            notes=list(notes),
         ),
         reported=True,
         silent=tuple(client for client, row in zip(clients, rows, strict=True) if row is None),

@@ -153,7 +153,7 @@ def _alarms(summary: RunSummary) -> list[str]:
 def _left_out(summary: RunSummary) -> list[LossLine]:
     """What of the data was not read, or has no image, as the run's partitions tell."""
     tables = [table for section in summary.sections for table in section.tables]
-    notes = dict.fromkeys(note for table in tables for note in table.notes)
+    notes = dict.fromkeys(note for table in tables for note in table.record.notes)
     return [LossLine("of the data", "", 0, "", note) for note in notes]
 
 

@@ -9,7 +9,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.lib import format as npy
 
 __all__ = ["FAULTS", "spoiled"]
@@ -88,6 +88,15 @@ def _extra(arrays: Arrays, metrics: Metrics) -> None:
 
 def _missing_metric(arrays: Arrays, metrics: Metrics) -> None:
     del metrics["steps"]
+
+
+def _many(arrays: Arrays, metrics: Metrics) -> None:
+    metrics.update({f"{'k' * 60}{number}": 1 for number in range(100_000)})
+
+
+def _config(arrays: Arrays, metrics: Metrics) -> RecordDict:
+    records = {"arrays": ArrayRecord(arrays), "metrics": _record(metrics)}
+    return RecordDict({**records, "config": ConfigRecord({"clip": 1})})
 
 
 def _swapped(arrays: Arrays, metrics: Metrics) -> None:
@@ -176,15 +185,26 @@ FAULTS: dict[str, tuple[Callable[[Arrays, Metrics], RecordDict | None], str]] = 
     "nan weight": (_metric("num-examples", math.nan), "not a finite number"),
     "infinite weight": (_metric("num-examples", math.inf), "not a finite number"),
     "huge weight": (_metric("num-examples", 10**12), "examples, but declared"),
-    "gigantic integer": (_metric("num-examples", 10**400), "unreadable"),
+    "gigantic integer": (_metric("num-examples", 10**400), "examples, but"),
     "weight in a list": (_metric("num-examples", [1, 2]), "not a finite number"),
     "nothing trained": (_metric("trained-examples", 0), "trained on no example"),
-    "negative count": (_metric("steps", -1), "'steps' is negative"),
-    "huge training": (_metric("trained-examples", 1e300), "claims to have trained on 1e"),
-    "no step": (_metric("steps", 0), "claims 0 local steps"),
-    "half a step": (_metric("steps", 2.5), "claims 2.5 local steps"),
-    "huge steps": (_metric("steps", 10**9), r"claims 1e\+09 local steps"),
+    "negative count": (_metric("steps", -1), "'steps' is -1: 1 to"),
+    "huge training": (_metric("trained-examples", 10**9), r"'trained-examples' is 1e\+09: 1 to"),
+    "no step": (_metric("steps", 0), "'steps' is 0: 1 to"),
+    "half a step": (_metric("steps", 2.5), "'steps' is 2.5, not a whole number"),
+    "huge steps": (_metric("steps", 10**9), r"'steps' is 1e\+09: 1 to"),
     "nan loss": (_metric("train-loss", math.nan), "not a finite number"),
+    "a count that overflows": (_metric("trained-examples", 1.7e308), "not a whole number"),
+    "a huge epsilon": (_metric("epsilon", 1e300), r"'epsilon' is 1e\+300: 0 is possible"),
+    "a huge loss": (_metric("train-loss", 1e300), r"'train-loss' is 1e\+300: 0 to"),
+    "centuries of training": (_metric("train-seconds", 1e12), r"'train-seconds' is 1e\+12: 0 to"),
+    "a huge batch": (_metric("batch-size", 10**6), r"'batch-size' is 1e\+06: 0 to"),
+    "a flag that is none": (_metric("state-lost", 2), "'state-lost' is 2: 0 to 1"),
+    "a name that forges a line": (
+        _metric("x\nINFO : all is well", 1),
+        r"metrics missing or not expected: x INFO : all is well$",
+    ),
+    "a hundred thousand names": (_many, r", … \(100000 in all\)$"),
     "missing metric": (_missing_metric, "metrics missing or not expected: steps"),
     "extra metric": (_metric("node-id", 7), "metrics missing or not expected: node-id"),
     "nobody's partition": (_metric("partition-id", 77), "was not asked to train"),
@@ -192,6 +212,7 @@ FAULTS: dict[str, tuple[Callable[[Arrays, Metrics], RecordDict | None], str]] = 
     "two array records": (_two_records, "expected one record 'arrays'"),
     "no array record": (_no_arrays, "expected one record 'arrays'"),
     "two metric records": (_two_metrics, "expected one record 'metrics'"),
+    "a config record": (_config, "records not expected: config"),
     "nothing at all": (lambda arrays, metrics: RecordDict(), "expected one record"),
     "a million times too far": (
         _all(lambda a: np.asarray(a * 1e6, dtype=a.dtype)),

@@ -10,6 +10,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
+    ObjectTree,
     PullObjectRequest,
     PullObjectResponse,
 )
@@ -173,3 +174,58 @@ def test_many_parts_are_fetched_some_at_a_time_and_each_once(superlink, arrivals
         assert found == ([], {})
         assert len(asked) == 2 * looks
     assert sorted(asked) == sorted(parts)
+
+
+def test_a_reply_in_another_nodes_name_is_lost(superlink, arrivals):
+    _reply, parts = announce(superlink, 1)
+    superlink.parts |= parts
+    # The SuperLink vouches for the node that announced a reply, not for what the reply says.
+    announced = superlink.PullMessages
+    superlink.PullMessages = lambda request: of_node(announced(request), 99)
+    (whole, lost) = arrivals.pull(["asked-1"])
+    assert whole == []
+    assert lost == {"asked-1": "unreadable reply: announced as another node's"}
+
+
+def of_node(answer: PullAppMessagesResponse, node: int) -> PullAppMessagesResponse:
+    for said in answer.messages_list:
+        said.metadata.src_node_id = node
+    return answer
+
+
+def test_a_reply_of_endless_parts_is_given_up_before_any_is_fetched(superlink, arrivals):
+    _reply, _parts = announce(superlink, 1)
+    announced = superlink.PullMessages
+    superlink.PullObject = lambda request: pytest.fail("fetched")
+
+    def endless(request: PullAppMessagesRequest) -> PullAppMessagesResponse:
+        answer = announced(request)
+        for tree in answer.message_object_trees:
+            tree.children.extend(ObjectTree(object_id=f"{number:064x}") for number in range(10_000))
+        return answer
+
+    superlink.PullMessages = endless
+    (whole, lost) = arrivals.pull(["asked-1"])
+    assert whole == []
+    assert lost["asked-1"].startswith("unreadable reply: more than 8192 parts")
+    assert arrivals.begun == set()
+
+
+def test_what_was_not_asked_for_is_passed_over(superlink, arrivals):
+    _, parts = announce(superlink, 1)
+    superlink.parts |= parts
+    announced = superlink.PullMessages
+
+    def twice(request: PullAppMessagesRequest) -> PullAppMessagesResponse:
+        answer = announced(request)
+        other = PullAppMessagesResponse()
+        other.CopyFrom(answer)
+        for said in other.messages_list:
+            said.metadata.reply_to_message_id = ""
+        answer.MergeFrom(other)
+        return answer
+
+    superlink.PullMessages = twice
+    (whole, lost) = arrivals.pull(["asked-1"])
+    assert [one.metadata.reply_to_message_id for one in whole] == ["asked-1"]
+    assert lost == {}

@@ -81,7 +81,7 @@ def test_the_culprit_matters(config, without_culprit):
 
 def test_without_a_bound_a_distant_update_passes(culprit):
     """The norm bound is what refuses it: it is finite and well-formed."""
-    unbounded = small()
+    unbounded = small(server__max_update_norm=0)
     honest = run(unbounded)
     fault = "a million times too far"
     distant = run(
