@@ -20,7 +20,7 @@ help:
 	@echo "make test-deployment  real processes: TLS, faults, restarts (minutes)"
 	@echo "make fuzz     100,000 hostile replies and damaged files, at random (minutes)"
 	@echo "make soak     eight devices, a hundred rounds, a kill or restart in every five (most of an hour)"
-	@echo "make lint     ruff, mypy, import-linter"
+	@echo "make lint     ruff, clang-format, mypy, import-linter"
 	@echo "make requirements  requirements-device.txt and -server.txt, with hashes, from constraints.txt"
 	@echo "make install  only what the others need, into $(VENV) (PYTHON=python3.12 for another Python)"
 	@echo "make clean    remove $(VENV)"
@@ -72,6 +72,7 @@ soak: install
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror fedkn/layers/native/*.h fedkn/layers/native/*.cpp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

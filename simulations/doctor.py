@@ -19,7 +19,7 @@ from fedkn import __version__
 from fedkn.data.vision import import_torchvision, way_round_taken
 from fedkn.errors import UserError
 from fedkn.installation import installed_version, requirements
-from fedkn.layers import native
+from fedkn.layers.native import library as native
 from fedkn.machine import usable_cores
 
 __all__ = ["Finding", "diagnose"]

@@ -47,3 +47,21 @@ def test_links_between_pages_lead_somewhere() -> None:
             if not (page.parent / target).exists():
                 broken.append(f"{page.name} -> {target}")
     assert not broken
+
+
+def test_the_tests_that_the_faults_are_held_by_exist():
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    sources = {path.name: path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    everything = "\n".join(sources.values())
+    named = set(re.findall(r"`(tests/[\w/.]+|test_\w+(?:\.py)?)`", text))
+    assert len(named) > 40
+    missing = [
+        name
+        for name in named
+        if not (
+            (ROOT / name).exists()
+            if name.startswith("tests/")
+            else name in sources or f"def {name}(" in everything
+        )
+    ]
+    assert not missing

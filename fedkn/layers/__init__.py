@@ -1,17 +1,19 @@
 """Layers: kernel-normalized ones, and the rivals PyTorch lacks."""
 
 from fedkn.layers.batch_renorm import BatchRenorm2d
-from fedkn.layers.dropout import dropout_stream
 from fedkn.layers.evo_norm import EvoNormS0
+from fedkn.layers.feature_norm import FeatureNorm
 from fedkn.layers.federated_batch_norm import FederatedBatchNorm2d, HybridBatchNorm2d
 from fedkn.layers.filter_response_norm import FilterResponseNorm2d
-from fedkn.layers.kernel_norm import KernelNorm1d, KernelNorm2d
-from fedkn.layers.kn_conv import KNConv1d, KNConv2d
+from fedkn.layers.kernel.dropout import dropout_stream
+from fedkn.layers.kernel.explanation import explain
+from fedkn.layers.kernel.layer import KernelNorm1d, KernelNorm2d, KNConv1d, KNConv2d
+from fedkn.layers.layer_norm import LayerNorm2d
 from fedkn.layers.local_context_norm import LocalContextNorm2d
 from fedkn.layers.moments import Moments
-from fedkn.layers.rivals import LayerNorm2d, WSConv2d
-from fedkn.layers.rms_norm import FeatureNorm, RMSNorm2d
+from fedkn.layers.rms_norm import RMSNorm2d
 from fedkn.layers.scaled_ws_conv import Gain, ScaledWSConv2d
+from fedkn.layers.ws_conv import WSConv2d
 
 __all__ = [
     "BatchRenorm2d",
@@ -32,4 +34,5 @@ __all__ = [
     "ScaledWSConv2d",
     "WSConv2d",
     "dropout_stream",
+    "explain",
 ]

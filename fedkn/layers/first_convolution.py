@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedkn.layers import native
-from fedkn.layers.autograd import plain_tensors
+from fedkn.layers import circumstances
+from fedkn.layers.native import library
 
 __all__ = ["first_convolution", "serves"]
 
@@ -27,14 +27,14 @@ def serves(layer: nn.Conv2d, x: object) -> bool:
         and layer.groups == 1
         and layer.padding_mode == "zeros"
         and isinstance(x, Tensor)
-        and plain_tensors()
+        and circumstances.eager()
         and not x.requires_grad
         and x.dim() == 4
         and x.shape[1] == layer.in_channels
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.is_autocast_enabled("cpu")
-        and native.serves(x, layer.weight, None)
+        and bool(library.serves(x, layer.weight, None))
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedkn.layers import mapped, native
-from fedkn.layers.autograd import plain_tensors
+from fedkn.layers import circumstances, side_by_side
+from fedkn.layers.native import library
 
 __all__ = ["group_norm", "pools", "serves"]
 
@@ -14,21 +14,21 @@ __all__ = ["group_norm", "pools", "serves"]
 def serves(x: object, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether `group_norm` takes these: float32 maps on the CPU, eager or of clients under vmap.
 
-    It needs a weight and a bias, and `native`'s kernels, which the first call may build.
+    It needs a weight and a bias, and the native kernels, which the first call may build.
     """
     if not isinstance(x, Tensor) or weight is None or bias is None:
         return False
     if x.dim() != 4 or x.numel() == 0:
         return False
-    if not plain_tensors():
-        return mapped.serves(x, weight, bias)
-    return not torch.is_autocast_enabled("cpu") and native.serves(x, weight, bias)
+    if not circumstances.eager():
+        return bool(side_by_side.serves(x, weight, bias))
+    return not torch.is_autocast_enabled("cpu") and bool(library.serves(x, weight, bias))
 
 
 def pools(x: Tensor) -> bool:
     """Whether `group_norm` can pool x: eager, channels last in eights, and with even sides."""
     return (
-        plain_tensors()
+        circumstances.eager()
         and not (x.shape[1] % 8 or x.shape[2] % 2 or x.shape[3] % 2)
         and x.is_contiguous(memory_format=torch.channels_last)
     )
@@ -51,7 +51,21 @@ def group_norm(  # noqa: PLR0917 - in group_norm's order
     With `pool` 2x2 max-pooling follows, (N, C, H / 2, W / 2), only for what it `pools`. The map
     before the pooling is never written, which saves its memory and half of the time or more.
     """
-    if not plain_tensors():
-        return mapped.group_norm(x, groups, weight, bias, eps, relu)
+    if not circumstances.eager():
+        return _of_clients(x, groups, weight, bias, eps, relu)
     y: Tensor = torch.ops.fedkn_native.group_norm(x, groups, weight, bias, eps, relu, pool)
     return y
+
+
+def _of_clients(  # noqa: PLR0917 - as group_norm's
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, relu: bool
+) -> Tensor:
+    """All clients' groups beside each other."""
+    clients = side_by_side.clients_of(weight)
+    maps = side_by_side.beside(x, clients)
+    gain, shift = side_by_side.flat(weight, clients), side_by_side.flat(bias, clients)
+    with side_by_side.outside():
+        y: Tensor = torch.ops.fedkn_native.group_norm(
+            maps, clients * groups, gain, shift, eps, relu, False
+        )
+    return side_by_side.apart(y, clients)

@@ -19,7 +19,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from fedkn.layers.statistics import Geometry
+from fedkn.layers.kernel.settings import Geometry
 
 __all__ = ["StackedConvolutions", "convolve_stacked"]
 

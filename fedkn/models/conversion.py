@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkn.errors import UserError
 from fedkn.layers import KernelNorm2d, KNConv2d, WSConv2d
-from fedkn.layers.padding import PADDING_MODES
+from fedkn.layers.kernel.padding import PADDING_MODES
 from fedkn.models.copying import copied, lazy_layer
 from fedkn.models.hooks import copy_tensor_hooks, move_hooks, tied_down
 from fedkn.models.layouts import UNUSABLE, Norm

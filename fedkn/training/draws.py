@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fedkn.layers import dropout_stream
-from fedkn.layers.dropout import Stream
+from fedkn.layers.kernel.dropout import Stream
 
 __all__ = ["Draws", "own_draws"]
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkn.config import TrainConfig
-from fedkn.layers.dropout import dropout_keys, dropout_stream, keys_of
+from fedkn.layers.kernel.dropout import dropout_keys, dropout_stream, keys_of
 from fedkn.seeds import derive, torch_generator
 from fedkn.training.batches import BatchPlan
 from fedkn.training.captured import Captured

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from fedkn.config import TrainConfig
 from fedkn.errors import UserError
-from fedkn.layers.dropout import dropout_keys, dropout_stream
+from fedkn.layers.kernel.dropout import dropout_keys, dropout_stream
 from fedkn.layers.stacked_convolution import StackedConvolutions
 from fedkn.seeds import derive
 from fedkn.training.batches import BatchPlan, plan_batches

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkn.layers.dropout import keys_of
+from fedkn.layers.kernel.dropout import keys_of
 from fedkn.seeds import derive, torch_generator
 from fedkn.training.batches import BatchPlan
 from fedkn.training.inputs import Inputs

@@ -11,7 +11,7 @@ import torch
 from fedkn.errors import UserError
 from fedkn.experiment import data_summary, federated_data
 from fedkn.layers import KernelNorm2d, KNConv2d, dropout_stream
-from fedkn.layers.functional import Statistics
+from fedkn.layers.kernel.settings import Statistics
 from fedkn.seeds import derive
 from server.run_data import refuse_changes
 from simulations.trained_model import load_trained_model

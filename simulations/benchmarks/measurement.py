@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedkn.layers import native
+from fedkn.layers.native import library as native
 from fedkn.training.memory import peak_bytes, saved_activations
 from simulations.benchmarks.results import Row
 from simulations.benchmarks.timing import time_in_turn

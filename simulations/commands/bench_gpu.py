@@ -23,9 +23,10 @@ def gpu(
             "--part",
             metavar="NAME,…",
             help="checks: same bits, no waiting, agreement with the CPU. steps: local steps of 1 "
-            "to 256 clients. networks: whole networks. rounds: whole federated rounds.",
+            "to 256 clients. convolutions: of all clients' layers. networks: whole networks. "
+            "rounds: whole federated rounds.",
         ),
-    ] = "checks,steps,networks,rounds",
+    ] = "checks,steps,convolutions,networks,rounds",
     quick: Annotated[bool, typer.Option("--quick", help="A few cases of each part.")] = False,
     seconds: Annotated[
         float, typer.Option("--seconds", min=1, help="Begin no case after so many seconds.")

@@ -11,6 +11,7 @@ import torch
 
 from fedkn import normalizers
 from simulations.benchmarks.gpu.checks import check_normalizer
+from simulations.benchmarks.gpu.convolutions import convolution_cases, measure_convolution
 from simulations.benchmarks.gpu.local_steps import measure_steps, step_cases
 from simulations.benchmarks.gpu.networks import measure_network, network_cases
 from simulations.benchmarks.gpu.page import Results
@@ -19,7 +20,7 @@ from simulations.benchmarks.gpu.rounds import measure_rounds, round_cases
 __all__ = ["PARTS", "measure_everything"]
 
 ValueT = TypeVar("ValueT")
-PARTS = ("checks", "steps", "networks", "rounds")
+PARTS = ("checks", "steps", "convolutions", "networks", "rounds")
 
 
 def measure_everything(
@@ -57,6 +58,10 @@ def measure_everything(
         "steps": lambda: [
             (str(case), results.steps, partial(measure_steps, case, device))
             for case in step_cases(quick)
+        ],
+        "convolutions": lambda: [
+            (str(case), results.convolutions, partial(measure_convolution, case, device))
+            for case in convolution_cases()
         ],
         "networks": lambda: [
             (str(case), results.networks, partial(measure_network, case, device, seconds=0.3))

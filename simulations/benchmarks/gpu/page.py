@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from simulations.benchmarks.gpu.checks import Check
+from simulations.benchmarks.gpu.convolutions import ConvolutionTime
 from simulations.benchmarks.gpu.local_steps import StepTime
 from simulations.benchmarks.gpu.networks import NetworkTime
 from simulations.benchmarks.gpu.rounds import RoundTime
@@ -22,6 +23,7 @@ class Results:
 
     checks: list[Check] = field(default_factory=list)
     steps: list[StepTime] = field(default_factory=list)
+    convolutions: list[ConvolutionTime] = field(default_factory=list)
     networks: list[NetworkTime] = field(default_factory=list)
     rounds: list[RoundTime] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
@@ -39,6 +41,8 @@ class Results:
             parts.append(_table(_CHECKS, map(_check, self.checks)))
         if self.steps:
             parts.append(_table(_STEPS, map(_step, self.steps)))
+        if self.convolutions:
+            parts.append(_table(_CONVOLUTIONS, map(_convolution, self.convolutions)))
         if self.networks:
             parts.append(_table(_NETWORKS, _network(self.networks)))
         if self.rounds:
@@ -54,6 +58,10 @@ _CHECKS = (
 _STEPS = (
     "normalizer", "width", "batch", "way", "clients", "ms a step of all", "ms a client", "first, s",
     "peak, MiB",
+)  # fmt: skip
+_CONVOLUTIONS = (
+    "clients", "batch", "channels", "filters", "side", "own, float32, ms", "cuDNN, float32, ms",
+    "cuDNN, TF32, ms",
 )  # fmt: skip
 _NETWORKS = (
     "precision", "batch", "normalizer", "layout", "eager, ms", "graph, ms", "graph over batch",
@@ -86,6 +94,13 @@ def _step(time: StepTime) -> Sequence[str]:
         f"{time.first_seconds:.1f}",
         f"{time.peak_mib:.0f}",
     )
+
+
+def _convolution(time: ConvolutionTime) -> Sequence[str]:
+    case = time.case
+    sizes = (case.clients, case.batch, case.channels, case.filters, case.side)
+    times = (time.own, time.grouped, time.grouped_tf32)
+    return (*map(str, sizes), *(f"{taken:.3f}" for taken in times))
 
 
 def _network(times: Sequence[NetworkTime]) -> Iterable[Sequence[str]]:

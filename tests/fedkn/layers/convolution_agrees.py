@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fedkn.layers.kernel.settings import Geometry
 from fedkn.layers.stacked_convolution import StackedConvolutions, convolve_stacked
-from fedkn.layers.statistics import Geometry
 
 CASES = (
     ((3, 2, 3, 8, 8), 5, (3, 3), (1, 1), (1, 1), (1, 1)),

@@ -8,7 +8,8 @@ from unittest import mock
 
 import pytest
 
-from fedkn.layers import autograd, native
+from fedkn.layers import circumstances
+from fedkn.layers.native import library
 
 PATHS = ("plain", "native", "composite")
 
@@ -16,13 +17,13 @@ PATHS = ("plain", "native", "composite")
 @contextmanager
 def path(name: str) -> Iterator[None]:
     """Run the block on the named implementation; skip the test where it cannot be had."""
-    if name == "native" and not native.load():
+    if name == "native" and not library.load():
         pytest.skip(
             "the fused CPU kernels cannot be built here (no C++ compiler, or FEDKN_NATIVE=0)"
         )
     if name == "composite":
-        with mock.patch.object(autograd, "plain_tensors", return_value=False):
+        with mock.patch.object(circumstances, "eager", return_value=False):
             yield
     else:
-        with mock.patch.object(native, "load", return_value=name == "native"):
+        with mock.patch.object(library, "load", return_value=name == "native"):
             yield

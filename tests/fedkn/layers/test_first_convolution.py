@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedkn.layers import native
 from fedkn.layers.first_convolution import first_convolution, serves
+from fedkn.layers.native import library
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels():
-    if not native.load():
+    if not library.load():
         pytest.skip("the fused CPU kernels cannot be built here")
 
 
@@ -110,5 +110,5 @@ def test_it_serves_no_other_images():
     assert not any(serves(layer, other) for other in others)
     with torch.autocast("cpu"):
         assert not serves(layer, x)
-    with native.switched_off():
+    with library.switched_off():
         assert not serves(layer, x)

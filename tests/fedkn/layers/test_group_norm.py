@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkn.layers import native
 from fedkn.layers.group_norm import group_norm, serves
+from fedkn.layers.native import library
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels():
-    if not native.load():
+    if not library.load():
         pytest.skip("the fused CPU kernels cannot be built here")
 
 
@@ -122,7 +122,7 @@ def test_it_serves_nothing_else():
     assert not serves(x.double(), weight.double(), bias.double())
     assert not serves(x[:0], weight, bias)
     assert not serves(x, None, None)
-    with native.switched_off():
+    with library.switched_off():
         assert not serves(x, weight, bias)
     with torch.autocast("cpu"):
         assert not serves(x, weight, bias)

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkn.layers import native
 from fedkn.layers.group_norm import group_norm, pools, serves
+from fedkn.layers.native import library
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels():
-    if not native.load():
+    if not library.load():
         pytest.skip("the fused CPU kernels cannot be built here")
 
 

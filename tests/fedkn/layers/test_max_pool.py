@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkn.layers import native
 from fedkn.layers.max_pool import max_pool, serves
+from fedkn.layers.native import library
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels():
-    if not native.load():
+    if not library.load():
         pytest.skip("the fused CPU kernels cannot be built here")
 
 
@@ -69,7 +69,7 @@ def test_where_the_kernel_does_not_serve_it_is_pytorchs_own():
         assert torch.equal(max_pool(other), F.max_pool2d(other, 2))
     per_client = torch.func.vmap(max_pool)(x.expand(4, *x.shape))
     assert torch.equal(per_client[3], F.max_pool2d(x, 2))
-    with native.switched_off():
+    with library.switched_off():
         assert not serves(x)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from fedkn.layers.stacked_convolution import StackedConvolutions
-from tests.fedkn.layers.test_triton import needs_triton, run
+from tests.fedkn.layers.kernel.backends.test_triton import needs_triton, run
 
 
 @needs_triton

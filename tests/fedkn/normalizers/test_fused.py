@@ -7,7 +7,7 @@ import torch
 
 from fedkn import normalizers
 from fedkn.errors import UserError
-from fedkn.layers import native
+from fedkn.layers.native import library
 from fedkn.models.blocks import Halve, network
 from fedkn.normalizers import fused
 from fedkn.normalizers.fused import FusedSequential
@@ -35,7 +35,7 @@ def test_a_fused_block_gives_what_its_layers_give_one_by_one(name, activation):
         one_by_one = layer(one_by_one)
     for y in (block(x), one_by_one):
         y.square().sum().backward()
-    if native.load():
+    if library.load():
         with mock.patch.object(fused, "group_norm", wraps=fused.group_norm) as kernel:
             torch.testing.assert_close(block(x), one_by_one, rtol=1e-5, atol=1e-5)
         kernel.assert_called_once()
@@ -47,7 +47,7 @@ def test_gradients_do_not_depend_on_the_kernels(name):
     block = _block(name)
     x = torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
     own = torch.autograd.grad(block(x).square().sum(), list(block.parameters()))
-    with native.switched_off():
+    with library.switched_off():
         plain = torch.autograd.grad(block(x).square().sum(), list(block.parameters()))
     for one, other in zip(own, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -75,7 +75,7 @@ def test_a_pooled_block_gives_what_the_pooling_of_its_output_gives(name, side):
         found.append((y, *torch.autograd.grad(y.square().sum(), list(block.parameters()))))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    if native.load():
+    if library.load():
         with mock.patch.object(fused, "group_norm", wraps=fused.group_norm) as kernel:
             block.pooled(x, pool)
         assert kernel.call_args.args[-1] == (side == 8)

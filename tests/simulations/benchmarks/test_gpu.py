@@ -9,8 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from simulations.benchmarks.engine_tasks import Task
-from simulations.benchmarks.gpu import everything, local_steps
+from simulations.benchmarks.gpu import convolutions, everything, local_steps
 from simulations.benchmarks.gpu.checks import check_normalizer
+from simulations.benchmarks.gpu.convolutions import ConvolutionCase
 from simulations.benchmarks.gpu.everything import measure_everything
 from simulations.benchmarks.gpu.local_steps import StepCase, measure_steps, step_cases
 from simulations.benchmarks.gpu.networks import NetworkCase, NetworkTime, network_cases
@@ -36,6 +37,20 @@ def test_checks_hold_on_the_cpu_itself(name: str) -> None:
     assert not check.waits
     assert not check.recorded  # nothing is, without a device
     assert check.difference == 0.0
+
+
+def test_convolutions_are_timed_in_all_three_ways(monkeypatch) -> None:
+    case = ConvolutionCase(2, 1, 3, 4, 6)
+    monkeypatch.setattr(
+        convolutions,
+        "convolve_stacked",
+        lambda x, w, bias, geometry: torch.func.vmap(
+            lambda maps, filters: torch.conv2d(maps, filters, bias, padding=1)
+        )(x, w),
+    )
+    taken = convolutions.measure_convolution(case, CPU)
+    assert min(taken.own, taken.grouped, taken.grouped_tf32) > 0
+    assert "| 2 | 1 | 3 | 4 | 6 |" in Results(convolutions=[taken]).page()
 
 
 def test_rounds_are_those_of_the_metrics_log() -> None:

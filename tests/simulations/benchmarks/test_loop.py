@@ -5,7 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
-from fedkn.layers import dropout_stream, native
+from fedkn.layers import dropout_stream
+from fedkn.layers.native import library
 from fedkn.models import build
 from fedkn.normalizers import create
 from simulations.benchmarks.loop import written_by_hand
@@ -31,5 +32,5 @@ def test_a_model_written_by_hand_computes_the_same_by_pytorchs_own_layers(model,
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     assert all(p.is_contiguous() for p in theirs.parameters())
     if normalizer == "group":
-        with mock.patch.object(native, "takes", side_effect=AssertionError):
+        with mock.patch.object(library, "takes", side_effect=AssertionError):
             theirs(x)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedkn.layers import KNConv2d, native
+from fedkn.layers import KNConv2d
+from fedkn.layers.native import library
 from fedkn.training.memory import peak_bytes, saved_activations
 from simulations.benchmarks import timing
 from simulations.benchmarks.layers import BASELINE, LayerShape, layer_rows
@@ -161,7 +162,7 @@ def test_timing_ratio_is_the_median_of_pairs():
 
 
 def test_what_the_plain_path_keeps_is_not_taken_for_what_the_kernels_keep():
-    if not native.load():
+    if not library.load():
         pytest.skip("the fused CPU kernels cannot be built here")
     rows = {
         row.case: row

@@ -1,0 +1,2109 @@
+"""The C++ sources as Python: what lies beside this module, for bundles of Python files alone.
+
+Below the mark it is written by ``python -m fedkn.layers.native``: change the ``.h`` and
+``.cpp`` files and run that.
+"""
+
+from __future__ import annotations
+
+__all__ = ["HEADING", "sources"]
+
+HEADING = "//// "
+"""What the line with a file's name begins with."""
+
+
+def sources() -> dict[str, str]:
+    """Return the text of every source by its name, sorted."""
+    parts = _TABLE.removeprefix("\n").split(HEADING)[1:]
+    return {name: text for name, _, text in (part.partition("\n") for part in parts)}
+
+
+_TABLE = """
+//// common.h
+// What all the kernels are written with.
+
+#pragma once
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cstdint>
+#include <memory>
+
+// One binary serves every x86 processor: the loader picks the widest version of each kernel. To
+// ask for a level or a feature matters: "arch=haswell" matches Intel's processors alone.
+#if !(defined(__x86_64__) && defined(__GNUC__) && defined(__linux__))
+#define KERNEL
+#elif __GNUC__ >= 12
+#define KERNEL __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__clang__)  // compiles the above (16), but its loader never picks them
+#define KERNEL __attribute__((target_clones("avx512bw", "avx2", "default")))
+#else  // older gcc knows the levels not at all, and no features that go with avx512f
+#define KERNEL __attribute__((target_clones("avx2", "default")))
+#endif
+#define INLINED __attribute__((always_inline))
+#define INLINE inline INLINED
+
+namespace fedkn {
+
+using at::Tensor;
+using c10::IntArrayRef;
+
+// Room for `size` numbers, not zeroed.
+template <class Number>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : numbers_(new Number[size]) {}
+  Number* get() const { return numbers_.get(); }
+
+ private:
+  std::unique_ptr<Number[]> numbers_;
+};
+
+}  // namespace fedkn
+//// first_convolution.h
+// The 3x3 convolution of an image with few channels, forward and its filters' gradients.
+//
+// A network's first layer: its input has one to four channels, channels last, too few to fill the
+// vectors of PyTorch's kernels, which take two to four times as long. Vectors run over the filters.
+
+#pragma once
+
+#include "common.h"
+
+namespace fedkn::first_convolution {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Numbers of `size` filters at once. Not aligned: a filter starts where it starts.
+template <int64_t size>
+struct Vector {
+  typedef float Type __attribute__((vector_size(4 * size), aligned(4), may_alias));
+};
+
+struct Shape {
+  int64_t samples, channels, height, width, filters;
+
+  Shape(const Tensor& x, int64_t filters_)
+      : samples(x.size(0)),
+        channels(x.size(1)),
+        height(x.size(2)),
+        width(x.size(3)),
+        filters(filters_) {}
+  int64_t size() const { return height * width * channels; }
+  int64_t line() const { return (width + 2) * channels; }  // of the padded sample
+  int64_t padded() const { return (height + 2) * line(); }
+};
+
+// The sample in a frame of zeros, so that no window needs a question.
+void pad(const Shape& s, const float* x, float* out) {
+  std::fill(out, out + s.padded(), 0.0f);
+  for (int64_t r = 0; r < s.height; ++r) {
+    std::copy_n(x + r * s.width * s.channels, s.width * s.channels,
+                out + (r + 1) * s.line() + s.channels);
+  }
+}
+
+constexpr int64_t kPixels = 4;  // at once, so that a filter's number is loaded once for all
+
+// Filters [from, from + lanes) of `n` <= kPixels pixels; `w` is (9 * channels, filters).
+template <int64_t lanes, int64_t channels, int64_t n>
+INLINE void convolve_pixels(const Shape& s, const float* x, const float* w, float* y) {
+  using V = typename Vector<lanes>::Type;
+  V sums[n] = {};
+  for (int64_t row = 0; row < 3; ++row) {
+    const float* line = x + row * s.line();
+#pragma GCC unroll 12
+    for (int64_t k = 0; k < 3 * channels; ++k, w += s.filters) {
+      const V weight = *reinterpret_cast<const V*>(w);
+#pragma GCC unroll 4
+      for (int64_t p = 0; p < n; ++p) sums[p] += line[p * channels + k] * weight;
+    }
+  }
+#pragma GCC unroll 4
+  for (int64_t p = 0; p < n; ++p) *reinterpret_cast<V*>(y + p * s.filters) = sums[p];
+}
+
+template <int64_t lanes, int64_t channels>
+INLINE void convolve_sample(const Shape& s, const float* x, const float* w, float* y) {
+  for (int64_t r = 0; r < s.height; ++r) {
+    for (int64_t from = 0; from < s.filters; from += lanes) {
+      const float* in = x + r * s.line();
+      float* out = y + r * s.width * s.filters + from;
+      int64_t c = 0;
+      for (; c + kPixels <= s.width; c += kPixels) {
+        convolve_pixels<lanes, channels, kPixels>(s, in + c * channels, w + from,
+                                                  out + c * s.filters);
+      }
+      for (; c < s.width; ++c) {
+        convolve_pixels<lanes, channels, 1>(s, in + c * channels, w + from, out + c * s.filters);
+      }
+    }
+  }
+}
+
+// dw, (9 * channels, filters), += the sample's part. One row of the map at a time in registers.
+template <int64_t lanes, int64_t channels>
+INLINE void add_gradient(const Shape& s, const float* x, const float* g, float* dw) {
+  using V = typename Vector<lanes>::Type;
+  for (int64_t from = 0; from < s.filters; from += lanes) {
+    for (int64_t r = 0; r < s.height; ++r) {
+      const float* upstream = g + r * s.width * s.filters + from;
+      for (int64_t row = 0; row < 3; ++row) {
+        const float* line = x + (r + row) * s.line();
+        V sums[3 * channels] = {};
+        for (int64_t c = 0; c < s.width; ++c, line += channels) {
+          const V h = *reinterpret_cast<const V*>(upstream + c * s.filters);
+#pragma GCC unroll 12
+          for (int64_t k = 0; k < 3 * channels; ++k) sums[k] += line[k] * h;
+        }
+        float* own = dw + row * 3 * channels * s.filters + from;
+#pragma GCC unroll 12
+        for (int64_t k = 0; k < 3 * channels; ++k) {
+          *reinterpret_cast<V*>(own + k * s.filters) += sums[k];
+        }
+      }
+    }
+  }
+}
+
+// Calls f(lanes, channels) with both as constants: 16 filters at once where that fits, else 8.
+template <class F>
+INLINE void with_constants(const Shape& s, F f) {
+  const auto by = [&](auto lanes) INLINED {
+    if (s.channels == 1) f(lanes, std::integral_constant<int64_t, 1>());
+    if (s.channels == 2) f(lanes, std::integral_constant<int64_t, 2>());
+    if (s.channels == 3) f(lanes, std::integral_constant<int64_t, 3>());
+    if (s.channels == 4) f(lanes, std::integral_constant<int64_t, 4>());
+  };
+  if (s.filters % 16) {
+    by(std::integral_constant<int64_t, 8>());
+  } else {
+    by(std::integral_constant<int64_t, 16>());
+  }
+}
+
+KERNEL void convolve(const Shape& s, const float* x, const float* w, float* y) {
+  with_constants(s, [&](auto lanes, auto channels)
+                        INLINED { convolve_sample<lanes.value, channels.value>(s, x, w, y); });
+}
+
+KERNEL void gradient(const Shape& s, const float* x, const float* g, float* dw) {
+  with_constants(s, [&](auto lanes, auto channels)
+                        INLINED { add_gradient<lanes.value, channels.value>(s, x, g, dw); });
+}
+
+// (O, C, 3, 3) as (3, 3, C, O), which is (9 * C, O).
+Tensor by_tap(const Tensor& weight) { return weight.permute({2, 3, 1, 0}).contiguous(); }
+
+// Calls f(n, the sample n in its frame) for all samples.
+template <class F>
+void each_padded(const Shape& s, const Tensor& x, F f) {
+  const float* xs = x.const_data_ptr<float>();
+  at::parallel_for(0, s.samples, 1, [&](int64_t from, int64_t until) {
+    const Buffer<float> padded(s.padded());
+    for (int64_t n = from; n < until; ++n) {
+      pad(s, xs + n * s.size(), padded.get());
+      f(n, padded.get());
+    }
+  });
+}
+
+struct Function : torch::autograd::Function<Function> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Shape s(x, weight.size(0));
+    Tensor y = at::empty({s.samples, s.filters, s.height, s.width}, x.options(),
+                         at::MemoryFormat::ChannelsLast);
+    const Tensor taps = by_tap(weight);
+    const float* w = taps.const_data_ptr<float>();
+    float* ys = y.data_ptr<float>();
+    each_padded(s, x, [&](int64_t n, const float* padded) {
+      convolve(s, padded, w, ys + n * s.height * s.width * s.filters);
+    });
+    context->save_for_backward({x, weight});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const variable_list saved = context->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1];
+    const bool want_x = context->needs_input_grad(0);
+    if (want_x || at::GradMode::is_enabled()) {  // rare: images have no gradients
+      auto [dx, dw, _] =
+          at::convolution_backward(gradients[0], x, weight, c10::nullopt, {1, 1}, {1, 1}, {1, 1},
+                                   false, {0, 0}, 1, {want_x, context->needs_input_grad(1), false});
+      return {dx, dw};
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Shape s(x, weight.size(0));
+    const Tensor g = gradients[0].contiguous(at::MemoryFormat::ChannelsLast);
+    // A sum for each sample, added up in their order: the same bits on any number of threads.
+    Tensor parts = at::zeros({s.samples, 3, 3, s.channels, s.filters}, x.options());
+    const float* gs = g.const_data_ptr<float>();
+    float* dws = parts.data_ptr<float>();
+    each_padded(s, x, [&](int64_t n, const float* padded) {
+      gradient(s, padded, gs + n * s.height * s.width * s.filters,
+               dws + n * 9 * s.channels * s.filters);
+    });
+    return {Tensor(), parts.sum(0).permute({3, 2, 0, 1})};
+  }
+};
+
+Tensor apply(const Tensor& x, const Tensor& weight) { return Function::apply(x, weight); }
+
+}  // namespace fedkn::first_convolution
+//// group_norm.h
+// GroupNorm and the ReLU after it, forward and backward, on maps laid out channels last.
+//
+// Two passes forward and two backward, sample by sample, so that the second finds its map in the
+// cache. Pre-activations are computed again in the backward pass, which is cheaper than reading
+// them.
+
+#pragma once
+
+#include <torch/csrc/autograd/autograd.h>
+
+#include <cstring>
+#include <numeric>
+
+#include "common.h"
+
+namespace fedkn::group_norm {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr int64_t kColumns = 32;  // at once in registers
+constexpr int64_t kRows = 64;     // summed in float before they are added up in double
+
+// A sample is a matrix: as many whole pixels to a row as make its width a multiple of kColumns.
+// What is left of it, fewer pixels than a row has, goes number by number.
+struct Shape {
+  int64_t samples, channels, pixels, groups, width, rows;
+  std::vector<int32_t> channel, group;  // of each column: divisions are dear
+
+  Shape(const Tensor& x, int64_t groups_) {
+    samples = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3), groups = groups_;
+    width = std::lcm(channels, kColumns);
+    rows = pixels / (width / channels);
+    for (int64_t i = 0; i < width; ++i) {
+      channel.push_back(static_cast<int32_t>(i % channels));
+      group.push_back(static_cast<int32_t>(i % channels / each()));
+    }
+  }
+  int64_t size() const { return channels * pixels; }
+  int64_t whole() const { return rows * width; }
+  int64_t each() const { return channels / groups; }
+};
+
+// Per column: what the passes over the map need.
+struct Columns {
+  std::vector<float> mean, scale, shift, offset, slope;
+
+  explicit Columns(int64_t width)
+      : mean(width), scale(width), shift(width), offset(width), slope(width) {}
+
+  void set(const Shape& s, const float* means, const float* inverse, const float* weight,
+           const float* bias) {
+    for (int64_t i = 0; i < s.width; ++i) {
+      const int32_t c = s.channel[i], group = s.group[i];
+      mean[i] = means[group], scale[i] = weight[c] * inverse[group], shift[i] = bias[c];
+    }
+  }
+};
+
+KERNEL void column_sums(const Shape& s, const float* __restrict x, double* __restrict sum,
+                        double* __restrict square) {
+  for (int64_t tile = 0; tile < s.width; tile += kColumns) {
+    double t[kColumns] = {}, q[kColumns] = {};
+    for (int64_t r = 0; r < s.rows; ++r) {
+      const float* __restrict v = x + r * s.width + tile;
+#pragma omp simd
+      for (int64_t i = 0; i < kColumns; ++i) {
+        const double u = v[i];
+        t[i] += u;
+        q[i] += u * u;
+      }
+    }
+    std::memcpy(sum + tile, t, sizeof t);
+    std::memcpy(square + tile, q, sizeof q);
+  }
+  for (int64_t i = 0; i < s.size() - s.whole(); ++i) {
+    const double u = x[s.whole() + i];
+    sum[i] += u;
+    square[i] += u * u;
+  }
+}
+
+// Mean and inverse deviation of `count` numbers from their sum and their sum of squares.
+void moments_of(double total, double squares, double count, double eps, float* mean,
+                float* inverse) {
+  const double m = total / count, v = squares / count - m * m;
+  *mean = static_cast<float>(m);
+  *inverse = static_cast<float>(1.0 / std::sqrt((v < 0.0 ? 0.0 : v) + eps));
+}
+
+void moments(const Shape& s, const double* sum, const double* square, double eps, float* mean,
+             float* inverse) {
+  const double count = static_cast<double>(s.each() * s.pixels);
+  std::vector<double> total(s.groups), squares(s.groups);
+  for (int64_t i = 0; i < s.width; ++i) {
+    total[s.group[i]] += sum[i];
+    squares[s.group[i]] += square[i];
+  }
+  for (int64_t group = 0; group < s.groups; ++group) {
+    moments_of(total[group], squares[group], count, eps, mean + group, inverse + group);
+  }
+}
+
+template <bool relu>
+INLINE void normalize(const Shape& s, const Columns& columns, const float* __restrict x,
+                      float* __restrict y) {
+  const float* __restrict mean = columns.mean.data();
+  const float* __restrict scale = columns.scale.data();
+  const float* __restrict shift = columns.shift.data();
+  for (int64_t at = 0; at < s.size(); at += s.width, x += s.width, y += s.width) {
+    const int64_t width = std::min(s.width, s.size() - at);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const float v = (x[i] - mean[i]) * scale[i] + shift[i];
+      y[i] = relu && v < 0.0f ? 0.0f : v;
+    }
+  }
+}
+
+// The gradient before the activation.
+template <bool relu>
+INLINE float upstream(float g, float deviation, float scale, float shift) {
+  return relu && deviation * scale + shift <= 0.0f ? 0.0f : g;
+}
+
+// Sums over the pixels of u and u * (x - mean), u the gradient before the activation.
+template <bool relu>
+INLINE void gradient_sums(const Shape& s, const Columns& columns, const float* __restrict x,
+                          const float* __restrict g, double* __restrict plain,
+                          double* __restrict centred) {
+  for (int64_t tile = 0; tile < s.width; tile += kColumns) {
+    const float* __restrict mean = columns.mean.data() + tile;
+    const float* __restrict scale = columns.scale.data() + tile;
+    const float* __restrict shift = columns.shift.data() + tile;
+    for (int64_t begin = 0; begin < s.rows; begin += kRows) {
+      float t[kColumns] = {}, q[kColumns] = {};
+      for (int64_t r = begin; r < std::min(begin + kRows, s.rows); ++r) {
+        const float* __restrict v = x + r * s.width + tile;
+        const float* __restrict h = g + r * s.width + tile;
+#pragma omp simd
+        for (int64_t i = 0; i < kColumns; ++i) {
+          const float d = v[i] - mean[i], u = upstream<relu>(h[i], d, scale[i], shift[i]);
+          t[i] += u;
+          q[i] += u * d;
+        }
+      }
+      for (int64_t i = 0; i < kColumns; ++i) {
+        plain[tile + i] += t[i];
+        centred[tile + i] += q[i];
+      }
+    }
+  }
+  for (int64_t i = 0; i < s.size() - s.whole(); ++i) {
+    const float d = x[s.whole() + i] - columns.mean[i];
+    const float u = upstream<relu>(g[s.whole() + i], d, columns.scale[i], columns.shift[i]);
+    plain[i] += u;
+    centred[i] += u * d;
+  }
+}
+
+template <bool relu>
+INLINE void input_gradient(const Shape& s, const Columns& columns, const float* __restrict x,
+                           const float* __restrict g, float* __restrict dx) {
+  const float* __restrict mean = columns.mean.data();
+  const float* __restrict scale = columns.scale.data();
+  const float* __restrict shift = columns.shift.data();
+  const float* __restrict offset = columns.offset.data();
+  const float* __restrict slope = columns.slope.data();
+  for (int64_t at = 0; at < s.size(); at += s.width) {
+    const int64_t width = std::min(s.width, s.size() - at);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const float d = x[at + i] - mean[i], h = g[at + i];  // loaded whatever the sign: no branch
+      const float u = upstream<relu>(h, d, scale[i], shift[i]);
+      dx[at + i] = u * scale[i] + (d * slope[i] + offset[i]);
+    }
+  }
+}
+
+KERNEL void normalize_all(const Shape& s, const Columns& columns, const float* x, float* y,
+                          bool relu) {
+  relu ? normalize<true>(s, columns, x, y) : normalize<false>(s, columns, x, y);
+}
+
+KERNEL void gradient_sums_all(const Shape& s, const Columns& columns, const float* x,
+                              const float* g, double* plain, double* centred, bool relu) {
+  relu ? gradient_sums<true>(s, columns, x, g, plain, centred)
+       : gradient_sums<false>(s, columns, x, g, plain, centred);
+}
+
+KERNEL void input_gradient_all(const Shape& s, const Columns& columns, const float* x,
+                               const float* g, float* dx, bool relu) {
+  relu ? input_gradient<true>(s, columns, x, g, dx) : input_gradient<false>(s, columns, x, g, dx);
+}
+
+// Normalizes sample by sample, as write(shape, columns, n, x) does for sample n; returns the means
+// and the inverse deviations, (samples, groups).
+template <class Write>
+std::tuple<Tensor, Tensor> normalize_by(const Tensor& x, int64_t groups, const Tensor& weight,
+                                        const Tensor& bias, double eps, Write write) {
+  const Shape s(x, groups);
+  Tensor mean = at::empty({s.samples, groups}, x.options()), inverse = at::empty_like(mean);
+  const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
+              *b = bias.const_data_ptr<float>();
+  float *means = mean.data_ptr<float>(), *inverses = inverse.data_ptr<float>();
+  at::parallel_for(0, s.samples, 1, [&](int64_t from, int64_t until) {
+    std::vector<double> sums(2 * s.width);
+    Columns columns(s.width);
+    for (int64_t n = from; n < until; ++n) {
+      float *m = means + n * groups, *r = inverses + n * groups;
+      const float* own = xs + n * s.size();
+      column_sums(s, own, sums.data(), sums.data() + s.width);
+      moments(s, sums.data(), sums.data() + s.width, eps, m, r);
+      columns.set(s, m, r, w, b);
+      write(s, columns, n, own);
+    }
+  });
+  return {mean, inverse};
+}
+
+// Keeps what the backward pass of each of the three functions here needs.
+void keep(AutogradContext* context, variable_list tensors, int64_t groups, double eps, bool relu) {
+  context->save_for_backward(std::move(tensors));
+  context->saved_data["groups"] = groups;
+  context->saved_data["eps"] = eps;
+  context->saved_data["relu"] = relu;
+}
+
+// What a backward pass starts from, beside the gradient of the output.
+struct Given {
+  const Tensor &x, &mean, &inverse, &weight, &bias;
+  int64_t groups;
+  bool want_x;
+};
+
+// The gradients of x, weight and bias. sums_of(shape, columns, n, x, plain, centred) adds up, for
+// sample n and by column, u and u * (x - mean), u the gradient before the activation;
+// gradient_of(shape, columns, n, x, dx) writes u * scale + (x - mean) * slope + offset.
+template <class Sums, class Gradient>
+std::tuple<Tensor, Tensor, Tensor> gradients_by(const Given& given, Sums sums_of,
+                                                Gradient gradient_of) {
+  const Tensor &x = given.x, &weight = given.weight, &bias = given.bias;
+  const int64_t groups = given.groups;
+  const Shape s(x, groups);
+  Tensor dx = given.want_x ? at::empty_like(x) : Tensor();
+  std::vector<double> sums(2 * s.samples * s.channels);
+  const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
+              *b = bias.const_data_ptr<float>(), *means = given.mean.const_data_ptr<float>(),
+              *inverses = given.inverse.const_data_ptr<float>();
+  float* dxs = given.want_x ? dx.data_ptr<float>() : nullptr;
+  at::parallel_for(0, s.samples, 1, [&](int64_t from, int64_t until) {
+    std::vector<double> plain(s.width), centred(s.width), total(groups), energy(groups);
+    Columns columns(s.width);
+    for (int64_t n = from; n < until; ++n) {
+      const float *m = means + n * groups, *r = inverses + n * groups;
+      const int64_t at = n * s.size();
+      columns.set(s, m, r, w, b);
+      std::fill(plain.begin(), plain.end(), 0.0);
+      std::fill(centred.begin(), centred.end(), 0.0);
+      sums_of(s, columns, n, xs + at, plain.data(), centred.data());
+      double *db = sums.data() + 2 * n * s.channels, *dw = db + s.channels;
+      for (int64_t i = 0; i < s.width; ++i) {
+        db[s.channel[i]] += plain[i];
+        dw[s.channel[i]] += centred[i] * r[s.group[i]];
+      }
+      if (!given.want_x) continue;
+      std::fill(total.begin(), total.end(), 0.0);
+      std::fill(energy.begin(), energy.end(), 0.0);
+      for (int64_t c = 0; c < s.channels; ++c) {
+        total[s.group[c]] += w[c] * db[c];
+        energy[s.group[c]] += w[c] * dw[c];
+      }
+      const double count = static_cast<double>(s.each() * s.pixels);
+      for (int64_t i = 0; i < s.width; ++i) {
+        const int32_t group = s.group[i];
+        columns.offset[i] = static_cast<float>(-total[group] * r[group] / count);
+        columns.slope[i] = static_cast<float>(-energy[group] * r[group] * r[group] / count);
+      }
+      gradient_of(s, columns, n, xs + at, dxs + at);
+    }
+  });
+  Tensor dweight = at::empty_like(weight), dbias = at::empty_like(bias);
+  float *dws = dweight.data_ptr<float>(), *dbs = dbias.data_ptr<float>();
+  for (int64_t c = 0; c < s.channels; ++c) {
+    double db = 0.0, dw = 0.0;
+    for (int64_t n = 0; n < s.samples; ++n) {
+      db += sums[2 * n * s.channels + c];
+      dw += sums[(2 * n + 1) * s.channels + c];
+    }
+    dbs[c] = static_cast<float>(db), dws[c] = static_cast<float>(dw);
+  }
+  return {dx, dweight, dbias};
+}
+
+// Gradients of gradients are rare, so autograd's own; after(y) is what follows norm and ReLU.
+template <class After>
+variable_list by_autograd(AutogradContext* context, const variable_list& saved,
+                          const variable_list& gradients, After after) {
+  // Aliases: where x depends on the gain, that way is no concern of this layer's.
+  const Tensor x = saved[0].view_as(saved[0]), weight = saved[1].view_as(saved[1]),
+               bias = saved[2].view_as(saved[2]);
+  const Tensor* own[] = {&x, &weight, &bias};
+  Tensor y = at::group_norm(x, context->saved_data["groups"].toInt(), weight, bias,
+                            context->saved_data["eps"].toDouble());
+  if (context->saved_data["relu"].toBool()) y = y.relu();
+  constexpr int places[] = {0, 2, 3};  // of x, weight and bias among the arguments
+  variable_list sources, found(6);
+  for (int i = 0; i < 3; ++i) {
+    if (context->needs_input_grad(i)) sources.push_back(*own[i]);
+  }
+  const variable_list first = torch::autograd::grad({after(y)}, sources, gradients, true, true);
+  size_t next = 0;
+  for (int i = 0; i < 3; ++i) {
+    if (context->needs_input_grad(i)) found[places[i]] = first[next++];
+  }
+  return found;
+}
+
+struct Function : torch::autograd::Function<Function> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, int64_t groups,
+                        const Tensor& weight, const Tensor& bias, double eps, bool relu) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Tensor y = at::empty_like(x);
+    float* ys = y.data_ptr<float>();
+    auto [mean, inverse] =
+        normalize_by(x, groups, weight, bias, eps,
+                     [&](const Shape& s, const Columns& columns, int64_t n, const float* own) {
+                       normalize_all(s, columns, own, ys + n * s.size(), relu);
+                     });
+    keep(context, {x, weight, bias, mean, inverse}, groups, eps, relu);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    if (at::GradMode::is_enabled()) {
+      return by_autograd(context, context->get_saved_variables(), gradients,
+                         [](const Tensor& y) { return y; });
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const variable_list saved = context->get_saved_variables();
+    const bool relu = context->saved_data["relu"].toBool();
+    const Tensor g = gradients[0].contiguous(at::MemoryFormat::ChannelsLast);
+    const float* gs = g.const_data_ptr<float>();
+    auto [dx, dweight, dbias] = gradients_by(
+        {saved[0], saved[3], saved[4], saved[1], saved[2], context->saved_data["groups"].toInt(),
+         context->needs_input_grad(0)},
+        [&](const Shape& s, const Columns& columns, int64_t n, const float* x, double* plain,
+            double* centred) {
+          gradient_sums_all(s, columns, x, gs + n * s.size(), plain, centred, relu);
+        },
+        [&](const Shape& s, const Columns& columns, int64_t n, const float* x, float* dx) {
+          input_gradient_all(s, columns, x, gs + n * s.size(), dx, relu);
+        });
+    return {dx, Tensor(), dweight, dbias, Tensor(), Tensor()};
+  }
+};
+
+}  // namespace fedkn::group_norm
+//// group_norm_contiguous.h
+// GroupNorm and the ReLU after it, forward and backward, on maps laid out (N, C, H, W).
+//
+// A group is one piece of memory here, a channel a piece of that. This is the layout of several
+// clients' maps side by side (`fedkn.layers.side_by_side`).
+
+#pragma once
+
+#include "common.h"
+#include "group_norm.h"
+
+namespace fedkn::group_norm::contiguous {
+
+struct Maps {
+  int64_t samples, channels, pixels, groups;
+
+  Maps(const Tensor& x, int64_t groups_)
+      : samples(x.size(0)), channels(x.size(1)), pixels(x.size(2) * x.size(3)), groups(groups_) {}
+  int64_t each() const { return channels / groups; }
+};
+
+// How a channel is normalized: (x - mean) * scale + shift.
+struct Line {
+  float mean, scale, shift;
+
+  INLINED float operator()(float x) const { return (x - mean) * scale + shift; }
+};
+
+KERNEL void sums(const float* __restrict x, int64_t n, double* total, double* squares) {
+  double t[kColumns] = {}, q[kColumns] = {};
+  int64_t begin = 0;
+  for (; begin + kColumns <= n; begin += kColumns) {
+#pragma omp simd
+    for (int64_t i = 0; i < kColumns; ++i) {
+      const double u = x[begin + i];
+      t[i] += u;
+      q[i] += u * u;
+    }
+  }
+  for (int64_t i = 0; begin + i < n; ++i) {
+    const double u = x[begin + i];
+    t[i] += u;
+    q[i] += u * u;
+  }
+  *total = *squares = 0.0;
+  for (int64_t i = 0; i < kColumns; ++i) *total += t[i], *squares += q[i];
+}
+
+template <bool relu>
+INLINE void normalize_channel(const Line& line, int64_t n, const float* __restrict x,
+                              float* __restrict y) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float v = line(x[i]);
+    y[i] = relu && v < 0.0f ? 0.0f : v;
+  }
+}
+
+KERNEL void normalize(const Line& line, int64_t n, const float* x, float* y, bool relu) {
+  relu ? normalize_channel<true>(line, n, x, y) : normalize_channel<false>(line, n, x, y);
+}
+
+// Sums of u and u * (x - mean), u the gradient before the activation.
+template <bool relu>
+INLINE void sums_of_channel(const Line& line, int64_t n, const float* __restrict x,
+                            const float* __restrict g, double* plain, double* centred) {
+  constexpr int64_t kBlock = kRows * kColumns;  // in float before they are added up in double
+  *plain = *centred = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    float t = 0.0f, q = 0.0f;
+    const int64_t until = std::min(begin + kBlock, n);
+#pragma omp simd reduction(+ : t, q)
+    for (int64_t i = begin; i < until; ++i) {
+      const float d = x[i] - line.mean, u = upstream<relu>(g[i], d, line.scale, line.shift);
+      t += u;
+      q += u * d;
+    }
+    *plain += t, *centred += q;
+  }
+}
+
+KERNEL void gradient_sums(const Line& line, int64_t n, const float* x, const float* g, bool relu,
+                          double* plain, double* centred) {
+  relu ? sums_of_channel<true>(line, n, x, g, plain, centred)
+       : sums_of_channel<false>(line, n, x, g, plain, centred);
+}
+
+// u * scale + (x - mean) * slope + offset.
+template <bool relu>
+INLINE void gradient_of_channel(const Line& line, float slope, float offset, int64_t n,
+                                const float* __restrict x, const float* __restrict g,
+                                float* __restrict dx) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float d = x[i] - line.mean, h = g[i];  // loaded whatever the sign: no branch
+    dx[i] = upstream<relu>(h, d, line.scale, line.shift) * line.scale + (d * slope + offset);
+  }
+}
+
+KERNEL void input_gradient(const Line& line, float slope, float offset, int64_t n, const float* x,
+                           const float* g, bool relu, float* dx) {
+  relu ? gradient_of_channel<true>(line, slope, offset, n, x, g, dx)
+       : gradient_of_channel<false>(line, slope, offset, n, x, g, dx);
+}
+
+struct Function : torch::autograd::Function<Function> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, int64_t groups,
+                        const Tensor& weight, const Tensor& bias, double eps, bool relu) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Maps s(x, groups);
+    Tensor y = at::empty_like(x);
+    Tensor mean = at::empty({s.samples, groups}, x.options()), inverse = at::empty_like(mean);
+    const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
+                *b = bias.const_data_ptr<float>();
+    float *ys = y.data_ptr<float>(), *means = mean.data_ptr<float>(),
+          *inverses = inverse.data_ptr<float>();
+    const int64_t size = s.each() * s.pixels;
+    at::parallel_for(0, s.samples * groups, 1, [&](int64_t from, int64_t until) {
+      for (int64_t at = from; at < until; ++at) {
+        double total, squares;
+        sums(xs + at * size, size, &total, &squares);
+        moments_of(total, squares, static_cast<double>(size), eps, means + at, inverses + at);
+        for (int64_t i = 0; i < s.each(); ++i) {
+          const int64_t c = at % groups * s.each() + i, map = (at * s.each() + i) * s.pixels;
+          const Line line{means[at], w[c] * inverses[at], b[c]};
+          normalize(line, s.pixels, xs + map, ys + map, relu);
+        }
+      }
+    });
+    keep(context, {x, weight, bias, mean, inverse}, groups, eps, relu);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const variable_list saved = context->get_saved_variables();
+    if (at::GradMode::is_enabled()) {
+      return by_autograd(context, saved, gradients, [](const Tensor& y) { return y; });
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2];
+    const bool relu = context->saved_data["relu"].toBool();
+    const bool want_x = context->needs_input_grad(0);
+    const Maps s(x, context->saved_data["groups"].toInt());
+    const Tensor g = gradients[0].contiguous();
+    Tensor dx = want_x ? at::empty_like(x) : Tensor();
+    Tensor plain = at::empty({s.samples, s.channels}, x.options().dtype(at::kDouble));
+    Tensor centred = at::empty_like(plain);
+    const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
+                *b = bias.const_data_ptr<float>(), *gs = g.const_data_ptr<float>(),
+                *means = saved[3].const_data_ptr<float>(),
+                *inverses = saved[4].const_data_ptr<float>();
+    float* dxs = want_x ? dx.data_ptr<float>() : nullptr;
+    double *ts = plain.data_ptr<double>(), *qs = centred.data_ptr<double>();
+    at::parallel_for(0, s.samples * s.groups, 1, [&](int64_t from, int64_t until) {
+      for (int64_t at = from; at < until; ++at) {
+        const double r = inverses[at], count = static_cast<double>(s.each() * s.pixels);
+        double total = 0.0, energy = 0.0;
+        const auto line = [&](int64_t c) { return Line{means[at], w[c] * inverses[at], b[c]}; };
+        for (int64_t i = 0; i < s.each(); ++i) {
+          const int64_t map = at * s.each() + i, c = at % s.groups * s.each() + i;
+          gradient_sums(line(c), s.pixels, xs + map * s.pixels, gs + map * s.pixels, relu, ts + map,
+                        qs + map);
+          qs[map] *= r;
+          total += w[c] * ts[map];
+          energy += w[c] * qs[map];
+        }
+        if (!want_x) continue;
+        const auto offset = static_cast<float>(-total * r / count);
+        const auto slope = static_cast<float>(-energy * r * r / count);
+        for (int64_t i = 0; i < s.each(); ++i) {
+          const int64_t map = (at * s.each() + i) * s.pixels, c = at % s.groups * s.each() + i;
+          input_gradient(line(c), slope, offset, s.pixels, xs + map, gs + map, relu, dxs + map);
+        }
+      }
+    });
+    return {dx,       Tensor(), centred.sum(0).to(at::kFloat), plain.sum(0).to(at::kFloat),
+            Tensor(), Tensor()};
+  }
+};
+
+}  // namespace fedkn::group_norm::contiguous
+//// group_norm_pool.h
+// GroupNorm, the ReLU after it and 2x2 max-pooling, forward and backward, channels last.
+//
+// The map before the pooling is never written: forward, each window is normalized as it is pooled,
+// and backward, its gradient is known from the winner's place and the pooled gradient.
+
+#pragma once
+
+#include "common.h"
+#include "group_norm.h"
+#include "max_pool.h"
+
+namespace fedkn::group_norm {
+
+using max_pool::kNobody;
+using max_pool::largest;
+using max_pool::Winner;
+
+// Channels of a window are taken kLanes at a time.
+constexpr int64_t kLanes = 8;
+
+// The numbers of a window, for kLanes of its channels.
+struct Window {
+  const float *a, *b, *c, *d;
+
+  INLINED Window(const Shape& s, int64_t width, const float* x, int64_t row, int64_t column)
+      : a(x + (2 * row * width + 2 * column) * s.channels),
+        b(a + s.channels),
+        c(a + width * s.channels),
+        d(c + s.channels) {}
+};
+
+template <int64_t lanes, bool relu>
+INLINE void normalize_window(const Columns& columns, const Window& w, int64_t from, float* y,
+                             int32_t* winner) {
+  const float* __restrict mean = columns.mean.data() + from;
+  const float* __restrict scale = columns.scale.data() + from;
+  const float* __restrict shift = columns.shift.data() + from;
+  const float* __restrict a = w.a + from;
+  const float* __restrict b = w.b + from;
+  const float* __restrict c = w.c + from;
+  const float* __restrict d = w.d + from;
+  float* __restrict out = y + from;
+  int32_t* __restrict place = winner + from;
+#pragma omp simd
+  for (int64_t i = 0; i < lanes; ++i) {
+    const float m = mean[i], k = scale[i], t = shift[i];
+    const Winner best =
+        largest((a[i] - m) * k + t, (b[i] - m) * k + t, (c[i] - m) * k + t, (d[i] - m) * k + t);
+    const bool dead = relu && best.value <= 0.0f;
+    out[i] = relu && best.value < 0.0f ? 0.0f : best.value;
+    place[i] = dead ? kNobody : best.place;
+  }
+}
+
+template <int64_t lanes, bool relu>
+INLINE void normalize_windows(const Shape& s, int64_t width, const Columns& columns, const float* x,
+                              float* y, int32_t* winner) {
+  const int64_t rows = s.pixels / width / 2;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t q = 0; q < width / 2; ++q, y += s.channels, winner += s.channels) {
+      const Window w(s, width, x, r, q);
+      for (int64_t from = 0; from < s.channels; from += lanes) {
+        normalize_window<lanes, relu>(columns, w, from, y, winner);
+      }
+    }
+  }
+}
+
+KERNEL void normalize_and_pool(const Shape& s, int64_t width, const Columns& columns,
+                               const float* x, float* y, int32_t* winner, bool relu) {
+  if (s.channels % (2 * kLanes)) {
+    relu ? normalize_windows<kLanes, true>(s, width, columns, x, y, winner)
+         : normalize_windows<kLanes, false>(s, width, columns, x, y, winner);
+  } else {
+    relu ? normalize_windows<2 * kLanes, true>(s, width, columns, x, y, winner)
+         : normalize_windows<2 * kLanes, false>(s, width, columns, x, y, winner);
+  }
+}
+
+// Sums over a window's channels of u and u * (x - mean), u the gradient of its winner.
+template <int64_t lanes>
+INLINE void add_window(const Columns& columns, const Window& w, int64_t from, const float* g,
+                       const int32_t* winner, float* plain, float* centred) {
+  const float* __restrict mean = columns.mean.data() + from;
+  const float* __restrict a = w.a + from;
+  const float* __restrict b = w.b + from;
+  const float* __restrict c = w.c + from;
+  const float* __restrict d = w.d + from;
+  const float* __restrict h = g + from;
+  const int32_t* __restrict place = winner + from;
+  float* __restrict t = plain + from;
+  float* __restrict q = centred + from;
+#pragma omp simd
+  for (int64_t i = 0; i < lanes; ++i) {
+    // All are loaded, whoever won: no branch.
+    const float va = a[i], vb = b[i], vc = c[i], vd = d[i], hi = h[i];
+    const int32_t k = place[i];
+    float v = k == 0 ? va : vb;
+    v = k == 2 ? vc : v;
+    v = k == 3 ? vd : v;
+    const float u = k == kNobody ? 0.0f : hi;
+    t[i] += u;
+    q[i] += u * (v - mean[i]);
+  }
+}
+
+template <int64_t lanes>
+INLINE void winners_sums(const Shape& s, int64_t width, const Columns& columns, const float* x,
+                         const float* g, const int32_t* winner, double* plain, double* centred) {
+  const int64_t rows = s.pixels / width / 2;
+  std::vector<float> sums(2 * s.channels);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t j = 0; j < width / 2; ++j, g += s.channels, winner += s.channels) {
+      const Window w(s, width, x, r, j);
+      for (int64_t from = 0; from < s.channels; from += lanes) {
+        add_window<lanes>(columns, w, from, g, winner, sums.data(), sums.data() + s.channels);
+      }
+    }
+    for (int64_t i = 0; i < s.channels; ++i) {
+      plain[i] += sums[i];
+      centred[i] += sums[s.channels + i];
+    }
+  }
+}
+
+KERNEL void pooled_gradient_sums(const Shape& s, int64_t width, const Columns& columns,
+                                 const float* x, const float* g, const int32_t* winner,
+                                 double* plain, double* centred) {
+  if (s.channels % (2 * kLanes)) {
+    winners_sums<kLanes>(s, width, columns, x, g, winner, plain, centred);
+  } else {
+    winners_sums<2 * kLanes>(s, width, columns, x, g, winner, plain, centred);
+  }
+}
+
+template <int64_t lanes>
+INLINE void window_gradients(const Shape& s, int64_t width, const Columns& columns, const float* x,
+                             const float* g, const int32_t* winner, float* dx) {
+  const int64_t rows = s.pixels / width / 2;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < width / 2; ++j, g += s.channels, winner += s.channels) {
+      const Window w(s, width, x, r, j);
+      for (int64_t from = 0; from < s.channels; from += lanes) {
+        const float* __restrict mean = columns.mean.data() + from;
+        const float* __restrict scale = columns.scale.data() + from;
+        const float* __restrict offset = columns.offset.data() + from;
+        const float* __restrict slope = columns.slope.data() + from;
+        const float* __restrict a = w.a + from;
+        const float* __restrict b = w.b + from;
+        const float* __restrict c = w.c + from;
+        const float* __restrict d = w.d + from;
+        float* __restrict da = dx + (w.a - x) + from;
+        float* __restrict db = dx + (w.b - x) + from;
+        float* __restrict dc = dx + (w.c - x) + from;
+        float* __restrict dd = dx + (w.d - x) + from;
+        const float* __restrict h = g + from;
+        const int32_t* __restrict place = winner + from;
+#pragma omp simd
+        for (int64_t i = 0; i < lanes; ++i) {
+          const int32_t k = place[i];
+          const float m = mean[i], l = slope[i], o = offset[i], u = h[i] * scale[i];
+          const float ua = k == 0 ? u : 0.0f, ub = k == 1 ? u : 0.0f, uc = k == 2 ? u : 0.0f,
+                      ud = k == 3 ? u : 0.0f;
+          da[i] = ((a[i] - m) * l + o) + ua;
+          db[i] = ((b[i] - m) * l + o) + ub;
+          dc[i] = ((c[i] - m) * l + o) + uc;
+          dd[i] = ((d[i] - m) * l + o) + ud;
+        }
+      }
+    }
+  }
+}
+
+KERNEL void pooled_input_gradient(const Shape& s, int64_t width, const Columns& columns,
+                                  const float* x, const float* g, const int32_t* winner,
+                                  float* dx) {
+  if (s.channels % (2 * kLanes)) {
+    window_gradients<kLanes>(s, width, columns, x, g, winner, dx);
+  } else {
+    window_gradients<2 * kLanes>(s, width, columns, x, g, winner, dx);
+  }
+}
+
+struct PoolingFunction : torch::autograd::Function<PoolingFunction> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, int64_t groups,
+                        const Tensor& weight, const Tensor& bias, double eps, bool relu) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    constexpr auto last = at::MemoryFormat::ChannelsLast;
+    Tensor y = at::empty({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x.options(), last);
+    Tensor winner = at::empty(y.sizes(), x.options().dtype(at::kInt), last);
+    float* ys = y.data_ptr<float>();
+    int32_t* winners = winner.data_ptr<int32_t>();
+    auto [mean, inverse] =
+        normalize_by(x, groups, weight, bias, eps,
+                     [&](const Shape& s, const Columns& columns, int64_t n, const float* own) {
+                       const int64_t at = n * s.size() / 4;
+                       normalize_and_pool(s, x.size(3), columns, own, ys + at, winners + at, relu);
+                     });
+    keep(context, {x, weight, bias, mean, inverse, winner}, groups, eps, relu);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const variable_list saved = context->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2];
+    const int64_t groups = context->saved_data["groups"].toInt();
+    const bool want_x = context->needs_input_grad(0);
+    if (at::GradMode::is_enabled()) {
+      return by_autograd(context, saved, gradients,
+                         [](const Tensor& y) { return at::max_pool2d(y, {2, 2}); });
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor g = gradients[0].contiguous(at::MemoryFormat::ChannelsLast);
+    const int32_t* winners = saved[5].const_data_ptr<int32_t>();
+    const int64_t width = x.size(3);
+    auto [dx, dweight, dbias] = gradients_by(
+        {x, saved[3], saved[4], weight, bias, groups, want_x},
+        [&](const Shape& s, const Columns& columns, int64_t n, const float* xs, double* plain,
+            double* centred) {
+          const int64_t at = n * s.size() / 4;
+          pooled_gradient_sums(s, width, columns, xs, g.const_data_ptr<float>() + at, winners + at,
+                               plain, centred);
+        },
+        [&](const Shape& s, const Columns& columns, int64_t n, const float* xs, float* dxs) {
+          const int64_t at = n * s.size() / 4;
+          pooled_input_gradient(s, width, columns, xs, g.const_data_ptr<float>() + at, winners + at,
+                                dxs);
+        });
+    return {dx, Tensor(), dweight, dbias, Tensor(), Tensor()};
+  }
+};
+
+}  // namespace fedkn::group_norm
+//// kn_conv.h
+// Forward and backward of the kernel-normalized convolution, as one operator.
+//
+// Its autograd function is in C++ too, which spares every layer the way through Python.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "kn_conv_channels_last.h"
+#include "kn_conv_contiguous.h"
+#include "plan.h"
+
+namespace fedkn {
+
+Tensor centred(const Tensor& weight) { return weight.sub(weight.mean({1, 2, 3}, true)); }
+
+// Filters one after the other in memory, whatever the order of their own elements.
+Tensor in_order(const Tensor& weight) {
+  const bool fits = weight.is_contiguous() || weight.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return fits ? weight : weight.contiguous();
+}
+
+KERNEL void sum_filters(const Plan& p, const float* __restrict w, int64_t size,
+                        float* __restrict sums) {
+  constexpr int64_t kRow = 64, kRows = 4;
+  for (int64_t o = 0; o < p.all_filters(); ++o, w += size) {
+    // Sums of `kRows` weights in float, which costs no digits that matter, and the rest in double.
+    double sum = 0.0;
+    int64_t i = 0;
+    while (i + kRow <= size) {
+      alignas(64) float row[kRow] = {};
+      for (int64_t k = 0; k < kRows && i + kRow <= size; ++k, i += kRow) {
+        for (int64_t j = 0; j < kRow; ++j) row[j] += w[i + j];
+      }
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < kRow; ++j) sum += row[j];
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = i; j < size; ++j) sum += w[j];
+    sums[o] = static_cast<float>(sum);
+  }
+}
+
+KERNEL void subtract_from_filters(const Plan& p, const float* __restrict amounts, int64_t size,
+                                  float* __restrict dw) {
+  for (int64_t o = 0; o < p.all_filters(); ++o, dw += size) {
+    for (int64_t i = 0; i < size; ++i) dw[i] -= amounts[o];
+  }
+}
+
+// Sum of (batch, clients * filters) over the batch, into the first.
+KERNEL void sum_samples(const Plan& p, float* rows) {
+  const int64_t filters = p.all_filters();
+  for (int64_t n = 1; n < p.batch(); ++n) {
+    for (int64_t o = 0; o < filters; ++o) rows[o] += rows[n * filters + o];
+  }
+  if (p.samples == 0) std::fill(rows, rows + filters, 0.0f);
+}
+
+// The filters' sums, zero where the filters are centred; then the bias, zero where there is none.
+std::vector<float> per_filter(const Plan& p, const Tensor& weight,
+                              const std::optional<Tensor>& bias) {
+  std::vector<float> values(2 * p.all_filters());
+  if (!p.centred) {
+    const Tensor w = in_order(weight);
+    sum_filters(p, w.const_data_ptr<float>(), w.numel() / std::max<int64_t>(1, p.all_filters()),
+                values.data());
+  }
+  if (bias) {
+    const Tensor b = bias->contiguous();
+    std::copy_n(b.const_data_ptr<float>(), p.all_filters(), values.data() + p.all_filters());
+  }
+  return values;
+}
+
+Tensor convolve(const Plan& p, const Tensor& x, const Tensor& weight) {
+  return at::convolution(x, p.centred ? centred(weight) : weight, {}, p.stride, p.padding,
+                         p.dilation, false, {0, 0}, p.clients * p.groups);
+}
+
+// Returns y, the map to keep (y or z; undefined unless keep), and mean and scale as one tensor,
+// (2, samples, positions).
+// `values` are those of `per_filter`.
+std::tuple<Tensor, Tensor, Tensor> forward(const Plan& p, const Tensor& input, const Tensor& weight,
+                                           const std::vector<float>& values, bool keep) {
+  const Tensor x = input.contiguous(p.format());
+  Tensor z = convolve(p, x, weight).contiguous(p.format());
+  Tensor y = keep && !p.keeps_y ? at::empty_like(z) : z;
+  Tensor moment_maps = at::empty({2, p.samples, p.positions()}, x.options());
+  const float *s = values.data(), *b = s + p.all_filters(), *xs = x.const_data_ptr<float>();
+  float *zs = z.data_ptr<float>(), *ys = y.data_ptr<float>();
+  float* means = moment_maps.data_ptr<float>();
+  float* scales = means + p.samples * p.positions();
+  at::parallel_for(0, p.samples, 1, [&](int64_t from, int64_t until) {
+    const int64_t pixels = p.pixels(), positions = p.positions();
+    const Buffer<double> maps(2 * pixels + p.rows * p.width + 2 * positions);
+    const Buffer<int64_t> lanes(p.last && p.masked ? 4 * p.channels : 0);
+    Mask mask;
+    double *total = maps.get(), *squares = total + pixels, *scratch = squares + pixels;
+    double *sum = scratch + p.rows * p.width, *square = sum + positions;
+    for (int64_t n = from; n < until; ++n) {
+      const float* sample = xs + n * p.channels * pixels;
+      float *m = means + n * positions, *r = scales + n * positions;
+      for (const bool exact : {p.last, true}) {
+        if (p.last) {
+          channel_sums_last(p, n, sample, lanes.get(), total, squares);
+        } else {
+          channel_sums(p, n, sample, exact, mask, total, squares);
+        }
+        box(p, total, scratch, sum);
+        box(p, squares, scratch, square);
+        if (!moments(p, sum, square, m, r) || exact) break;
+      }
+      const int64_t at = n * p.filters * positions, own = n % p.clients * p.filters;
+      (p.last ? epilogue_last : epilogue)(p, zs + at, ys + at, m, r, s + own, b + own);
+    }
+  });
+  return {y, keep ? (p.keeps_y ? y : z) : Tensor(), moment_maps};
+}
+
+struct Wanted {
+  bool x, weight, bias;
+};
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstream,
+                                            const Tensor& input, const Tensor& weight,
+                                            const std::vector<float>& values, const Tensor& output,
+                                            const Tensor& moment_maps, Wanted wanted) {
+  const Tensor x = input.contiguous(p.format()), g = upstream.contiguous(p.format());
+  const int64_t pixels = p.pixels(), positions = p.positions();
+  Tensor dz = at::empty_like(g), dx, dw;
+  Tensor db = at::empty({std::max<int64_t>(1, p.batch()), p.all_filters()}, g.options());
+  const Buffer<float> dsum(db.numel());
+  const Buffer<double> spread(wanted.x ? p.samples * 2 * pixels : 0);
+  const float *s = values.data(), *b = s + p.all_filters(), *gs = g.const_data_ptr<float>();
+  const float* outputs = output.const_data_ptr<float>();
+  const float* means = moment_maps.const_data_ptr<float>();
+  const float* scales = means + p.samples * positions;
+  float *dzs = dz.data_ptr<float>(), *dbs = db.data_ptr<float>();
+  std::vector<char> far(p.samples, 1);
+  at::parallel_for(0, p.samples, 1, [&](int64_t from, int64_t until) {
+    const Buffer<float> maps(2 * positions);
+    const Buffer<double> doubles(2 * positions + p.rows * p.width);
+    float *energy = maps.get(), *dmean = energy + positions;
+    double *offset = doubles.get(), *slope = offset + positions, *scratch = slope + positions;
+    for (int64_t n = from; n < until; ++n) {
+      const int64_t at = n * p.filters * positions, own = n % p.clients * p.filters;
+      const float *m = means + n * positions, *r = scales + n * positions;
+      (p.last ? reduce_gradient_last : reduce_gradient)(
+          p, gs + at, outputs + at, m, r, s + own, b + own, dzs + at, energy, dmean,
+          dbs + n * p.filters, dsum.get() + n * p.filters);
+      if (!wanted.x) continue;
+      far[n] = through_moments(p, m, r, energy, dmean, offset, slope);
+      unbox(p, offset, scratch, spread.get() + 2 * n * pixels);
+      unbox(p, slope, scratch, spread.get() + (2 * n + 1) * pixels);
+    }
+  });
+  if (wanted.x || wanted.weight) {
+    std::tie(dx, dw, std::ignore) = at::convolution_backward(
+        dz, x, p.centred ? centred(weight) : weight, c10::nullopt, p.stride, p.padding, p.dilation,
+        false, {0, 0}, p.clients * p.groups, {wanted.x, wanted.weight, false});
+  }
+  if (wanted.weight && p.centred) {
+    dw = centred(dw);
+  } else if (wanted.weight) {
+    dw = in_order(dw);
+    sum_samples(p, dsum.get());
+    subtract_from_filters(p, dsum.get(), dw.numel() / std::max<int64_t>(1, p.all_filters()),
+                          dw.data_ptr<float>());
+  }
+  if (wanted.x) {
+    dx = dx.contiguous(p.format());
+    const float* xs = x.const_data_ptr<float>();
+    float* dxs = dx.data_ptr<float>();
+    at::parallel_for(0, p.samples, 1, [&](int64_t from, int64_t until) {
+      Mask mask;
+      const Buffer<int64_t> lanes(p.last && p.masked ? 4 * p.channels : 0);
+      for (int64_t n = from; n < until; ++n) {
+        const int64_t at = n * p.channels * pixels;
+        const double *offset = spread.get() + 2 * n * pixels, *slope = offset + pixels;
+        if (p.last) {
+          add_through_statistics_last(p, n, xs + at, dxs + at, offset, slope, lanes.get());
+        } else {
+          add_through_statistics(p, n, xs + at, dxs + at, offset, slope, far[n], mask);
+        }
+      }
+    });
+  }
+  if (wanted.bias) {
+    sum_samples(p, dbs);
+    db = db.select(0, 0);
+  }
+  return {dx, dw, wanted.bias ? db : Tensor()};
+}
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct Kept : torch::CustomClassHolder {
+  Kept(const Plan& plan, std::vector<float> per_filter) : p(plan), values(std::move(per_filter)) {}
+  Plan p;
+  std::vector<float> values;
+};
+
+using GradientsSignature = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, IntArrayRef,
+    IntArrayRef, IntArrayRef, int64_t, int64_t, at::OptionalIntArrayRef, int64_t, double, bool,
+    bool, bool, bool);
+
+// Derivatives of gradients are rare: fedkn.layers.native takes them from the definition.
+std::tuple<Tensor, Tensor, Tensor> differentiable(const Plan& p, const Tensor& g, const Tensor& x,
+                                                  const Tensor& weight,
+                                                  const std::optional<Tensor>& bias,
+                                                  Wanted wanted) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fedkn_native::gradients", "")
+                             .typed<GradientsSignature>();
+  const std::vector<int64_t> list(p.keys.begin(), p.keys.end());
+  at::OptionalIntArrayRef keys;
+  if (p.masked) keys = list;
+  return op.call(g, x, weight, bias, p.stride, p.padding, p.dilation, p.groups, p.clients, keys,
+                 p.level, p.eps, p.relu, wanted.x, wanted.weight, wanted.bias);
+}
+
+struct Convolution : public torch::autograd::Function<Convolution> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const Plan& p) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::vector<float> values = per_filter(p, weight, bias);
+    auto [y, output, moment_maps] = fedkn::forward(p, x, weight, values, true);
+    context->save_for_backward({x, weight, bias ? *bias : Tensor(), output, moment_maps});
+    context->saved_data["plan"] =
+        c10::IValue::make_capsule(c10::make_intrusive<Kept>(p, std::move(values)));
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const auto holder = context->saved_data["plan"].toCapsule();
+    const Kept& kept = *static_cast<const Kept*>(holder.get());
+    const Plan& p = kept.p;
+    const variable_list saved = context->get_saved_variables();
+    const Tensor &g = gradients[0], &x = saved[0], &weight = saved[1];
+    std::optional<Tensor> bias;
+    if (saved[2].defined()) bias = saved[2];
+    const Wanted wanted{context->needs_input_grad(0), context->needs_input_grad(1),
+                        bias && context->needs_input_grad(2)};
+    Tensor dx, dw, db;
+    if (at::GradMode::is_enabled()) {
+      std::tie(dx, dw, db) = differentiable(p, g, x, weight, bias, wanted);
+    } else {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      std::tie(dx, dw, db) =
+          fedkn::backward(p, g, x, weight, kept.values, saved[3], saved[4], wanted);
+    }
+    return {dx, dw, db, Tensor()};
+  }
+};
+
+Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                   int64_t clients, at::OptionalIntArrayRef keys, int64_t level, double eps,
+                   bool relu, bool keeps_output) {
+  const Plan p = make_plan(x, weight, stride, padding, dilation, groups, clients, keys, level, eps,
+                           relu, keeps_output);
+  if (at::GradMode::is_enabled() &&
+      (x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad()))) {
+    return Convolution::apply(x, weight, bias, p);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return std::get<0>(forward(p, x, weight, per_filter(p, weight, bias), false));
+}
+
+}  // namespace fedkn
+//// kn_conv_channels_last.h
+// The loops over maps laid out channels last, (N, H, W, C), in memory.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "plan.h"
+
+namespace fedkn {
+
+// The generator counts in (N, C, H, W) order whatever the layout, so four consecutive pixels of a
+// channel share a word. Lanes of `group` (up to four) pixels from `pixel` on, all channels each; a
+// lane is the upper 16 bits of its number, as wide as the doubles that it goes with.
+INLINE void draw_pixels(const Plan& p, int64_t sample, int64_t pixel, int64_t group,
+                        int64_t* __restrict lanes) {
+  const int64_t channels = p.channels, pixels = p.pixels();
+  const uint64_t base = p.start(sample) + kGamma;
+  if (pixels % 4 == 0) {  // then the four pixels of a word are the same ones in every channel
+    const uint64_t first = base + kGamma * static_cast<uint64_t>(pixel / 4);
+    const uint64_t step = kGamma * static_cast<uint64_t>(pixels / 4);
+    for (int64_t c = 0; c < channels; ++c) {
+      const uint64_t z = finalised(first + step * static_cast<uint64_t>(c));
+      lanes[c] = static_cast<int64_t>(z << 48);
+      lanes[channels + c] = static_cast<int64_t>(z << 32);
+      lanes[2 * channels + c] = static_cast<int64_t>(z << 16);
+      lanes[3 * channels + c] = static_cast<int64_t>(z);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < group; ++j) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const auto element = static_cast<uint64_t>(c * pixels + pixel + j);
+      const uint64_t z = finalised(base + kGamma * (element >> 2));
+      lanes[j * channels + c] = static_cast<int64_t>(z << (48 - 16 * (element & 3)));
+    }
+  }
+}
+
+INLINE int64_t wide_threshold(const Plan& p) { return (p.level - kLevels / 2) * (1ll << 48); }
+
+KERNEL void channel_sums_last(const Plan& p, int64_t sample, const float* __restrict x,
+                              int64_t* __restrict lanes, double* __restrict total,
+                              double* __restrict squares) {
+  const int64_t channels = p.channels, pixels = p.pixels(), least = wide_threshold(p);
+  for (int64_t begin = 0; begin < pixels; begin += 4) {
+    const int64_t group = std::min<int64_t>(4, pixels - begin);
+    if (p.masked) draw_pixels(p, sample, begin, group, lanes);
+    for (int64_t j = 0; j < group; ++j) {
+      const float* __restrict v = x + (begin + j) * channels;
+      const int64_t* __restrict k = lanes + j * channels;
+      double t = 0.0, q = 0.0;
+      if (p.masked) {
+#pragma omp simd reduction(+ : t, q)
+        for (int64_t c = 0; c < channels; ++c) {
+          const double value = v[c];  // loaded whether it is kept or not: no branch
+          const double u = k[c] >= least ? value : 0.0;
+          t += u;
+          q += u * u;
+        }
+      } else {
+#pragma omp simd reduction(+ : t, q)
+        for (int64_t c = 0; c < channels; ++c) {
+          const double u = v[c];
+          t += u;
+          q += u * u;
+        }
+      }
+      total[begin + j] = t;
+      squares[begin + j] = q;
+    }
+  }
+}
+
+KERNEL void epilogue_last(const Plan& p, float* z, float* y, const float* __restrict mean,
+                          const float* __restrict scale, const float* __restrict sums,
+                          const float* __restrict bias) {
+  const int64_t filters = p.filters;
+  for (int64_t i = 0; i < p.positions(); ++i, z += filters, y += filters) {
+    const float m = mean[i], r = scale[i];
+    if (p.relu) {
+#pragma omp simd
+      for (int64_t o = 0; o < filters; ++o) {
+        const float v = (z[o] - m * sums[o]) * r + bias[o];
+        y[o] = v < 0.0f ? 0.0f : v;
+      }
+    } else {
+#pragma omp simd
+      for (int64_t o = 0; o < filters; ++o) {
+        const float v = z[o] - m * sums[o];
+        z[o] = v;
+        y[o] = v * r + bias[o];
+      }
+    }
+  }
+}
+
+KERNEL void reduce_gradient_last(const Plan& p, const float* __restrict g,
+                                 const float* __restrict output, const float* __restrict mean,
+                                 const float* __restrict scale, const float* __restrict sums,
+                                 const float* __restrict bias, float* __restrict dz,
+                                 float* __restrict energy, float* __restrict dmean,
+                                 float* __restrict db, float* __restrict dsum) {
+  const int64_t filters = p.filters;
+  const float floor = p.relu ? 0.0f : -std::numeric_limits<float>::infinity();
+  std::fill(db, db + filters, 0.0f);
+  std::fill(dsum, dsum + filters, 0.0f);
+  for (int64_t i = 0; i < p.positions(); ++i, g += filters, output += filters, dz += filters) {
+    const float m = mean[i], r = scale[i];
+    float e = 0.0f, t = 0.0f;
+    if (p.keeps_y) {
+#pragma omp simd reduction(+ : e, t)
+      for (int64_t o = 0; o < filters; ++o) {
+        const float value = output[o], upstream = g[o];  // loaded whatever the sign: no branch
+        const float u = value > floor ? upstream : 0.0f, d = u * r;
+        e += u * (value - bias[o]);
+        t += d * sums[o];
+        dz[o] = d;
+        db[o] += u;
+        dsum[o] += d * m;
+      }
+    } else {
+#pragma omp simd reduction(+ : e, t)
+      for (int64_t o = 0; o < filters; ++o) {
+        const float d = g[o] * r;
+        e += d * output[o];
+        t += d * sums[o];
+        dz[o] = d;
+        db[o] += g[o];
+        dsum[o] += d * m;
+      }
+    }
+    energy[i] = e;
+    dmean[i] = -t;
+  }
+}
+
+KERNEL void add_through_statistics_last(const Plan& p, int64_t sample, const float* __restrict x,
+                                        float* __restrict dx, const double* __restrict offset,
+                                        const double* __restrict slope, int64_t* __restrict lanes) {
+  const int64_t channels = p.channels, pixels = p.pixels(), least = wide_threshold(p);
+  for (int64_t begin = 0; begin < pixels; begin += 4) {
+    const int64_t group = std::min<int64_t>(4, pixels - begin);
+    if (p.masked) draw_pixels(p, sample, begin, group, lanes);
+    for (int64_t j = 0; j < group; ++j) {
+      const int64_t i = begin + j;
+      const double a = offset[i], q = slope[i];
+      const float* __restrict v = x + i * channels;
+      const int64_t* __restrict k = lanes + j * channels;
+      float* __restrict d = dx + i * channels;
+      if (p.masked) {
+        for (int64_t c = 0; c < channels; ++c) {
+          const double u = a + q * v[c], before = d[c];
+          d[c] = static_cast<float>(before + (k[c] >= least ? u : 0.0));
+        }
+      } else {
+        for (int64_t c = 0; c < channels; ++c) d[c] += static_cast<float>(a + q * v[c]);
+      }
+    }
+  }
+}
+
+}  // namespace fedkn
+//// kn_conv_contiguous.h
+// The loops over maps laid out (N, C, H, W) in memory.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "plan.h"
+
+namespace fedkn {
+
+// Where a tile of pixels is the whole plane, several channels share one call of the generator.
+INLINE int64_t channels_at_once(const Plan& p, int64_t tile) {
+  return tile == p.pixels() ? std::max<int64_t>(1, kTile / tile) : 1;
+}
+
+// Sums over the channels of a tile of `n` pixels, in Number; `v` steps by `pixels` per channel.
+template <class Number>
+INLINE void add_channels(int64_t channels, int64_t pixels, int64_t n, const float* __restrict v,
+                         const Lane* __restrict k, int16_t least, Number* __restrict t,
+                         Number* __restrict q) {
+  for (int64_t c = 0; c < channels; ++c, v += pixels, k += k ? pixels : 0) {
+    if (k) {
+      for (int64_t i = 0; i < n; ++i) {
+        const float value = v[i];  // loaded whether it is kept or not: no branch
+        const Number u = k[i] >= least ? value : 0.0f;
+        t[i] += u;
+        q[i] += u * u;
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        const Number u = v[i];
+        t[i] += u;
+        q[i] += u * u;
+      }
+    }
+  }
+}
+
+// `exact`: all in double. Else kGroup channels at a time in float, and their sums in double.
+KERNEL void channel_sums(const Plan& p, int64_t sample, const float* __restrict x, bool exact,
+                         Mask& mask, double* __restrict total, double* __restrict squares) {
+  constexpr int64_t kGroup = 16;
+  alignas(64) float sums[2 * kTile];
+  const int64_t pixels = p.pixels();
+  std::fill(total, total + pixels, 0.0);
+  std::fill(squares, squares + pixels, 0.0);
+  for (int64_t begin = 0; begin < pixels; begin += kTile) {
+    const int64_t tile = std::min(kTile, pixels - begin);
+    const int64_t block = channels_at_once(p, tile);
+    double* __restrict t = total + begin;
+    double* __restrict q = squares + begin;
+    float* __restrict ft = sums, * __restrict fq = sums + kTile;
+    int64_t pending = 0;
+    for (int64_t c0 = 0; c0 < p.channels; c0 += block) {
+      const int64_t count = std::min(block, p.channels - c0);
+      const float* v = x + c0 * pixels + begin;
+      const Lane* k = nullptr;
+      if (p.masked) k = draw(p, sample, c0 * pixels + begin, (count - 1) * pixels + tile, mask);
+      if (exact) {
+        add_channels(count, pixels, tile, v, k, threshold(p), t, q);
+        continue;
+      }
+      if (!pending) std::fill(ft, ft + tile, 0.0f), std::fill(fq, fq + tile, 0.0f);
+      add_channels(count, pixels, tile, v, k, threshold(p), ft, fq);
+      pending += count;
+      if (pending >= kGroup || c0 + count == p.channels) {
+        for (int64_t i = 0; i < tile; ++i) t[i] += ft[i];
+        for (int64_t i = 0; i < tile; ++i) q[i] += fq[i];
+        pending = 0;
+      }
+    }
+  }
+}
+
+// In place on z, which becomes z - mean * S; y may be z itself.
+KERNEL void epilogue(const Plan& p, float* z, float* y, const float* __restrict mean,
+                     const float* __restrict scale, const float* sums, const float* bias) {
+  const int64_t n = p.positions();
+  for (int64_t o = 0; o < p.filters; ++o, z += n, y += n) {
+    const float sum = p.centred ? 0.0f : sums[o], shift = bias ? bias[o] : 0.0f;
+    if (p.relu) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const float v = (z[i] - mean[i] * sum) * scale[i] + shift;
+        y[i] = v < 0.0f ? 0.0f : v;
+      }
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const float v = z[i] - mean[i] * sum;
+        z[i] = v;
+        y[i] = v * scale[i] + shift;
+      }
+    }
+  }
+}
+
+// One pass over g: dz, and all sums of it that the gradients need.
+KERNEL void reduce_gradient(const Plan& p, const float* __restrict g,
+                            const float* __restrict output, const float* __restrict mean,
+                            const float* __restrict scale, const float* sums, const float* bias,
+                            float* __restrict dz, float* __restrict energy, float* __restrict dmean,
+                            float* __restrict db, float* __restrict dsum) {
+  const int64_t n = p.positions();
+  std::fill(energy, energy + n, 0.0f);
+  std::fill(dmean, dmean + n, 0.0f);
+  for (int64_t o = 0; o < p.filters; ++o, g += n, output += n, dz += n) {
+    const float sum = p.centred ? 0.0f : sums[o], shift = bias ? bias[o] : 0.0f;
+    const float floor = p.relu ? 0.0f : -std::numeric_limits<float>::infinity();
+    float b = 0.0f, m = 0.0f;
+    if (p.keeps_y) {
+#pragma omp simd reduction(+ : b, m)
+      for (int64_t i = 0; i < n; ++i) {
+        const float value = output[i], upstream = g[i];  // loaded whatever the sign: no branch
+        const float u = value > floor ? upstream : 0.0f, d = u * scale[i];
+        energy[i] += u * (value - shift);
+        dz[i] = d;
+        dmean[i] -= d * sum;
+        b += u;
+        m += d * mean[i];
+      }
+    } else {
+#pragma omp simd reduction(+ : b, m)
+      for (int64_t i = 0; i < n; ++i) {
+        const float d = g[i] * scale[i];
+        energy[i] += d * output[i];
+        dz[i] = d;
+        dmean[i] -= d * sum;
+        b += g[i];
+        m += d * mean[i];
+      }
+    }
+    db[o] = b;
+    dsum[o] = m;
+  }
+}
+
+// dx += mask * (offset + slope * x), with B' of what reaches mean and variance.
+template <class Number>
+INLINE void add_lines(int64_t channels, int64_t pixels, int64_t n, const float* __restrict v,
+                      const Lane* __restrict k, int16_t least, const Number* __restrict a,
+                      const Number* __restrict q, float* __restrict d) {
+  for (int64_t c = 0; c < channels; ++c, v += pixels, d += pixels, k += k ? pixels : 0) {
+    if (k) {
+      for (int64_t i = 0; i < n; ++i) {
+        const float u = static_cast<float>(a[i] + q[i] * v[i]), before = d[i];
+        d[i] = before + (k[i] >= least ? u : 0.0f);
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) d[i] += static_cast<float>(a[i] + q[i] * v[i]);
+    }
+  }
+}
+
+KERNEL void add_through_statistics(const Plan& p, int64_t sample, const float* __restrict x,
+                                   float* __restrict dx, const double* __restrict offset,
+                                   const double* __restrict slope, bool exact, Mask& mask) {
+  alignas(64) float lines[2 * kTile];
+  const int64_t pixels = p.pixels();
+  for (int64_t begin = 0; begin < pixels; begin += kTile) {
+    const int64_t tile = std::min(kTile, pixels - begin);
+    const int64_t block = channels_at_once(p, tile);
+    float* __restrict fa = lines, * __restrict fq = lines + kTile;
+    std::copy(offset + begin, offset + begin + tile, fa);
+    std::copy(slope + begin, slope + begin + tile, fq);
+    for (int64_t c0 = 0; c0 < p.channels; c0 += block) {
+      const int64_t count = std::min(block, p.channels - c0), at = c0 * pixels + begin;
+      const Lane* k = nullptr;
+      if (p.masked) k = draw(p, sample, at, (count - 1) * pixels + tile, mask);
+      if (exact) {
+        add_lines(count, pixels, tile, x + at, k, threshold(p), offset + begin, slope + begin,
+                  dx + at);
+      } else {
+        add_lines(count, pixels, tile, x + at, k, threshold(p), fa, fq, dx + at);
+      }
+    }
+  }
+}
+
+}  // namespace fedkn
+//// max_pool.h
+// 2x2 max-pooling with stride 2, forward and backward, in either layout of the maps.
+//
+// Kept for the backward pass is which of a window's four numbers won, not the map; the gradient is
+// written once instead of being added to zeros.
+
+#pragma once
+
+#include <torch/csrc/autograd/autograd.h>
+
+#include "common.h"
+
+namespace fedkn::max_pool {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr int32_t kNobody = 4;
+
+// The largest of a window's numbers and its place, the first of several equal ones; a NaN wins, as
+// in PyTorch. Written in choices between values, which the compiler vectorizes.
+struct Winner {
+  float value;
+  int32_t place;
+};
+
+INLINE Winner largest(float a, float b, float c, float d) {
+  const float ab = a > b ? a : b, cd = c > d ? c : d, most = ab > cd ? ab : cd;
+  int32_t place = 3;
+  place = c == most ? 2 : place;
+  place = b == most ? 1 : place;
+  place = a == most ? 0 : place;
+  const bool odd = (a != a) | (b != b) | (c != c) | (d != d);
+  return {odd ? a + b + c + d : most, place};
+}
+
+struct Shape {
+  int64_t planes, height, width, each;  // `each` numbers lie side by side for every pixel
+  int64_t rows, columns;
+
+  Shape(IntArrayRef x, bool last) {
+    planes = last ? x[0] : x[0] * x[1];
+    each = last ? x[1] : 1;
+    height = x[2], width = x[3], rows = height / 2, columns = width / 2;
+  }
+  int64_t size() const { return height * width * each; }
+  int64_t pooled() const { return rows * columns * each; }
+};
+
+bool channels_last(const Tensor& x) {
+  return !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+at::MemoryFormat format(bool last) {
+  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// One row of windows; `each` is 1 where the layout is contiguous, so that its loop is over pixels.
+template <bool keep>
+INLINE void pool_row(const Shape& s, const float* __restrict upper, const float* __restrict lower,
+                     float* __restrict y, int32_t* __restrict winner) {
+  if (s.each == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < s.columns; ++i) {
+      const Winner w = largest(upper[2 * i], upper[2 * i + 1], lower[2 * i], lower[2 * i + 1]);
+      y[i] = w.value;
+      if (keep) winner[i] = w.place;
+    }
+    return;
+  }
+  const int64_t n = s.each;
+  for (int64_t j = 0; j < s.columns; ++j, upper += 2 * n, lower += 2 * n, y += n, winner += n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const Winner w = largest(upper[i], upper[n + i], lower[i], lower[n + i]);
+      y[i] = w.value;
+      if (keep) winner[i] = w.place;
+    }
+  }
+}
+
+KERNEL void pool(const Shape& s, const float* x, float* y, int32_t* winner, bool keep) {
+  const int64_t row = s.width * s.each, pooled = s.columns * s.each;
+  for (int64_t r = 0; r < s.rows; ++r, x += 2 * row, y += pooled, winner += pooled) {
+    keep ? pool_row<true>(s, x, x + row, y, winner) : pool_row<false>(s, x, x + row, y, winner);
+  }
+}
+
+INLINE void spread_row(const Shape& s, const float* __restrict g, const int32_t* __restrict winner,
+                       float* __restrict upper, float* __restrict lower) {
+  if (s.each == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < s.columns; ++i) {
+      const float h = g[i];
+      const int32_t w = winner[i];
+      const float a = w == 0 ? h : 0.0f, b = w == 1 ? h : 0.0f;
+      upper[2 * i] = a;
+      upper[2 * i + 1] = b;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < s.columns; ++i) {
+      const float h = g[i];
+      const int32_t w = winner[i];
+      const float c = w == 2 ? h : 0.0f, d = w == 3 ? h : 0.0f;
+      lower[2 * i] = c;
+      lower[2 * i + 1] = d;
+    }
+    return;
+  }
+  const int64_t n = s.each;
+  for (int64_t j = 0; j < s.columns; ++j, upper += 2 * n, lower += 2 * n, g += n, winner += n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const float h = g[i];
+      const int32_t w = winner[i];
+      const float a = w == 0 ? h : 0.0f, b = w == 1 ? h : 0.0f, c = w == 2 ? h : 0.0f,
+                  d = w == 3 ? h : 0.0f;
+      upper[i] = a;
+      upper[n + i] = b;
+      lower[i] = c;
+      lower[n + i] = d;
+    }
+  }
+}
+
+KERNEL void spread(const Shape& s, const float* g, const int32_t* winner, float* dx) {
+  const int64_t row = s.width * s.each, pooled = s.columns * s.each;
+  const int64_t odd = (s.width - 2 * s.columns) * s.each;
+  for (int64_t r = 0; r < s.rows; ++r, dx += 2 * row, g += pooled, winner += pooled) {
+    spread_row(s, g, winner, dx, dx + row);
+    std::fill(dx + row - odd, dx + row, 0.0f);
+    std::fill(dx + 2 * row - odd, dx + 2 * row, 0.0f);
+  }
+  if (s.height > 2 * s.rows) std::fill(dx, dx + row, 0.0f);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, bool keep) {
+  const bool last = channels_last(x);
+  const Shape s(x.sizes(), last);
+  Tensor y = at::empty({x.size(0), x.size(1), s.rows, s.columns}, x.options(), format(last));
+  Tensor winner = keep ? at::empty_like(y, y.options().dtype(at::kInt)) : Tensor();
+  const float* xs = x.const_data_ptr<float>();
+  float* ys = y.data_ptr<float>();
+  int32_t* winners = keep ? winner.data_ptr<int32_t>() : nullptr;
+  at::parallel_for(0, s.planes, 1, [&](int64_t from, int64_t until) {
+    for (int64_t n = from; n < until; ++n) {
+      pool(s, xs + n * s.size(), ys + n * s.pooled(), keep ? winners + n * s.pooled() : nullptr,
+           keep);
+    }
+  });
+  return {y, winner};
+}
+
+struct Function : torch::autograd::Function<Function> {
+  static Tensor forward(AutogradContext* context, const Tensor& x) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, winner] = max_pool::forward(x, true);
+    context->save_for_backward({winner});
+    context->saved_data["size"] = x.sizes();
+    context->saved_data["last"] = channels_last(x);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const Tensor winner = context->get_saved_variables()[0];
+    const std::vector<int64_t> size = context->saved_data["size"].toIntVector();
+    if (at::GradMode::is_enabled()) {  // gradients of gradients: rare, and linear in g
+      Tensor places = winner.to(at::kLong);
+      const Tensor columns = at::arange(winner.size(3), places.options()).mul(2);
+      const Tensor rows = at::arange(winner.size(2), places.options()).mul(2).unsqueeze(1);
+      places = rows.add(places.div(2, "floor")).mul(size[3]).add(columns).add(places.remainder(2));
+      return {at::zeros({size[0], size[1], size[2] * size[3]}, gradients[0].options())
+                  .scatter_add(2, places.flatten(2), gradients[0].flatten(2))
+                  .view(size)};
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const bool last = context->saved_data["last"].toBool();
+    const Tensor g = gradients[0].contiguous(format(last));
+    Tensor dx = at::empty(size, g.options(), format(last));
+    const Shape s(size, last);
+    const float* gs = g.const_data_ptr<float>();
+    const int32_t* winners = winner.const_data_ptr<int32_t>();
+    float* dxs = dx.data_ptr<float>();
+    at::parallel_for(0, s.planes, 1, [&](int64_t from, int64_t until) {
+      for (int64_t n = from; n < until; ++n) {
+        spread(s, gs + n * s.pooled(), winners + n * s.pooled(), dxs + n * s.size());
+      }
+    });
+    return {dx};
+  }
+};
+
+Tensor apply(const Tensor& x) {
+  if (at::GradMode::is_enabled() && x.requires_grad()) return Function::apply(x);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return std::get<0>(forward(x, false));
+}
+
+}  // namespace fedkn::max_pool
+//// operators.cpp
+// The operators that PyTorch knows the kernels by; everything is compiled with this file.
+//
+// One translation unit: PyTorch's headers take longer to compile than all of the kernels.
+
+#include <torch/library.h>
+
+#include "first_convolution.h"
+#include "group_norm.h"
+#include "group_norm_contiguous.h"
+#include "group_norm_pool.h"
+#include "kn_conv.h"
+#include "max_pool.h"
+
+namespace fedkn::group_norm {
+
+Tensor apply(const Tensor& x, int64_t groups, const Tensor& gain, const Tensor& shift, double eps,
+             bool relu, bool pool) {
+  const Tensor weight = gain.contiguous(), bias = shift.contiguous();
+  if (pool) return PoolingFunction::apply(x, groups, weight, bias, eps, relu);
+  return x.is_contiguous() ? contiguous::Function::apply(x, groups, weight, bias, eps, relu)
+                           : Function::apply(x, groups, weight, bias, eps, relu);
+}
+
+}  // namespace fedkn::group_norm
+
+TORCH_LIBRARY(fedkn_native, m) {
+  m.def(
+      "convolution(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, int clients, int[]? keys, int level, float eps, bool relu, "
+      "bool keeps_output) -> Tensor",
+      &fedkn::convolution);
+  m.def(
+      "gradients(Tensor g, Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, int clients, int[]? keys, int level, float eps, bool relu, "
+      "bool want_x, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("max_pool(Tensor x) -> Tensor", &fedkn::max_pool::apply);
+  m.def(
+      "group_norm(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool relu, "
+      "bool pool) -> Tensor",
+      &fedkn::group_norm::apply);
+  m.def("first_convolution(Tensor x, Tensor weight) -> Tensor", &fedkn::first_convolution::apply);
+}
+//// plan.h
+// The geometry of a layer, the dropout generator, the box filter.
+
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "common.h"
+
+namespace fedkn {
+
+constexpr uint64_t kGamma = 0x9E3779B97F4A7C15ull;
+constexpr int64_t kLevels = 1 << 16;
+constexpr int64_t kTile = 4096;  // elements handled at once, so that the working set stays in L1/L2
+
+// Several clients, each with filters and masks of its own, lie side by side in the channels: x is
+// (batch, clients * channels, …), y (batch, clients * filters, …). A sample is one client's.
+struct Plan {
+  int64_t clients;
+  int64_t samples, channels, height, width;  // x
+  int64_t filters, rows, columns;            // y
+  std::array<int64_t, 2> kernel, stride, padding, dilation;
+  int64_t groups;
+  bool masked, centred, relu;
+  bool keeps_y;                // y is the map kept for the backward pass, not z
+  bool last;                   // whether maps are laid out channels last in memory
+  std::vector<uint64_t> keys;  // one for each client; empty unless masked
+  int64_t level;
+  double first, second;  // weights of the unit's sum and sum of squares
+  double eps;
+
+  at::MemoryFormat format() const {
+    return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  }
+  int64_t pixels() const { return height * width; }
+  int64_t positions() const { return rows * columns; }
+  int64_t all_filters() const { return clients * filters; }
+  int64_t batch() const { return samples / clients; }
+  uint64_t words() const { return (channels * height * width + 3) / 4; }
+  // Where the mask of a sample starts in its client's sequence.
+  uint64_t start(int64_t sample) const {
+    return keys[sample % clients] + kGamma * static_cast<uint64_t>(sample / clients) * words();
+  }
+};
+
+Plan make_plan(const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding,
+               IntArrayRef dilation, int64_t groups, int64_t clients, at::OptionalIntArrayRef keys,
+               int64_t level, double eps, bool relu, bool keeps_output) {
+  Plan p;
+  p.clients = clients;
+  p.samples = x.size(0) * clients, p.channels = x.size(1) / clients;
+  p.height = x.size(2), p.width = x.size(3);
+  p.filters = weight.size(0) / clients;
+  int64_t out[2];
+  for (int d = 0; d < 2; ++d) {
+    p.kernel[d] = weight.size(2 + d);
+    p.stride[d] = stride[d], p.padding[d] = padding[d], p.dilation[d] = dilation[d];
+    out[d] = (x.size(2 + d) + 2 * padding[d] - dilation[d] * (p.kernel[d] - 1) - 1) / stride[d] + 1;
+  }
+  p.rows = out[0], p.columns = out[1];
+  p.groups = groups;
+  p.masked = keys.has_value();
+  p.centred = !p.masked && groups == 1;
+  p.relu = relu;
+  p.keeps_y = relu || keeps_output;
+  // As PyTorch's own convolution chooses.
+  p.last = clients == 1 && (x.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
+                            weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
+  if (keys) p.keys.assign(keys->begin(), keys->end());
+  p.level = level;
+  p.eps = eps;
+  const double n = static_cast<double>(p.channels * p.kernel[0] * p.kernel[1]);
+  const double keep = 1.0 - static_cast<double>(level) / kLevels;
+  p.first = p.masked ? 1.0 / (n * keep) : 1.0 / n;
+  p.second = p.masked ? 1.0 / (n * keep * keep) : (1.0 + (1.0 - keep) / keep * (1.0 - 1.0 / n)) / n;
+  return p;
+}
+
+// What the generator writes: a lane of 16 bits per element, kept where it reaches the threshold.
+struct Mask {
+  alignas(64) uint64_t words[kTile / 4 + 2];
+};
+// Without may_alias the compiler could assume that the lanes are not the words just written.
+using Lane __attribute__((may_alias)) = int16_t;
+
+INLINE int16_t threshold(const Plan& p) { return static_cast<int16_t>(p.level - kLevels / 2); }
+
+INLINE uint64_t finalised(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+// Lanes of the elements [start, start + count) of one sample, count <= kTile.
+INLINE const Lane* draw(const Plan& p, int64_t sample, int64_t start, int64_t count, Mask& mask) {
+  const int64_t from = start / 4, until = (start + count + 3) / 4;
+  const uint64_t base = p.start(sample) + kGamma * static_cast<uint64_t>(from + 1);
+  for (int64_t i = 0; i < until - from; ++i) {
+    mask.words[i] = finalised(base + kGamma * static_cast<uint64_t>(i));
+  }
+  return reinterpret_cast<const Lane*>(mask.words) + (start - from * 4);
+}
+
+// Calls f(k, from, until, offset) with the output columns (or rows) [from, until) whose tap k lies
+// inside the input, at index * stride + offset.
+template <class F>
+INLINE void taps(const Plan& p, int d, int64_t inputs, int64_t outputs, F f) {
+  for (int64_t k = 0; k < p.kernel[d]; ++k) {
+    const int64_t offset = k * p.dilation[d] - p.padding[d], s = p.stride[d];
+    const int64_t from = offset >= 0 ? 0 : (-offset + s - 1) / s;
+    const int64_t until = offset >= inputs ? 0 : std::min(outputs, (inputs - 1 - offset) / s + 1);
+    if (from < until) f(from, until, offset);
+  }
+}
+
+// Sum of `map` over each window. `scratch` holds rows * width doubles.
+KERNEL void box(const Plan& p, const double* __restrict map, double* __restrict scratch,
+                double* __restrict out) {
+  const int64_t w = p.width, s = p.stride[1];
+  std::fill(scratch, scratch + p.rows * w, 0.0);
+  taps(p, 0, p.height, p.rows, [&](int64_t from, int64_t until, int64_t offset) INLINED {
+    for (int64_t i = from; i < until; ++i) {
+      const double* __restrict a = map + (i * p.stride[0] + offset) * w;
+      double* __restrict b = scratch + i * w;
+      for (int64_t j = 0; j < w; ++j) b[j] += a[j];
+    }
+  });
+  std::fill(out, out + p.positions(), 0.0);
+  taps(p, 1, w, p.columns, [&](int64_t from, int64_t until, int64_t offset) INLINED {
+    for (int64_t i = 0; i < p.rows; ++i) {
+      const double* __restrict a = scratch + i * w + offset;
+      double* __restrict b = out + i * p.columns;
+      if (s == 1) {
+        for (int64_t j = from; j < until; ++j) b[j] += a[j];
+      } else {
+        for (int64_t j = from; j < until; ++j) b[j] += a[j * s];
+      }
+    }
+  });
+}
+
+// The transpose of `box`.
+KERNEL void unbox(const Plan& p, const double* __restrict map, double* __restrict scratch,
+                  double* __restrict out) {
+  const int64_t w = p.width, s = p.stride[1];
+  std::fill(scratch, scratch + p.rows * w, 0.0);
+  taps(p, 1, w, p.columns, [&](int64_t from, int64_t until, int64_t offset) INLINED {
+    for (int64_t i = 0; i < p.rows; ++i) {
+      double* __restrict a = scratch + i * w + offset;
+      const double* __restrict b = map + i * p.columns;
+      if (s == 1) {
+        for (int64_t j = from; j < until; ++j) a[j] += b[j];
+      } else {
+        for (int64_t j = from; j < until; ++j) a[j * s] += b[j];
+      }
+    }
+  });
+  std::fill(out, out + p.pixels(), 0.0);
+  taps(p, 0, p.height, p.rows, [&](int64_t from, int64_t until, int64_t offset) INLINED {
+    for (int64_t i = from; i < until; ++i) {
+      double* __restrict a = out + (i * p.stride[0] + offset) * w;
+      const double* __restrict b = scratch + i * w;
+      for (int64_t j = 0; j < w; ++j) a[j] += b[j];
+    }
+  });
+}
+
+// Whether a mean is so many deviations from zero that float sums would lose its variance's digits.
+constexpr double kFar = 32.0;
+
+// Mean and scale from the sums; returns whether some mean is far.
+KERNEL bool moments(const Plan& p, const double* __restrict total, const double* __restrict squares,
+                    float* __restrict mean, float* __restrict scale) {
+  const auto eps = static_cast<float>(p.eps);
+  double most = -1.0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < p.positions(); ++i) {
+    const double m = total[i] * p.first, m2 = m * m;
+    const double v = squares[i] * p.second - m2;
+    const double excess = m2 - kFar * v;
+    most = excess > most ? excess : most;
+    mean[i] = static_cast<float>(m);
+    scale[i] = 1.0f / std::sqrt(static_cast<float>(v > 0.0 ? v : 0.0) + eps);
+  }
+  return most > 0.0;
+}
+
+// What reaches sum and sum of squares through mean and variance; returns as `moments` does.
+KERNEL bool through_moments(const Plan& p, const float* __restrict mean,
+                            const float* __restrict scale, const float* __restrict energy,
+                            const float* __restrict dmean, double* __restrict offset,
+                            double* __restrict slope) {
+  float most = 0.0f;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < p.positions(); ++i) {
+    const double m = mean[i], r = scale[i], dvar = -0.5 * r * r * energy[i];
+    const float ratio = mean[i] * mean[i] * scale[i] * scale[i];
+    most = ratio > most ? ratio : most;
+    offset[i] = (dmean[i] - 2.0 * dvar * m) * p.first;
+    slope[i] = 2.0 * dvar * p.second;
+  }
+  return most > kFar;
+}
+
+}  // namespace fedkn
+"""
