@@ -18,7 +18,7 @@ from PIL import Image
 
 from clients.device.settings import read_device
 from fedkn.config import ExperimentConfig
-from fedkn.layers import native
+from fedkn.layers.native import library
 from server.deployment.creation import create_fleet
 from simulations.engines.run import run_experiment
 from simulations.run_folder import RunFolder
@@ -238,7 +238,7 @@ print(json.dumps([run_experiment(config).weights_sha256, len(started)]))
 
 def test_one_experiment_in_several_processes(machine: dict[str, str]) -> None:
     strange = json.loads(python(machine, "-c", CREW, json.dumps(EXPERIMENT_OF_MANY)))
-    with native.switched_off():  # as there
+    with library.switched_off():  # as there
         config = ExperimentConfig.resolve(EXPERIMENT_OF_MANY, {"workers": 1})
         assert strange == [run_experiment(config).weights_sha256, 1]
 
