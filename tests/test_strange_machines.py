@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from simulations.run_folder import RunFolder
 
 from clients.device.settings import read_device
 from fedkn.config import ExperimentConfig
 from fedkn.layers.native import library
 from server.deployment.creation import create_fleet
 from simulations.engines.run import run_experiment
+from simulations.runs.folder import RunFolder
 from tests.clients.device.test_check import EXPERIMENT, served
 
 REPOSITORY = Path(__file__).parents[1]
