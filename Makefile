@@ -12,7 +12,7 @@ ENV := env FLWR_HOME="$(HERE)/flwr" MPLCONFIGDIR="$(HERE)/matplotlib" XDG_CACHE_
 	TORCH_EXTENSIONS_DIR="$(HERE)/torch-extensions" FLWR_TELEMETRY_ENABLED=0 \
 	FLWR_DISABLE_UPDATE_CHECK=1 OMP_NUM_THREADS=1
 
-.PHONY: help install requirements demo test test-deployment fuzz soak lint clean
+.PHONY: help install requirements docs demo test test-deployment fuzz soak lint clean
 
 help:
 	@echo "make demo     a real comparison of normalizers on embedded data, with a report"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-deployment  real processes: TLS, faults, restarts (minutes)"
 	@echo "make fuzz     100,000 hostile replies and damaged files, at random (minutes)"
 	@echo "make soak     eight devices, a hundred rounds, a kill or restart in every five (most of an hour)"
+	@echo "make docs     the parts of docs/ that repeat what the code says"
 	@echo "make lint     ruff, clang-format, mypy, import-linter"
 	@echo "make requirements  requirements-device.txt and -server.txt, with hashes, from constraints.txt"
 	@echo "make install  only what the others need, into $(VENV) (PYTHON=python3.12 for another Python)"
@@ -55,6 +56,10 @@ demo: install
 test: install
 	@$(ENV) $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal \
 		--basetemp "$(HERE)/tmp"
+
+# tests/test_docs.py, which make test runs, holds these pages equal to what this writes.
+docs: install
+	@$(ENV) FEDKN_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_docs.py
 
 # Not part of make test: SuperLinks and SuperNodes as processes, killed and brought back.
 test-deployment: install

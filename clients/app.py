@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from clients.control_variates import correction, next_control
 from clients.device.consent import node_consent
 from clients.instructions import signed_by_the_server
 from clients.local_state import LocalState, local_state
 from clients.privacy_account import PrivacyAccount, privacy_account
 from clients.session import Session, open_session
 from clients.trainer import current_trainer
+from fedkn.algorithms import local_rules
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.federation import (
     ARRAYS,
-    CLIP_NORM,
     CONFIG,
     CONTROL,
     LEARNING_RATE,
     METRICS,
-    PROXIMAL_MU,
     ROUND,
     RUN_TOKEN,
     STATE_ROUND,
@@ -42,10 +39,9 @@ from fedkn.federation import (
     update_metrics,
 )
 from fedkn.normalizers import TensorRole
-from fedkn.training import LocalTask, carried_part, evaluate
+from fedkn.training import LocalRule, LocalTask, carried_part, evaluate
 from fedkn.training.privacy_spent import PRIVACY, PrivacySpent
 from fedkn.training.private import steps_of_a_round
-from fedkn.training.update_clipping import clip_update
 
 __all__ = ["app"]
 
@@ -79,9 +75,9 @@ def train(message: Message, context: Context) -> Message:
     own = local_state(context, partition, run)
     changed = _data_changed(session, own)
     account = _account(session, context, partition, told)
-    kept, lost = own.restore(_state_round(session, message, told))
-    control = _control(message)
-    own_control = carried_part(kept, _CONTROL)
+    given = _given(message)
+    rules = local_rules(session.config, told, given)
+    kept, lost = own.restore(_state_round(session, rules, told))
     update, state = current_trainer().train(
         session,
         LocalTask(
@@ -90,14 +86,14 @@ def train(message: Message, context: Context) -> Message:
             client=partition,
             train=session.config.train,
             learning_rate=_told(told, LEARNING_RATE, float),
-            proximal_mu=_told(told, PROXIMAL_MU, float) if PROXIMAL_MU in told else 0.0,
-            correction=_correction(session, control, own_control),
-            carried={n: v for n, v in kept.items() if not n.startswith((_MODEL, _CONTROL))},
+            rules=rules,
+            given=given,
+            carried={n: v for n, v in kept.items() if not n.startswith(_MODEL)},
             largest_batch=session.largest_batch,
         ),
         {**received, **carried_part(kept, _MODEL)},
     )
-    arrays = tensors_to_arrays(_sent(session, state, received, told))
+    arrays = tensors_to_arrays(_sent(session, state, received, rules))
     if account:
         # Before anything is kept or sent: what the account lacks must not leave the device.
         spent = account.charge(
@@ -110,15 +106,6 @@ def train(message: Message, context: Context) -> Message:
         update = replace(update, epsilon=spent.epsilon(session.config.privacy.delta))
     keep = {_MODEL + name: state[name] for name in session.local_tensors}
     keep |= {n: value for n, value in update.carried.items() if not n.startswith(PRIVACY)}
-    following = next_control(
-        own_control,
-        control,
-        received,
-        state,
-        steps=update.steps,
-        learning_rate=_told(told, LEARNING_RATE, float),
-    )
-    keep |= {_CONTROL + name: value for name, value in following.items()}
     if keep:
         own.keep(round_, keep, horizon=_horizon(session.config))
     # As it was asked, so it is answered.
@@ -143,7 +130,7 @@ def evaluate_own(message: Message, context: Context) -> Message:
     session, partition = _opened(message, context)
     received, told = _received(message)
     own = local_state(context, partition, _told(told, RUN_TOKEN, str))
-    kept, _ = own.restore(_state_round(session, message, told))
+    kept, _ = own.restore(_state_round(session, (), told))
     images, labels = session.held_data(partition)
     if not len(labels):
         raise UserError(
@@ -163,7 +150,7 @@ def evaluate_own(message: Message, context: Context) -> Message:
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
 
-_MODEL, _CONTROL = "model/", "control/"
+_MODEL = "model/"
 
 
 def _opened(message: Message, context: Context) -> tuple[Session, int]:
@@ -200,14 +187,9 @@ def _bytes(arrays: ArrayRecord) -> bytes:
     return b"".join(name.encode() + array.data for name, array in arrays.items())
 
 
-def _state_round(session: Session, message: Message, told: ConfigRecord) -> int:
+def _state_round(session: Session, rules: Sequence[LocalRule], told: ConfigRecord) -> int:
     """Return the round that left the state to go on from; 0 where clients keep nothing to lose."""
-    config = session.config
-    keeps = (
-        session.local_tensors
-        or config.train.keep_momentum
-        or CONTROL in message.content.array_records
-    )
+    keeps = session.local_tensors or any(rule.carries for rule in rules)
     return _told(told, STATE_ROUND, int) if keeps else 0
 
 
@@ -225,40 +207,24 @@ def _data_changed(session: Session, own: LocalState) -> bool:
     return bool(found)
 
 
-def _control(message: Message) -> dict[str, Tensor]:
-    """Return the server's control variate by parameter; empty without SCAFFOLD."""
+def _given(message: Message) -> dict[str, Tensor]:
+    """Return what the server's strategy sends beside the model, by parameter; often nothing."""
     record = message.content.array_records.get(CONTROL)
     return {} if record is None else arrays_to_tensors(record)
-
-
-def _correction(
-    session: Session, control: Mapping[str, Tensor], own: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return SCAFFOLD's correction for every parameter: zero for those that are not shared."""
-    if not control:
-        return {}
-    shared = correction(control, own)
-    parameters = session.workspace.model.named_parameters()
-    return {name: shared.get(name, torch.zeros_like(p)).detach() for name, p in parameters}
 
 
 def _sent(
     session: Session,
     state: Mapping[str, Tensor],
     received: Mapping[str, Tensor],
-    told: ConfigRecord,
+    rules: Sequence[LocalRule],
 ) -> dict[str, Tensor]:
-    """Return the tensors of the update, clipped where the server asks for it."""
+    """Return the tensors of the update, the shared ones as the rules have them sent."""
     tensors = {name: state[name] for name in on_the_wire(session.rule)}
-    if CLIP_NORM not in told:
-        return tensors
     shared = [name for name, role in session.rule.items() if role is TensorRole.SHARED]
-    clipped = clip_update(
-        {name: tensors[name].detach().cpu().numpy() for name in shared},
-        {name: received[name].numpy() for name in shared},
-        _told(told, CLIP_NORM, float),
-    )
-    return tensors | {name: torch.from_numpy(value) for name, value in clipped.items()}
+    for rule in rules:
+        tensors |= rule.sent({name: tensors[name] for name in shared}, received)
+    return tensors
 
 
 def _horizon(config: ExperimentConfig) -> int:

@@ -35,7 +35,7 @@ from fedkn.experiment import (
     normalizer_of,
 )
 from fedkn.federation import DATA, told_data
-from fedkn.normalizers import Normalizer, TensorRole
+from fedkn.normalizers import FederationRule, Normalizer, TensorRole
 from fedkn.training import Inputs, Workspace, check_precision
 
 __all__ = ["Session", "open_session"]
@@ -70,7 +70,7 @@ class Session:
     workspace: Workspace
     inputs: Inputs
     normalizer: Normalizer
-    rule: dict[str, TensorRole]
+    rule: FederationRule
     images: Tensor
     labels: Tensor
     parts: tuple[Tensor, ...]

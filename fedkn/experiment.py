@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedkn import models, normalizers
+from fedkn.algorithms import rule_types
 from fedkn.config import (
     DataConfig,
     ExperimentConfig,
@@ -167,8 +168,7 @@ def why_alone(config: ExperimentConfig) -> str:
     reasons = {
         f"the layers of normalizer '{normalizer.name}' mix the examples of a batch or keep "
         "running statistics": not normalizer.together,
-        "train.keep_momentum keeps a velocity for each of them": train.keep_momentum,
-        "scaffold corrects the gradients of each of them": config.strategy.name == "scaffold",
+        **{rule.alone: bool(rule.alone) for rule in rule_types(config)},
         "DP-SGD draws and clips for each of them": config.privacy.mechanism == "example",
         "train.accumulate gives a step several batches": train.accumulate > 1,
         f"they compute in float32, not in {train.precision}": train.precision == "bfloat16",

@@ -28,7 +28,6 @@ from fedkn.training.transfer import moved
 
 __all__ = [
     "ARRAYS",
-    "CLIP_NORM",
     "CONFIG",
     "CONTROL",
     "CORRECT",
@@ -41,7 +40,6 @@ __all__ = [
     "METRICS",
     "PACKED",
     "PARTITION",
-    "PROXIMAL_MU",
     "ROUND",
     "RUN_TOKEN",
     "STATE_ROUND",
@@ -72,17 +70,15 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 # Name and kind of the one array of a packed record.
 PACKED = "fedkn.packed"
 
-# Record of the server's control variate, which SCAFFOLD sends beside the arrays.
+# Record of what a strategy sends the clients beside the arrays: tensors for its client half.
 CONTROL = "control"
 
 # Record of every message to a client: what it must know of the experiment's images.
 DATA = "data"
 
-# Config of a training message. The round and FedProx's weight carry Flower's names.
-ROUND, PROXIMAL_MU, LEARNING_RATE = "server-round", "proximal-mu", "learning-rate"
-
-# The norm to which a client is to clip its update, under Flower's name.
-CLIP_NORM = "clipping_norm"
+# Config of a training message; the round carries Flower's name. A strategy adds what its client
+# half is to be told.
+ROUND, LEARNING_RATE = "server-round", "learning-rate"
 
 # Which run a client's own tensors belong to, and the round that left them as the server last
 # accepted an update of that client (0: never).

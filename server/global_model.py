@@ -11,7 +11,7 @@ from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, device_of, federated_data, inputs_of, normalizer_of
 from fedkn.federation import on_the_wire
-from fedkn.normalizers import TensorRole
+from fedkn.normalizers import FederationRule, TensorRole
 from fedkn.training import Evaluation, Workspace, check_precision, evaluate, refuse_unprivate
 from fedkn.training.memory import step_memory
 
@@ -74,7 +74,7 @@ class GlobalModel:
         self._sample = data.train
         self.examples = len(data.train)
 
-    def rule(self, round_: int) -> dict[str, TensorRole]:
+    def rule(self, round_: int) -> FederationRule:
         """Return the role of every tensor in `round_` (from 1)."""
         return self._normalizer.federation_rule(self._workspace.model, round_)
 

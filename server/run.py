@@ -32,7 +32,7 @@ from server.metrics_log import LogNotWritten, MetricsLog
 from server.rounds.aggregation import Aggregator
 from server.rounds.client_evaluation import ClientEvaluation, evaluate_clients
 from server.rounds.identities import read_identities
-from server.rounds.loop import NoValidUpdates, RoundReport, run_round
+from server.rounds.loop import Federation, NoValidUpdates, RoundReport, run_round
 from server.rounds.membership import Membership
 from server.rounds.participation import Participation, begin
 from server.rounds.waiting import Waiting
@@ -129,20 +129,11 @@ def _run(
         membership.join()
         _log_joined(log, finished, membership)
     waiting = Waiting(log, membership.age, membership.look)
+    federation = Federation(config, grid, model, membership, aggregator, waiting)
     evaluation = None
     failed_rounds = 0
     for round_ in range(finished + 1, config.rounds + 1):
-        tensors, report = run_round(
-            round_,
-            tensors,
-            config=config,
-            grid=grid,
-            model=model,
-            membership=membership,
-            aggregator=aggregator,
-            participation=participation,
-            waiting=waiting,
-        )
+        tensors, report = run_round(round_, tensors, participation, federation)
         participation = participation.after(round_, [u.partition for u in report.updates])
         failed_rounds = 0 if report.updates else failed_rounds + 1
         last = round_ == config.rounds

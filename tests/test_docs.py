@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from fedkn.config import ExperimentConfig
+from fedkn.normalizers import table
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +27,13 @@ def _rows(section: type[BaseModel], prefix: str = "") -> list[str]:
     return rows + tables
 
 
+def _hold_equal(path: Path, text: str, expected: str) -> None:
+    if os.environ.get("FEDKN_WRITE_DOCS"):
+        path.write_text(expected, encoding="utf-8")
+        return
+    assert text == expected, f"docs/{path.name} is out of date: make docs"
+
+
 def test_configuration_page_lists_every_key() -> None:
     path = ROOT / "docs" / "configuration.md"
     text = path.read_text(encoding="utf-8")
@@ -33,9 +41,16 @@ def test_configuration_page_lists_every_key() -> None:
     head = text[: text.index(marker) + len(marker)]
     lines = ["", "| key | default | |", "| --- | --- | --- |", *_rows(ExperimentConfig)]
     expected = head + "\n".join(lines) + "\n"
-    if os.environ.get("FEDKN_WRITE_DOCS"):
-        path.write_text(expected, encoding="utf-8")
-    assert text == expected, "out of date: run FEDKN_WRITE_DOCS=1 pytest tests/test_docs.py"
+    _hold_equal(path, text, expected)
+
+
+def test_normalizers_page_has_what_the_classes_declare() -> None:
+    path = ROOT / "docs" / "normalizers.md"
+    text = path.read_text(encoding="utf-8")
+    start, end = "<!-- table: make docs writes it -->\n", "<!-- end of table -->\n"
+    head, rest = text.split(start)
+    expected = f"{head}{start}{table.markdown()}{end}{rest.split(end)[1]}"
+    _hold_equal(path, text, expected)
 
 
 def test_links_between_pages_lead_somewhere() -> None:
@@ -47,3 +62,21 @@ def test_links_between_pages_lead_somewhere() -> None:
             if not (page.parent / target).exists():
                 broken.append(f"{page.name} -> {target}")
     assert not broken
+
+
+def test_the_tests_that_the_faults_are_held_by_exist():
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    sources = {path.name: path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    everything = "\n".join(sources.values())
+    named = set(re.findall(r"`(tests/[\w/.]+|test_\w+(?:\.py)?)`", text))
+    assert len(named) > 40
+    missing = [
+        name
+        for name in named
+        if not (
+            (ROOT / name).exists()
+            if name.startswith("tests/")
+            else name in sources or f"def {name}(" in everything
+        )
+    ]
+    assert not missing

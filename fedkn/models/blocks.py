@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedkn.layers import KNConv2d
 from fedkn.layers.max_pool import max_pool
 from fedkn.models.spec import ModelSpec
-from fedkn.normalizers.base import activation_layer, chain
+from fedkn.normalizers.factory import activation_layer, chain
 from fedkn.normalizers.fused import FusedSequential, hooked
 
 __all__ = ["Halve", "Head", "Network", "PreActivationResidual", "Residual", "network", "stem"]

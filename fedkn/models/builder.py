@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import nn
 
+from fedkn import normalizers
 from fedkn.errors import UserError, unknown_name
 from fedkn.models.catalog import ARCHITECTURES
 from fedkn.models.initial import initialize
@@ -38,8 +39,9 @@ def build(
       normalizer's own). None: as the architecture has it, "own" where it is a pre-activation or a
       kernel-normalized network, else "none".
     - `low_resolution`: a 3x3 stem for small images; False: the stem for images of 224x224.
-    - `dropout_p`: dropout of KernelNorm's statistics; that of the final norm scales with it and
-      never exceeds the published. None: the normalizer's own setting, else as published.
+    - `dropout_p`: the option of this name of normalizers that have it (KernelNorm's statistics);
+      that of the final norm scales with it and never exceeds the published. None: the normalizer's
+      own setting, else as published.
     - `seed`: the initial weights are a pure function of it; global random state is left alone.
 
     Raises UserError for an unknown name and for settings the network cannot have.
@@ -51,14 +53,15 @@ def build(
     _check(name, sizes, final_norm, low_resolution)
     p = _dropout(architecture, normalizer, dropout_p)
     final_p = architecture.final_dropout_p * min(1.0, p / architecture.dropout_p)
+    wanted = architecture.final_norm if final_norm is None else final_norm
     spec = ModelSpec(
         num_classes=num_classes,
         in_channels=in_channels,
-        normalizer=normalizer.with_kernel_dropout(p),
+        normalizer=normalizer.with_settings(dropout_p=p),
         width=architecture.width if width is None else width,
         published_width=architecture.width,
-        final_norm=architecture.final_norm if final_norm is None else final_norm,
-        final_dropout_p=final_p,
+        final_norm=wanted,
+        final_normalizer=_final(wanted, normalizer, final_p),
         low_resolution=low_resolution,
     )
     # The layers draw from the global generator when they are made; what they draw is replaced.
@@ -89,8 +92,15 @@ def _check(
         )
 
 
+def _final(wanted: FinalNorm, normalizer: Normalizer, dropout_p: float) -> Normalizer | None:
+    if wanted == "none":
+        return None
+    chosen = normalizers.create("kernel") if wanted == "kernel" else normalizer
+    return chosen.with_settings(dropout_p=dropout_p)
+
+
 def _dropout(architecture: Architecture, normalizer: Normalizer, dropout_p: float | None) -> float:
-    own = normalizer.kernel_dropout()
+    own: float | None = normalizer.settings.get("dropout_p")
     if dropout_p is None:
         return architecture.dropout_p if own is None else own
     if not (math.isfinite(dropout_p) and 0 <= dropout_p < 1):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fedkn.models.blocks import Halve, Head, network, stem
 from fedkn.models.spec import ModelSpec
-from fedkn.normalizers.base import chain
+from fedkn.normalizers.factory import chain
 
 __all__ = ["densenet20x16", "densenet121"]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedkn.models.blocks import Halve, Head, PreActivationResidual, network, stem
 from fedkn.models.spec import ModelSpec
-from fedkn.normalizers.base import Padding, chain
+from fedkn.normalizers.factory import Padding, chain
 
 __all__ = ["knresnet18", "knresnet34", "knresnet50"]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from fedkn.models.blocks import Head, Residual, network
 from fedkn.models.spec import ModelSpec
-from fedkn.normalizers.base import chain
+from fedkn.normalizers.factory import chain
 
 __all__ = ["mobilenet_v2"]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from fedkn.models.blocks import Halve, Head, PreActivationResidual, network, stem
 from fedkn.models.spec import ModelSpec
-from fedkn.normalizers.base import chain
+from fedkn.normalizers.factory import chain
 
 __all__ = ["knresnet13", "preact_resnet18"]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedkn.models.blocks import Head, Residual, network, stem
 from fedkn.models.spec import ModelSpec
-from fedkn.normalizers.base import chain
+from fedkn.normalizers.factory import chain
 
 __all__ = ["resnet18", "resnet34", "resnet50"]
 

@@ -8,7 +8,6 @@ from typing import Literal
 
 from torch import nn
 
-from fedkn.layers import KernelNorm2d
 from fedkn.normalizers import Normalizer
 
 __all__ = ["Architecture", "FinalNorm", "ModelSpec"]
@@ -26,7 +25,8 @@ class ModelSpec:
     width: int
     published_width: int
     final_norm: FinalNorm
-    final_dropout_p: float
+    final_normalizer: Normalizer | None
+    """Whose norm stands before the last pooling; None where there is none."""
     low_resolution: bool
 
     def scaled(self, channels: int) -> int:
@@ -40,11 +40,7 @@ class ModelSpec:
 
     def final_layer(self, channels: int) -> nn.Module | None:
         """Return the norm before the last pooling, None where there is none."""
-        if self.final_norm == "own":
-            return self.normalizer.final_norm(channels, self.final_dropout_p)
-        if self.final_norm == "kernel":
-            return KernelNorm2d(1, dropout_p=self.final_dropout_p)
-        return None
+        return None if self.final_normalizer is None else self.final_normalizer.norm(channels)
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Architecture:
     final_norm: FinalNorm
     """Norm before the last pooling: "own" for pre-activation networks, whose blocks end bare."""
     dropout_p: float
-    """Dropout of KernelNorm's statistics, where it is the normalizer."""
+    """The `dropout_p` of a normalizer that has this option: KernelNorm's statistics."""
     final_dropout_p: float
-    """Dropout of the KernelNorm before the last pooling."""
+    """The same, of the norm before the last pooling."""
     resolutions: tuple[Literal["low", "high"], ...] = ("low", "high")

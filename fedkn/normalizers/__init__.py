@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from fedkn.errors import UserError, unknown_name
-from fedkn.normalizers.base import Forward, Normalizer, TensorRole
+from fedkn.normalizers.base import Normalizer
 from fedkn.normalizers.batch import BatchNormalizer
 from fedkn.normalizers.brn import BatchRenormalizer
 from fedkn.normalizers.evonorm_s import EvoNormSNormalizer
@@ -23,11 +22,20 @@ from fedkn.normalizers.layer import LayerNormalizer
 from fedkn.normalizers.lcn import LocalContextNormalizer
 from fedkn.normalizers.none import NoNormalizer
 from fedkn.normalizers.rms import RMSNormalizer
+from fedkn.normalizers.rule import FederationRule, Forward, TensorRole
 from fedkn.normalizers.silobn import SiloBNNormalizer
 from fedkn.normalizers.sws import ScaledWeightStandardizationNormalizer
 from fedkn.normalizers.ws_group import WeightStandardizedGroupNormalizer
 
-__all__ = ["Forward", "Normalizer", "TensorRole", "create", "names", "options"]
+__all__ = [
+    "FederationRule",
+    "Forward",
+    "Normalizer",
+    "TensorRole",
+    "create",
+    "names",
+    "options",
+]
 
 _CLASSES: dict[str, type[Normalizer]] = {
     cls.name: cls
@@ -78,5 +86,4 @@ def options(name: str) -> tuple[str, ...]:
     """Return the names of the options of the normalizer called `name`."""
     if name not in _CLASSES:
         raise unknown_name("normalizer", name, _CLASSES)
-    cls = _CLASSES[name]
-    return tuple(field.name for field in fields(cls)) if is_dataclass(cls) else ()
+    return tuple(_CLASSES[name].options())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from fedkn.errors import unknown_name
-from fedkn.normalizers.base import Forward, TensorRole
 from fedkn.normalizers.batch_family import BatchNormFamily
+from fedkn.normalizers.rule import Forward, TensorRole
 from fedkn.normalizers.statistics_pass import recalibrate
 
 __all__ = ["BatchNormalizer"]
@@ -39,6 +40,16 @@ class BatchNormalizer(BatchNormFamily):
     name: ClassVar[str] = "batch"
     title: ClassVar[str] = "BatchNorm"
     paper: ClassVar[str] = "Ioffe & Szegedy, ICML 2015, arXiv 1502.03167, Algorithm 1"
+    statistics: ClassVar[str] = "the batch and all pixels, per channel"
+    not_for: ClassVar[str] = (
+        "Local batches of one image, on which it cannot train; DP-SGD, which needs gradients of "
+        "single examples; clients whose images differ, unless `bn_statistics` is recalibrated: "
+        "averaged variances leave out how far the clients' means are apart."
+    )
+
+    rule_settings: ClassVar[tuple[Mapping[str, Any], ...]] = tuple(
+        {"bn_statistics": choice} for choice in _RULES
+    )
 
     bn_statistics: str = "averaged"
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedkn.normalizers.base import Normalizer, TensorRole
+from fedkn.normalizers.base import Normalizer
+from fedkn.normalizers.rule import TensorRole
 
 __all__ = ["BatchNormFamily"]
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from fedkn.errors import UserError
 from fedkn.layers import BatchRenorm2d
-from fedkn.normalizers.base import Normalizer, TensorRole
+from fedkn.normalizers.base import Normalizer
+from fedkn.normalizers.rule import TensorRole
 
 __all__ = ["BatchRenormalizer"]
 
@@ -38,6 +39,14 @@ class BatchRenormalizer(Normalizer):
     name: ClassVar[str] = "brn"
     title: ClassVar[str] = "BatchRenorm"
     paper: ClassVar[str] = "Ioffe, NeurIPS 2017, arXiv 1702.03275, Algorithm 1"
+    statistics: ClassVar[str] = (
+        "the batch and all pixels, per channel, corrected by the running ones"
+    )
+    not_for: ClassVar[str] = (
+        "Local batches of one image, on which it does not train; runs of fewer local steps than "
+        "an eighth of `ramp`, in which it is BatchNorm; DP-SGD, which needs gradients of single "
+        "examples."
+    )
     affine: ClassVar[bool] = True
     minimum_batch: ClassVar[int] = 2
     together: ClassVar[bool] = False

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from fedkn.layers import EvoNormS0
-from fedkn.normalizers.base import activation_layer
+from fedkn.normalizers.factory import activation_layer
 from fedkn.normalizers.group import GroupNormalizer
 
 __all__ = ["EvoNormSNormalizer"]
@@ -32,6 +32,11 @@ class EvoNormSNormalizer(GroupNormalizer):
     name: ClassVar[str] = "evonorm_s"
     title: ClassVar[str] = "EvoNorm-S0"
     paper: ClassVar[str] = "Liu et al., NeurIPS 2020, arXiv 2004.02967"
+    statistics: ClassVar[str] = "the channels of a group and all pixels, per image; not centred"
+    not_for: ClassVar[str] = (
+        "Networks whose own activation matters, such as weights trained with ReLU, because it "
+        "replaces it; its mean is below that of ws_group in every column of docs/results.md."
+    )
     affine: ClassVar[bool] = True
 
     def norm(self, channels: int) -> nn.Module:

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import nn
 
 from fedkn.layers import FederatedBatchNorm2d
-from fedkn.normalizers.base import Forward, TensorRole
 from fedkn.normalizers.pooled import PooledNormalizer, moment_role
+from fedkn.normalizers.rule import Forward, TensorRole
 
 __all__ = ["FBNNormalizer"]
 
@@ -36,6 +36,11 @@ class FBNNormalizer(PooledNormalizer):
     name: ClassVar[str] = "fbn"
     title: ClassVar[str] = "FBN"
     paper: ClassVar[str] = "Guerraoui et al., 2024, arXiv 2405.14670"
+    statistics: ClassVar[str] = "all clients' batches of earlier rounds"
+    not_for: ClassVar[str] = (
+        "Short runs, because clients train on statistics that lag a round behind their weights: "
+        "on MNIST it is among the last three in every column of docs/results.md."
+    )
     affine: ClassVar[bool] = True
     together: ClassVar[bool] = False
 

@@ -29,6 +29,12 @@ class FeatureNormalizer(NoNormalizer):
     paper: ClassVar[str] = (
         "Zhang et al., 2023, arXiv 2308.09565; Kim et al., 2023, arXiv 2311.13267"
     )
+    statistics: ClassVar[str] = "the features of an image"
+    not_for: ClassVar[str] = (
+        "Whatever plain convolutions cannot learn, because no map inside the network is "
+        "normalized: it is in the lower half of every column of docs/results.md, with two "
+        "labels a client as well, which its papers are about."
+    )
     affine: ClassVar[bool] = False
 
     def before_head(self) -> nn.Module:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedkn.normalizers.base import TensorRole
 from fedkn.normalizers.batch_family import BatchNormFamily
+from fedkn.normalizers.rule import TensorRole
 
 __all__ = ["FedBNNormalizer"]
 
@@ -27,6 +27,12 @@ class FedBNNormalizer(BatchNormFamily):
     name: ClassVar[str] = "fedbn"
     title: ClassVar[str] = "FedBN"
     paper: ClassVar[str] = "Li et al., ICLR 2021, arXiv 2102.07623"
+    statistics: ClassVar[str] = "the batch and all pixels, per channel"
+    not_for: ClassVar[str] = (
+        "A model for clients that never took part, because its norms stay where they were "
+        "trained; batches of one image; few images a client, dealt evenly: such clients are no "
+        "better off with it (docs/results.md)."
+    )
 
     def _parameter_role(self, round: int) -> TensorRole:
         return TensorRole.LOCAL

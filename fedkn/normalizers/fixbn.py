@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkn.errors import UserError
-from fedkn.normalizers.base import TensorRole
 from fedkn.normalizers.batch_family import BatchNormFamily
+from fedkn.normalizers.rule import TensorRole
 
 __all__ = ["FixBNNormalizer"]
 
@@ -36,6 +37,16 @@ class FixBNNormalizer(BatchNormFamily):
     name: ClassVar[str] = "fixbn"
     title: ClassVar[str] = "FixBN"
     paper: ClassVar[str] = "Zhong, Chen & Chao, 2023, arXiv 2303.06530"
+    statistics: ClassVar[str] = (
+        "the batch and all pixels, per channel; later the global running ones"
+    )
+    not_for: ClassVar[str] = (
+        "Short runs, in which statistics are frozen before the weights have settled: in most "
+        "columns of docs/results.md it is below batch; batches of one image; DP-SGD, which "
+        "needs gradients of single examples."
+    )
+
+    rule_settings: ClassVar[tuple[Mapping[str, Any], ...]] = ({"frozen_from": 2},)
 
     frozen_from: int = 0
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from fedkn.errors import UserError
 from fedkn.layers import FilterResponseNorm2d
-from fedkn.normalizers.base import Normalizer, activation_layer
+from fedkn.normalizers.base import Normalizer
+from fedkn.normalizers.factory import activation_layer
 
 __all__ = ["FilterResponseNormalizer"]
 
@@ -33,6 +34,12 @@ class FilterResponseNormalizer(Normalizer):
     name: ClassVar[str] = "frn"
     title: ClassVar[str] = "FilterResponseNorm + TLU"
     paper: ClassVar[str] = "Singh & Krishnan, CVPR 2020, arXiv 1911.09737"
+    statistics: ClassVar[str] = "all pixels, per image and channel; not centred"
+    not_for: ClassVar[str] = (
+        "Networks whose own activation matters, which TLU replaces, and small maps, because "
+        "little more than the sign is left of a 1x1 map; its mean is below that of ws_group in "
+        "every column of docs/results.md."
+    )
     affine: ClassVar[bool] = True
 
     learn_eps: bool = True

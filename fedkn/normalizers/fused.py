@@ -11,7 +11,8 @@ from fedkn.errors import UserError
 from fedkn.layers.first_convolution import first_convolution
 from fedkn.layers.first_convolution import serves as takes_images
 from fedkn.layers.group_norm import group_norm, pools, serves
-from fedkn.normalizers.base import ConvOptions, Normalizer
+from fedkn.normalizers.base import Normalizer
+from fedkn.normalizers.factory import ConvOptions
 
 __all__ = ["FusedNormalizer", "FusedSequential", "hooked", "refuse_single_value"]
 

@@ -29,6 +29,12 @@ class GroupNormalizer(FusedNormalizer):
     name: ClassVar[str] = "group"
     title: ClassVar[str] = "GroupNorm"
     paper: ClassVar[str] = "Wu & He, ECCV 2018, arXiv 1803.08494, Eq. 7, Table 3"
+    statistics: ClassVar[str] = "the channels of a group and all pixels, per image"
+    not_for: ClassVar[str] = (
+        "Groups of very few channels, which come close to InstanceNorm; networks whose weights "
+        "may be standardized as well: ws_group, which does that, has the higher mean in every "
+        "column of docs/results.md."
+    )
     affine: ClassVar[bool] = True
 
     groups: int = 0

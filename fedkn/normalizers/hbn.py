@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import nn
 
 from fedkn.layers import HybridBatchNorm2d, Moments
-from fedkn.normalizers.base import Forward, TensorRole
 from fedkn.normalizers.pooled import PooledNormalizer, moment_role
+from fedkn.normalizers.rule import Forward, TensorRole
 from fedkn.normalizers.statistics_pass import measure
 
 __all__ = ["HBNNormalizer"]
@@ -40,6 +40,12 @@ class HBNNormalizer(PooledNormalizer):
     name: ClassVar[str] = "hbn"
     title: ClassVar[str] = "HBN"
     paper: ClassVar[str] = "Chen et al., ICML 2025, arXiv 2505.21877"
+    statistics: ClassVar[str] = "the batch and all pixels, per channel, mixed with the global ones"
+    not_for: ClassVar[str] = (
+        "Clients that take part once or twice, whose mixture stays close to where it was "
+        "initialised; devices for which one more pass over all their images is dear; DP-SGD, "
+        "which needs gradients of single examples."
+    )
     affine: ClassVar[bool] = True
     together: ClassVar[bool] = False
     mixes_examples: ClassVar[bool] = True

@@ -22,6 +22,12 @@ class InstanceNormalizer(FusedNormalizer):
     name: ClassVar[str] = "instance"
     title: ClassVar[str] = "InstanceNorm"
     paper: ClassVar[str] = "Ulyanov, Vedaldi & Lempitsky, 2016, arXiv 1607.08022, Eq. 2"
+    statistics: ClassVar[str] = "all pixels, per image and channel"
+    not_for: ClassVar[str] = (
+        "Small maps and classes told apart by the strength of a channel over the whole image "
+        "(contrast, brightness): that strength is normalized away, and a 1x1 map would be "
+        "erased, which is an error in training."
+    )
     affine: ClassVar[bool] = True
 
     def norm(self, channels: int) -> nn.Module:

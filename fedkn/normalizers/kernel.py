@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self, Unpack, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Unpack, get_args
 
 import torch
 from torch import nn
 
 from fedkn.errors import UserError, unknown_name
 from fedkn.layers import KernelNorm2d, KNConv2d
-from fedkn.normalizers.base import ConvOptions, Normalizer, activation_layer, chain
+from fedkn.normalizers.base import Normalizer
+from fedkn.normalizers.factory import ConvOptions, activation_layer, chain
 
 __all__ = ["PUBLISHED_DROPOUT", "KernelNormalizer"]
 
@@ -33,6 +34,12 @@ class KernelNormalizer(Normalizer):
     name: ClassVar[str] = "kernel"
     title: ClassVar[str] = "KernelNorm"
     paper: ClassVar[str] = "Nasirigerdeh et al., TMLR 2024, arXiv 2205.10089, Eq. 1-5"
+    statistics: ClassVar[str] = "all channels and the pixels under the kernel, per image"
+    not_for: ClassVar[str] = (
+        "Short runs on clients of few labels: it starts late, and with two labels a client it "
+        "had learnt next to nothing at batches of 8 (docs/results.md); where there is no "
+        "compiler its steps take longer than BatchNorm's (docs/benchmarks.md)."
+    )
     affine: ClassVar[bool] = False
     memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
     published_scaling: ClassVar[Literal["unit", "standardized"]] = "unit"
@@ -56,7 +63,8 @@ class KernelNormalizer(Normalizer):
 
     def norm(self, channels: int) -> nn.Module:
         """Return KernelNorm2d with a 1x1 kernel: each pixel normalized over its channels."""
-        return self.final_norm(channels, self._dropout)
+        del channels
+        return KernelNorm2d(1, dropout_p=self._dropout, eval_mode=self.eval_mode)
 
     def conv(
         self,
@@ -87,25 +95,14 @@ class KernelNormalizer(Normalizer):
             activation=None if fused else activation_layer(activation),
         )
 
-    def final_norm(self, channels: int, dropout_p: float) -> nn.Module:
-        """Return KernelNorm2d with a 1x1 kernel and dropout `dropout_p`."""
-        del channels
-        return KernelNorm2d(1, dropout_p=dropout_p, eval_mode=self.eval_mode)
-
-    def kernel_dropout(self) -> float | None:
-        """Return the option `dropout_p`."""
-        return self.dropout_p
-
-    def with_kernel_dropout(self, dropout_p: float) -> Self:
-        """Return this normalizer with `dropout_p`."""
-        return replace(self, dropout_p=dropout_p)
-
     @property
     def _dropout(self) -> float:
         return PUBLISHED_DROPOUT if self.dropout_p is None else self.dropout_p
 
-    def _companion(self, channels: int) -> None:
+    def _norm_act(self, channels: int, activation: str | None) -> dict[str, nn.Module | None]:
+        """Return the activation alone: the convolution that follows normalizes."""
         del channels
+        return {"activation": activation_layer(activation)}
 
     def _knconv(
         self,

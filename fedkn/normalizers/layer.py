@@ -20,6 +20,12 @@ class LayerNormalizer(FusedNormalizer):
     name: ClassVar[str] = "layer"
     title: ClassVar[str] = "LayerNorm"
     paper: ClassVar[str] = "Ba, Kiros & Hinton, 2016, arXiv 1607.06450, Eq. 3"
+    statistics: ClassVar[str] = "the whole image"
+    not_for: ClassVar[str] = (
+        "Convolutions whose channels contribute unalike, says GroupNorm's paper, because one "
+        "mean and variance serve them all; on MNIST it is in the lower half of every column of "
+        "docs/results.md."
+    )
     affine: ClassVar[bool] = True
 
     def norm(self, channels: int) -> nn.Module:

@@ -30,6 +30,12 @@ class LocalContextNormalizer(Normalizer):
     name: ClassVar[str] = "lcn"
     title: ClassVar[str] = "LocalContextNorm"
     paper: ClassVar[str] = "Ortiz et al., CVPR 2020, arXiv 1912.05845"
+    statistics: ClassVar[str] = "two channels and a 9x9 window around each pixel"
+    not_for: ClassVar[str] = (
+        "Small images: its paper segments and detects on large ones, with a window that would "
+        "cover a whole map here, and on CIFAR-10 it is among the last four in every column of "
+        "docs/results.md."
+    )
     affine: ClassVar[bool] = True
 
     window: int = 9

@@ -26,6 +26,12 @@ class RMSNormalizer(Normalizer):
     name: ClassVar[str] = "rms"
     title: ClassVar[str] = "RMSNorm"
     paper: ClassVar[str] = "Zhang & Sennrich, NeurIPS 2019, arXiv 1910.07467, Eq. 4"
+    statistics: ClassVar[str] = "the whole image; not centred"
+    not_for: ClassVar[str] = (
+        "Maps with a mean that should go, which it leaves; its paper promises less time than "
+        "LayerNorm, not fewer errors, and in docs/results.md it is now above, now below layer, "
+        "and below ws_group in every column."
+    )
     affine: ClassVar[bool] = True
 
     def norm(self, channels: int) -> nn.Module:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedkn.normalizers.base import TensorRole
 from fedkn.normalizers.batch_family import BatchNormFamily
+from fedkn.normalizers.rule import TensorRole
 
 __all__ = ["SiloBNNormalizer"]
 
@@ -26,6 +26,12 @@ class SiloBNNormalizer(BatchNormFamily):
     name: ClassVar[str] = "silobn"
     title: ClassVar[str] = "SiloBN"
     paper: ClassVar[str] = "Andreux et al., DCL at MICCAI 2020, arXiv 2008.07424"
+    statistics: ClassVar[str] = "the batch and all pixels, per channel"
+    not_for: ClassVar[str] = (
+        "A model for clients that never took part, which have no statistics before some are "
+        "measured; batches of one image; few images a client: on its clients' images it is "
+        "worse than fedbn in most columns of docs/results.md."
+    )
 
     def _parameter_role(self, round: int) -> TensorRole:
         return TensorRole.SHARED

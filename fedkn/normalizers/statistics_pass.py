@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkn.layers import Moments
-from fedkn.normalizers.base import Forward
+from fedkn.normalizers.rule import Forward
 
 __all__ = ["measure", "recalibrate"]
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 from torch import nn
 
 from fedkn.layers import Gain, ScaledWSConv2d
-from fedkn.normalizers.base import Normalizer, activation_layer
+from fedkn.normalizers.base import Normalizer
+from fedkn.normalizers.factory import activation_layer
 
 __all__ = ["ACTIVATION_GAINS", "ScaledWeightStandardizationNormalizer"]
 
@@ -43,6 +44,12 @@ class ScaledWeightStandardizationNormalizer(Normalizer):
     name: ClassVar[str] = "sws"
     title: ClassVar[str] = "scaled weight standardization"
     paper: ClassVar[str] = "Brock et al., 2021, arXiv 2101.08692; arXiv 2102.06171, Eq. 1"
+    statistics: ClassVar[str] = "weights per output channel"
+    not_for: ClassVar[str] = (
+        "Deep residual networks at high learning rates: the scaled branches and the adaptive "
+        "clipping that hold the papers' own networks in range are no part of it, and a "
+        "converted network lacks the activations' gains as well."
+    )
     affine: ClassVar[bool] = False
 
     _conv_layer: ClassVar[type[nn.Conv2d]] = ScaledWSConv2d

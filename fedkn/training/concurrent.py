@@ -2,9 +2,9 @@
 
 Every client has parameters, buffers and recorded steps of its own (`fedkn.training.recorded`). A
 step of a small network on a tiny batch leaves most of a GPU idle, so the replays of many clients
-run beside each other there. It serves whatever `train_locally` does, batch normalization and
-SCAFFOLD's corrections among it, and its bits are those of one client after another. Clients whose
-steps are not recorded, or that draw from generators of the process, train one after another.
+run beside each other there. It serves whatever `train_locally` does, batch normalization and every
+rule among it, and its bits are those of one client after another. Clients whose steps are not
+recorded, or that draw from generators of the process, train one after another.
 """
 
 from __future__ import annotations

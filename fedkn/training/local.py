@@ -18,10 +18,11 @@ from fedkn.training.draws import Draws, own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.precision import computing_in, training_scores
 from fedkn.training.recorded import PlannedSteps
+from fedkn.training.rule import BegunRules, LocalRule, take_step
 from fedkn.training.step_batches import LocalBatch, step_batches
 from fedkn.training.workspace import Workspace
 
-__all__ = ["LocalRound", "LocalTask", "LocalUpdate", "carried_part", "train_locally"]
+__all__ = ["LocalRound", "LocalTask", "LocalUpdate", "train_locally"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class LocalTask:
         seed: the experiment's; round_: from 1; client: the partition id.
         train: batches, momentum, weight decay, clipping and precision.
         learning_rate: of this round, which the server knows from its schedule.
-        proximal_mu: weight of FedProx's term (0: none).
-        correction: added to the gradient of every step, by parameter (SCAFFOLD; empty: none).
+        rules: what is to be changed of plain local SGD (none: nothing, as in FedAvg).
+        given: what the server sent for the rules beside the model, by parameter.
         carried: what the client kept of its last round: `LocalUpdate.carried` of then.
         largest_batch: what the device can bear: larger local batches are divided, and a step takes
             the same examples as ever (0: no limit).
@@ -46,8 +47,8 @@ class LocalTask:
     client: int
     train: TrainConfig
     learning_rate: float
-    proximal_mu: float = 0.0
-    correction: Mapping[str, Tensor] = field(default_factory=dict)
+    rules: tuple[LocalRule, ...] = ()
+    given: Mapping[str, Tensor] = field(default_factory=dict)
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     largest_batch: int = 0
 
@@ -62,8 +63,7 @@ class LocalUpdate:
         skipped_batches, skipped_examples: too small for the normalizer.
         loss: mean cross entropy (nats) over the examples trained on, before each step.
         seconds: wall-clock time of the training alone.
-        carried: what the client needs in its next round, by name: ``momentum/PARAMETER`` with
-            ``train.keep_momentum``.
+        carried: what the client needs in its next round, by name, as the rules say.
         epsilon: the privacy spent so far, this round included; None without DP-SGD.
         batch_size: the size of the local batches where a device could not bear the one asked for;
             0 where it is as asked.
@@ -94,8 +94,8 @@ def train_locally(
     Every step: the batches of `plan_batches`, augmented and scaled, each forward with all random
     draws, the network's own included, from the task's seeds (`fedkn.training.draws`), in
     ``train.precision``, cross entropy and backward; the mean of their gradients, each weighted by
-    its examples; FedProx's term where ``task.proximal_mu`` is set, clipping, SCAFFOLD's correction,
-    SGD. Images and labels are on the model's device. The model's `normalizer` says what is too
+    its examples, clipped; SGD. The task's rules change that gradient before and after it is
+    clipped. Images and labels are on the model's device. The model's `normalizer` says what is too
     small a batch, and prepares and completes its layers.
 
     Where the layers treat every example by itself and drop nothing, a step over several batches is
@@ -142,16 +142,13 @@ class LocalRound:
             largest_batch=task.largest_batch,
         )
         self.steps = len(self._plan.steps)
-        self._anchor = optimizer.values.clone() if task.proximal_mu else None
-        self._correction = optimizer.flat(task.correction) if task.correction else None
-        if train.keep_momentum:
-            optimizer.restart(carried_part(task.carried, _MOMENTUM))
+        self._rules = BegunRules(optimizer, task)
         self._total = torch.zeros((), dtype=torch.float64, device=workspace.device)
         workspace.model.train()
         normalizer.begin_training(workspace.model, task.round_)
         self._recorded = None
         if workspace.recorder is not None:
-            planned = PlannedSteps(task, self._plan, images, labels, inputs, self._correction)
+            planned = PlannedSteps(task, self._plan, images, labels, inputs, self._rules.acting)
             with computing_in(train.precision, workspace.device):
                 self._recorded = workspace.recorder.begin(planned)
         draws = (task.seed, task.round_, task.client)
@@ -197,8 +194,6 @@ class LocalRound:
             draws.reseed(self._seed("statistics"))
         with computing_in("float32", workspace.device):
             self._normalizer.end_training(model, forward, task.round_)
-        kept = task.train.keep_momentum
-        velocity = workspace.optimizer.velocity() if kept else {}
         total = self._total if self._recorded is None else self._recorded.total
         return LocalUpdate(
             examples=plan.examples,
@@ -207,7 +202,7 @@ class LocalRound:
             skipped_examples=plan.skipped_examples,
             loss=float(total) / plan.examples if plan.examples else 0.0,
             seconds=time.perf_counter() - self._started,
-            carried={_MOMENTUM + name: value.clone() for name, value in velocity.items()},
+            carried=self._rules.end(len(plan.steps)),
         )
 
     def _compute(self, batches: list[LocalBatch], draws: Draws) -> None:
@@ -221,27 +216,13 @@ class LocalRound:
             share = None if len(batches) == 1 else loss.new_tensor(len(answers) / size)
             loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
             self._total.add_(loss.detach(), alpha=len(answers))
-        if self._anchor is not None:
-            optimizer.add_proximal(self._anchor, task.proximal_mu)
-        optimizer.step(
-            task.learning_rate,
-            momentum=train.momentum,
-            weight_decay=train.weight_decay,
-            clip_norm=train.clip_norm,
-            correction=self._correction,
+        take_step(
+            optimizer, self._rules.acting, task.learning_rate, train, clip_norm=train.clip_norm
         )
 
     def _seed(self, purpose: str, *more: int) -> int:
         task = self._task
         return derive(task.seed, purpose, task.round_, task.client, *more)
-
-
-_MOMENTUM = "momentum/"
-
-
-def carried_part(carried: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return what a client carries under names that begin with `prefix`, without it."""
-    return {k.removeprefix(prefix): v for k, v in carried.items() if k.startswith(prefix)}
 
 
 def _pass_over(model: nn.Module, images: Tensor, inputs: Inputs) -> Forward:

@@ -87,22 +87,24 @@ class FlatSGD:
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return one tensor per parameter, by name, as a vector laid out as `values` is."""
         vector = torch.empty_like(self.values)
+        for name, part in self.named(vector).items():
+            part.copy_(tensors[name])
+        return vector
+
+    def named(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return a vector laid out as `values` is as one tensor per parameter, by name: views."""
+        parts: dict[str, Tensor] = {}
         offset = 0
         for name, parameter in zip(self._named_velocity, self.parameters, strict=True):
             span = slice(offset, offset + parameter.numel())
-            _laid_out(vector[span], parameter).copy_(tensors[name])
+            parts[name] = _laid_out(vector[span], parameter)
             offset = span.stop
-        return vector
+        return parts
 
     def zero_grad(self) -> None:
         """Set the gradients to zero in place, so that they stay views of the flat vector."""
         self.gradients.zero_()
 
-    def add_proximal(self, anchor: Tensor, mu: float) -> None:
-        """Add the gradient of ``mu/2 ||w - anchor||²`` (FedProx, arXiv 1812.06127, Eq. 2)."""
-        self.gradients.add_(self.values, alpha=mu).sub_(anchor, alpha=mu)
-
-    @torch.no_grad()
     def step(
         self,
         learning_rate: float | Tensor,
@@ -110,20 +112,28 @@ class FlatSGD:
         momentum: float,
         weight_decay: float,
         clip_norm: float,
-        correction: Tensor | None = None,
     ) -> None:
-        """Take one step; `clip_norm` 0 means no clipping; `correction` is added to the gradient.
+        """Take one step: `limit` the gradient, and `move` by it."""
+        self.limit(clip_norm=clip_norm, weight_decay=weight_decay)
+        self.move(learning_rate, momentum=momentum)
 
-        A `learning_rate` on the device, without dimensions, is read there when the step is taken.
-        """
+    @torch.no_grad()
+    def limit(self, *, clip_norm: float, weight_decay: float) -> None:
+        """Clip the gradient's norm (0: no clipping), and add the L2 penalty's gradient."""
         gradient = self.gradients
         if clip_norm:
             norm = torch.linalg.vector_norm(gradient)
             gradient.mul_((clip_norm / (norm + 1e-6)).clamp_(max=1.0))
         if weight_decay:
             gradient.add_(self.values, alpha=weight_decay)
-        if correction is not None:
-            gradient.add_(correction)
+
+    @torch.no_grad()
+    def move(self, learning_rate: float | Tensor, *, momentum: float) -> None:
+        """Move the values by the gradient as it is, with momentum.
+
+        A `learning_rate` on the device, without dimensions, is read there when the step is taken.
+        """
+        gradient = self.gradients
         if momentum:
             # Zero before the first step: no branch, so that a recorded step can be any of them.
             gradient = self._velocity.mul_(momentum).add_(gradient)

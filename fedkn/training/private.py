@@ -27,10 +27,11 @@ from fedkn.training.batches import plan_batches
 from fedkn.training.draws import own_draws
 from fedkn.training.example_draws import example_names
 from fedkn.training.inputs import Inputs
-from fedkn.training.local import LocalTask, LocalUpdate, carried_part
+from fedkn.training.local import LocalTask, LocalUpdate
 from fedkn.training.mixing import refuse_mixing
 from fedkn.training.optimizer import FlatSGD
 from fedkn.training.privacy_spent import PrivacySpent
+from fedkn.training.rule import BegunRules, take_step
 from fedkn.training.sampled_gaussian import Run
 from fedkn.training.workspace import Workspace
 
@@ -55,8 +56,8 @@ def train_privately(
 
     with g_i an example's gradient, C the ``privacy.clip_norm``, z standard normal, B the expected
     batch size: ``train.batch_size * train.accumulate``, or all of the client's examples where they
-    are fewer. Then follow FedProx's term, weight decay, SCAFFOLD's correction and momentum, which
-    see the images through noise alone. ``train.clip_norm`` is not applied.
+    are fewer. Then follow the task's rules, weight decay and momentum, which see the images through
+    noise alone. ``train.clip_norm`` is not applied.
 
     Each example goes through the model alone, whatever the batch: neither ``train.accumulate`` nor
     ``task.largest_batch`` changes anything but B. Its augmentation and dropout are drawn with
@@ -83,10 +84,7 @@ def train_privately(
     )
     expected = min(train.batch_size * train.accumulate, size)
     spent = PrivacySpent.restored(task.carried)
-    anchor = optimizer.values.clone() if task.proximal_mu else None
-    correction = optimizer.flat(task.correction) if task.correction else None
-    if train.keep_momentum:
-        optimizer.restart(carried_part(task.carried, _MOMENTUM))
+    rules = BegunRules(optimizer, task)
     model.train()
     # Not completed by end_training, which looks at all images without noise: only layers with
     # buffers need it, and those are refused.
@@ -109,17 +107,8 @@ def train_privately(
         _add_noise(optimizer, privacy.noise_multiplier * privacy.clip_norm, noise)
         # By what was expected: what was drawn would tell of single examples.
         optimizer.gradients.div_(expected)
-        if anchor is not None:
-            optimizer.add_proximal(anchor, task.proximal_mu)
-        optimizer.step(
-            task.learning_rate,
-            momentum=train.momentum,
-            weight_decay=train.weight_decay,
-            clip_norm=0.0,
-            correction=correction,
-        )
+        take_step(optimizer, rules.acting, task.learning_rate, train, clip_norm=0.0)
     spent = spent.after(privacy.noise_multiplier, expected / size if size else 0.0, len(plan.steps))
-    velocity = optimizer.velocity() if train.keep_momentum else {}
     return LocalUpdate(
         examples=plan.examples,
         steps=len(plan.steps),
@@ -127,8 +116,7 @@ def train_privately(
         skipped_examples=plan.skipped_examples,
         loss=float(total) / seen if seen else 0.0,
         seconds=time.perf_counter() - started,
-        carried={_MOMENTUM + name: value.clone() for name, value in velocity.items()}
-        | spent.tensors(),
+        carried=rules.end(len(plan.steps)) | spent.tensors(),
         epsilon=spent.epsilon(privacy.delta),
     )
 
@@ -167,9 +155,6 @@ def poisson_batch(size: int, rate: float, generator: np.random.Generator) -> Ten
     The batch may be empty.
     """
     return torch.from_numpy(np.flatnonzero(generator.random(size) < rate))
-
-
-_MOMENTUM = "momentum/"
 
 
 def _generator(

@@ -25,6 +25,7 @@ from fedkn.training.captured import Captured
 from fedkn.training.draws import Draws, own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.precision import training_scores
+from fedkn.training.rule import Acting, take_step
 
 if TYPE_CHECKING:
     from fedkn.training.local import LocalTask
@@ -48,8 +49,8 @@ class Capture(Protocol):
 class PlannedSteps:
     """A client's steps of one round, and what they are taken on.
 
-    `images` (N, C, H, W) and `labels` (N,) are on the model's device, `correction` is SCAFFOLD's,
-    laid out as the optimizer's values.
+    `images` (N, C, H, W) and `labels` (N,) are on the model's device, `acting` are the rules that
+    change a step, each with the vectors that it reads.
     """
 
     task: LocalTask
@@ -57,7 +58,7 @@ class PlannedSteps:
     images: Tensor
     labels: Tensor
     inputs: Inputs
-    correction: Tensor | None
+    acting: Acting
 
 
 class StepRecorder:
@@ -87,8 +88,7 @@ class StepRecorder:
         if self.refusal or not plan.steps:
             return None
         modes = tuple(module.training for module in self._workspace.model.modules())
-        corrected = planned.correction is not None
-        setting = (task.train, task.proximal_mu, corrected, modes, planned.inputs)
+        setting = (task.train, tuple(rule for rule, _ in planned.acting), modes, planned.inputs)
         try:
             with own_draws(images.device, 0) as draws:
                 if setting not in self._calls:
@@ -169,10 +169,11 @@ class RecordedSteps:
         self._filled = 0
         tables.total.zero_()
         tables.rate.fill_(planned.task.learning_rate)
-        if planned.task.proximal_mu:
-            tables.anchor.copy_(workspace.optimizer.values)
-        if planned.correction is not None:
-            tables.correction.copy_(planned.correction)
+        for (_, own), (_, vectors) in zip(
+            tables.acting(planned.acting), planned.acting, strict=True
+        ):
+            for place, vector in zip(own, vectors, strict=True):
+                place.copy_(vector)
         self._fill(0)
 
     def take(self, number: int) -> None:
@@ -230,13 +231,20 @@ class _Tables:
         self.batch = torch.zeros_like(self.example)
         self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.rate = torch.zeros((), dtype=workspace.optimizer.values.dtype, device=device)
-        self.anchor = torch.zeros_like(workspace.optimizer.values)
-        self.correction = torch.zeros_like(workspace.optimizer.values)
+        self._like = workspace.optimizer.values
+        self._vectors: list[Tensor] = []
 
     @property
     def changed(self) -> tuple[Tensor, ...]:
         """What a step writes to."""
         return self.example, self.batch, self.total
+
+    def acting(self, rules: Acting) -> Acting:
+        """Return the `rules`, each with vectors of the tables to read, whichever rules they are."""
+        while len(self._vectors) < sum(len(vectors) for _, vectors in rules):
+            self._vectors.append(torch.zeros_like(self._like))
+        places = iter(self._vectors)
+        return tuple((rule, tuple(next(places) for _ in vectors)) for rule, vectors in rules)
 
     def take(self, images: Tensor, room: int, calls: int) -> bool:
         """Whether so many examples like `images` fit, each a batch with so many dropout calls."""
@@ -259,8 +267,7 @@ def _step_of(
 ) -> Callable[[], None]:
     """Return a local step over batches of `sizes`, on the tables: `train_locally`'s."""
     model, optimizer, inputs = workspace.model, workspace.optimizer, planned.inputs
-    train, mu = planned.task.train, planned.task.proximal_mu
-    correction = None if planned.correction is None else tables.correction
+    train, acting = planned.task.train, tables.acting(planned.acting)
     size = sum(sizes)
 
     def step() -> None:
@@ -276,15 +283,7 @@ def _step_of(
             tables.total.add_(loss.detach(), alpha=len(y))
             tables.batch.add_(1)
         tables.example.add_(size)
-        if mu:
-            optimizer.add_proximal(tables.anchor, mu)
-        optimizer.step(
-            tables.rate,
-            momentum=train.momentum,
-            weight_decay=train.weight_decay,
-            clip_norm=train.clip_norm,
-            correction=correction,
-        )
+        take_step(optimizer, acting, tables.rate, train, clip_norm=train.clip_norm)
 
     return step
 

@@ -22,126 +22,20 @@ from torch.func import functional_call
 
 from fedkn.config import TrainConfig
 from fedkn.errors import UserError
-from fedkn.layers.kernel.dropout import dropout_keys, dropout_stream
+from fedkn.layers.kernel.dropout import dropout_keys
 from fedkn.layers.stacked_convolution import StackedConvolutions
 from fedkn.seeds import derive
 from fedkn.training.batches import BatchPlan, plan_batches
-from fedkn.training.captured import Captured
 from fedkn.training.draws import own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.local import LocalTask, LocalUpdate
 from fedkn.training.precision import computing_in
 from fedkn.training.recorded import Capture
+from fedkn.training.rule import LocalRule
 from fedkn.training.stacked_batches import Batch, StackedBatches, StackedClient
-from fedkn.training.transfer import moved
+from fedkn.training.stacked_workspace import StackedTables, StackedWorkspace
 
-__all__ = ["StackedWorkspace", "train_stacked"]
-
-
-class StackedWorkspace:
-    """Room for `size` clients' parameters, gradients' momentum and losses, kept between rounds.
-
-    Args:
-        model: gives the forward pass and the initial values; it is left as it is.
-        size: the most clients at once.
-
-    Raises:
-        UserError: if the model has tensors that are not trainable parameters, such as BatchNorm's
-            running statistics.
-    """
-
-    def __init__(self, model: nn.Module, size: int) -> None:
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if odd := sorted(model.state_dict().keys() - parameters.keys()):
-            raise UserError(
-                f"clients of a model with buffers, fixed or shared parameters ({odd[0]}, …) cannot "
-                "train together: set engine = 'inprocess'"
-            )
-        self.model = model
-        self._kinds = _kinds(model)
-        self.size = size
-        self.initial = {name: p.detach().clone().contiguous() for name, p in parameters.items()}
-        self.values = [_stacked(p, size) for p in self.initial.values()]
-        self.velocity = [torch.zeros_like(v) for v in self.values]
-        self.anchor = [torch.zeros_like(v) for v in self.values]
-        device = self.values[0].device
-        self.losses = torch.zeros(size, dtype=torch.float64, device=device)
-        self.rate = torch.zeros((), device=device)
-        self.steps: dict[tuple[object, ...], Captured] = {}
-        self.tables: dict[tuple[int, ...], _Tables] = {}
-        self.capture: Capture | None = Captured if device.type == "cuda" else None
-        self._calls: int | None = None
-
-    def __len__(self) -> int:
-        return self.size
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self.losses.device
-
-    def load(self, clients: Sequence[StackedClient]) -> None:
-        """Load what the clients received, each in its place.
-
-        Raises:
-            ValueError: too many clients, an unknown name, or a shape or dtype that differs.
-            UserError: if the model's tensors are others than when the workspace was made of it, or
-                are trained no more: what is stacked here would be something else.
-        """
-        now = _kinds(self.model)
-        if odd := sorted(dict(now.items() ^ self._kinds.items())):
-            raise UserError(
-                f"the model is not the one that its StackedWorkspace was made of "
-                f"({', '.join(odd[:3])}): make a new one after changing a model"
-            )
-        if len(clients) > self.size:
-            raise ValueError(f"{len(clients)} clients in a workspace for {self.size}")
-        for client in clients:
-            if unknown := sorted(client.received.keys() - self.initial.keys()):
-                raise ValueError(f"the model has no tensors named {', '.join(unknown)}")
-        loaded: dict[str, Tensor] = {}
-        for name, initial in self.initial.items():
-            given = [client.received.get(name) for client in clients]
-            if all(value is None for value in given):
-                loaded[name] = initial.expand(len(clients), *initial.shape)
-                continue
-            for value in given:
-                if value is not None and (value.shape, value.dtype) != (
-                    initial.shape,
-                    initial.dtype,
-                ):
-                    raise ValueError(
-                        f"'{name}' is {value.dtype} {tuple(value.shape)}, "
-                        f"the model's is {initial.dtype} {tuple(initial.shape)}"
-                    )
-            device = next(value.device for value in given if value is not None)
-            own = initial.to(device) if any(value is None for value in given) else initial
-            loaded[name] = torch.stack([own if value is None else value for value in given])
-        for stacked, value in zip(self.values, moved(loaded, self.device).values(), strict=True):
-            stacked[: len(clients)].copy_(value)
-        for anchor, value in zip(self.anchor, self.values, strict=True):
-            anchor.copy_(value)
-        for velocity in self.velocity:
-            velocity.zero_()
-        self.losses.zero_()
-
-    def calls(self, client: StackedClient, inputs: Inputs) -> int:
-        """Return how many dropout calls a forward pass makes."""
-        if self._calls is None:
-            some = inputs(client.images[:2]).contiguous()
-            with dropout_stream(0) as stream, torch.no_grad():
-                functional_call(self.model, self.initial, (some,))
-            self._calls = stream.calls
-        return self._calls
-
-    def states(self, clients: int) -> list[dict[str, Tensor]]:
-        """Return the tensors of each of the first `clients` clients, on the CPU.
-
-        There they are views, which the next `load` overwrites.
-        """
-        values = zip(self.initial, self.values, strict=True)
-        here = moved({name: value[:clients] for name, value in values}, torch.device("cpu"))
-        return [{name: value[place] for name, value in here.items()} for place in range(clients)]
+__all__ = ["train_stacked"]
 
 
 def train_stacked(
@@ -162,18 +56,16 @@ def train_stacked(
         UserError: if the network draws random numbers of its own (`torch.nn.Dropout`, ...), or has
             operations that `torch.func.vmap` does not know.
         ValueError: if the tasks differ in more than the client, carry anything from round to round,
-            correct the gradient, accumulate it or compute in another precision than float32, or as
-            `StackedWorkspace.load`.
+            have a rule that cannot be stacked, accumulate the gradient or compute in another
+            precision than float32, or as `StackedWorkspace.load`.
     """
     started = time.perf_counter()
-    kinds = {
-        (c.task.round_, c.task.train, c.task.learning_rate, c.task.proximal_mu) for c in clients
-    }
+    kinds = {(c.task.round_, c.task.train, c.task.learning_rate, c.task.rules) for c in clients}
     if len(kinds) != 1:
         raise ValueError("clients that train together must be given the same training")
-    if any(c.task.correction or c.task.carried or c.task.train.keep_momentum for c in clients):
+    train, rules = clients[0].task.train, clients[0].task.rules
+    if any(client.task.carried for client in clients) or any(rule.alone for rule in rules):
         raise ValueError("clients that train together keep nothing and correct nothing")
-    train = clients[0].task.train
     if train.accumulate > 1 or train.precision == "bfloat16":
         raise ValueError("clients that train together take one batch a step, in float32")
     plans = [_plan(client, minimum_batch) for client in clients]
@@ -213,10 +105,6 @@ def train_stacked(
     return [results[i] for i in range(len(clients))]
 
 
-def _stacked(parameter: Tensor, size: int) -> Tensor:
-    return parameter.unsqueeze(0).repeat(size, *[1] * parameter.dim())
-
-
 def _plan(client: StackedClient, minimum_batch: int) -> BatchPlan:
     task = client.task
     return plan_batches(
@@ -233,9 +121,10 @@ def _steps(
     workspace: StackedWorkspace, batches: StackedBatches, task: LocalTask
 ) -> Iterator[Callable[[], None]]:
     """Yield the steps, each to be taken before the next is asked for."""
+    rules = _acting(task)
     if workspace.capture is None:
         for batch in batches.one_by_one():
-            yield partial(_step, workspace, batch, task.train, task.proximal_mu, partly=False)
+            yield partial(_step, workspace, batch, task.train, rules, partly=False)
         return
     replayed = _Replayed(workspace, batches, task, workspace.capture)
     for step in range(len(batches)):
@@ -260,7 +149,7 @@ class _Replayed:
         self._batches = batches
         self._task = task
         self._capture = capture
-        self._tables = _Tables.of(workspace, batches)
+        self._tables = StackedTables.of(workspace, batches)
         self._filled = 0
 
     def take(self, step: int) -> None:
@@ -270,7 +159,8 @@ class _Replayed:
         active, stack = self._batches.active(step), workspace.size
         while stack // 2 >= active:
             stack //= 2
-        key = (stack, self._tables.shape, task.train, task.proximal_mu)
+        rules = _acting(task)
+        key = (stack, self._tables.shape, task.train, rules)
         if key not in workspace.steps:
             changed = (*workspace.values, *workspace.velocity, workspace.losses)
             tables, inputs = self._tables, self._batches.inputs
@@ -279,7 +169,7 @@ class _Replayed:
                     workspace,
                     tables.batch(stack, inputs),
                     task.train,
-                    task.proximal_mu,
+                    rules,
                     partly=True,
                 ),
                 (),
@@ -304,52 +194,17 @@ class _Replayed:
         tables.place.zero_()
 
 
-class _Tables:
-    """What recorded steps read, at addresses that do not change: `room` steps of all clients."""
-
-    def __init__(self, room: int, size: int, images: Tensor, calls: int) -> None:
-        """`images` are one step's, (K, B, C, H, W)."""
-        self.room = room
-        self.images = images.new_zeros((room, size, *images.shape[1:]))
-        shape = self.images.shape[:3]
-        self.labels = torch.zeros(shape, dtype=torch.int64, device=images.device)
-        self.weights = torch.zeros(shape, device=images.device)
-        self.keys = torch.zeros((*shape[:2], calls), dtype=torch.int64, device=images.device)
-        self.place = torch.zeros(1, dtype=torch.int64, device=images.device)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return *self.images.shape, self.keys.shape[-1]
-
-    @staticmethod
-    def of(workspace: StackedWorkspace, batches: StackedBatches) -> _Tables:
-        """Return the workspace's tables for batches of that kind, made where there are none."""
-        some, _ = batches.taken(0, 1)
-        kind = (*some.shape[2:], batches.keys.shape[-1])
-        if kind not in workspace.tables:
-            room = _BYTES_AT_ONCE // max(1, some[:, :1].nbytes * workspace.size)
-            room = max(1, min(room, _MOST_STEPS))
-            workspace.tables[kind] = _Tables(room, workspace.size, some[0], kind[-1])
-        return workspace.tables[kind]
-
-    def batch(self, clients: int, inputs: Inputs) -> Batch:
-        """Return the batch of the step whose turn it is, and move on to the next."""
-        images, labels, weights, keys = (
-            table[:, :clients].index_select(0, self.place).squeeze(0)
-            for table in (self.images, self.labels, self.weights, self.keys)
-        )
-        x = inputs(images.flatten(0, 1)).contiguous()
-        self.place.add_(1)
-        return Batch(x.view(*images.shape[:2], *x.shape[1:]), labels, weights, keys)
-
-
-_BYTES_AT_ONCE = 1 << 26
-"""Of pixels in the tables: longer rounds are taken in chunks."""
-_MOST_STEPS = 256
+def _acting(task: LocalTask) -> tuple[LocalRule, ...]:
+    return tuple(rule for rule in task.rules if rule.acts)
 
 
 def _step(
-    workspace: StackedWorkspace, batch: Batch, train: TrainConfig, mu: float, *, partly: bool
+    workspace: StackedWorkspace,
+    batch: Batch,
+    train: TrainConfig,
+    rules: tuple[LocalRule, ...],
+    *,
+    partly: bool,
 ) -> None:
     """Take a step; `partly`: some of the clients may have no example in the batch."""
     active = len(batch.keys)
@@ -370,13 +225,7 @@ def _step(
     with torch.no_grad():
         workspace.losses[:active] += sums.double()
         taking = sizes.clamp_max(1.0) if partly else None
-        _update(workspace, gradients, train, mu, taking=taking)
-
-
-def _kinds(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype, bool]]:
-    """Return shape, dtype and whether it is trained, for every parameter and buffer of `model`."""
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    return {name: (t.shape, t.dtype, t.requires_grad) for name, t in tensors}
+        _update(workspace, gradients, train, rules, taking=taking)
 
 
 def _refusal(model: nn.Module, error: RuntimeError) -> Exception:
@@ -419,19 +268,19 @@ def _update(
     workspace: StackedWorkspace,
     gradients: list[Tensor],
     train: TrainConfig,
-    mu: float,
+    rules: tuple[LocalRule, ...],
     *,
     taking: Tensor | None,
 ) -> None:
     """FlatSGD's step for the clients at the head of the stack, each with its own norm.
 
-    `taking` (K,) is 1 for those that take it, 0 for those whose values stay; None: all take it.
+    `rules` are those that act. `taking` (K,) is 1 for those that take it, 0 for those whose values
+    stay; None: all take it.
     """
     active = len(gradients[0])
     values = [value[:active] for value in workspace.values]
-    if mu:
-        anchors = [anchor[:active] for anchor in workspace.anchor]
-        torch._foreach_add_(gradients, torch._foreach_sub(values, anchors), alpha=mu)
+    for rule in rules:
+        rule.stacked(values, gradients, [begun[:active] for begun in workspace.begun])
     if train.clip_norm:
         squares = [g.flatten(1).square().sum(1) for g in gradients]
         norms = torch.stack(squares).sum(0).sqrt()
@@ -446,7 +295,7 @@ def _update(
         torch._foreach_add_(velocity, gradients)
         gradients = velocity
     steps = torch._foreach_mul(gradients, workspace.rate)
-    if taking is not None and (mu or train.weight_decay or train.momentum):
+    if taking is not None and (rules or train.weight_decay or train.momentum):
         # Without any of them, a client whose examples have no weight has no gradient.
         for step in steps:
             step.mul_(taking.view(-1, *[1] * (step.dim() - 1)))

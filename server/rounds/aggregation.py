@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord
 
+from fedkn.averaging import moment_pairs, pool_moments, weighted_sum
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
-from fedkn.experiment import normalizer_of
 from fedkn.federation import EXAMPLES
-from fedkn.normalizers import TensorRole
+from fedkn.normalizers import FederationRule, TensorRole
 from server.gate.screening import Update
-from server.rounds.pooling import moment_pairs, pool_moments
-from server.strategies.base import Arrays, NoAggregate, weighted_sum
+from server.strategies.base import Arrays, NoAggregate
 from server.strategies.registry import create_strategy
 
 __all__ = ["Aggregator", "NoAggregate"]
@@ -30,7 +29,7 @@ class Aggregator:
 
     Args:
         config: names the strategy, which sees the parameters alone.
-        rule: the role of every tensor of the model in a round.
+        rule: the role of every tensor of the model in a round, and the weight of what it pools.
         parameters: the names that are parameters.
 
     Raises:
@@ -40,7 +39,7 @@ class Aggregator:
     def __init__(
         self,
         config: ExperimentConfig,
-        rule: Callable[[int], Mapping[str, TensorRole]],
+        rule: Callable[[int], FederationRule],
         parameters: Iterable[str],
     ) -> None:
         self._config = config
@@ -113,12 +112,10 @@ class Aggregator:
         total = sum(update.metrics[EXAMPLES] for update in updates)
         weights = [update.metrics[EXAMPLES] / total for update in updates]
         parameters = self._strategy.aggregate(round_, self._only_parameters(sent), updates)
-        buffers = weighted_sum(updates, weights, set(shared) - set(self._parameters))
-        made = {name: parameters[name] if name in parameters else buffers[name] for name in shared}
         arrays = [update.arrays for update in updates]
-        # A running mean over the first rounds: the initial statistics weigh nothing.
-        momentum = max(normalizer_of(self._config).pooling_momentum, 1 / round_)
-        return made | pool_moments(moment_pairs(rule), sent, arrays, weights, momentum)
+        buffers = weighted_sum(arrays, weights, set(shared) - set(self._parameters))
+        made = {name: parameters[name] if name in parameters else buffers[name] for name in shared}
+        return made | pool_moments(moment_pairs(rule), sent, arrays, weights, rule.pooling_weight)
 
 
 def _refuse_statistics(

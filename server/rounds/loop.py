@@ -32,12 +32,12 @@ from server.gate.screening import Screen, Update
 from server.global_model import GlobalModel
 from server.rounds.aggregation import Aggregator, NoAggregate
 from server.rounds.cohorts import draw_cohort
-from server.rounds.membership import Membership
+from server.rounds.membership import Member, Membership
 from server.rounds.participation import Participation
 from server.rounds.waiting import Waiting
 from server.wire import sent_through
 
-__all__ = ["NoValidUpdates", "RoundReport", "run_round"]
+__all__ = ["Federation", "NoValidUpdates", "RoundReport", "run_round"]
 
 _LOG = logging.getLogger("flwr")
 
@@ -117,17 +117,23 @@ class RoundReport:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """What all rounds of a run have in common."""
+
+    config: ExperimentConfig
+    grid: Grid
+    model: GlobalModel
+    membership: Membership
+    aggregator: Aggregator
+    waiting: Waiting
+
+
 def run_round(
     round_: int,
     tensors: dict[str, np.ndarray],
-    *,
-    config: ExperimentConfig,
-    grid: Grid,
-    model: GlobalModel,
-    membership: Membership,
-    aggregator: Aggregator,
     participation: Participation,
-    waiting: Waiting,
+    federation: Federation,
 ) -> tuple[dict[str, np.ndarray], RoundReport]:
     """Run one round and return the next global tensors (the same if no update was valid).
 
@@ -135,11 +141,46 @@ def run_round(
     time, fails, or is refused, is reported, and the round goes on with the others.
     """
     started = time.perf_counter()
+    # 1. Draw a cohort, and ask those who are there. Who was drawn and who is asked is known here,
+    #    before anything is sent.
+    asked = _ask(round_, tensors, participation, federation)
+    # 2. Wait for their replies, and screen them. Which updates count is known here, and what each
+    #    of them is, while the global tensors are still those that were sent.
+    replies = _collected(round_, tensors, asked, federation)
+    # 3. Aggregate. The model before and after, and the updates between them, are known here.
+    following = _aggregated(round_, tensors, replies, federation.aggregator)
+    # 4. Report; the run logs it, evaluates, and writes a checkpoint (`server/run.py`).
+    _warn(round_, replies)
+    report = _reported(round_, asked, replies, federation, time.perf_counter() - started)
+    return following, report
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """Who was drawn, and what was sent to those of them that are there, by partition.
+
+    `bytes_each`: of the arrays in one message. `learning_rate`: the clients'.
+    """
+
+    cohort: list[int]
+    members: Mapping[int, Member]
+    messages: Mapping[int, Message]
+    bytes_each: int
+    learning_rate: float
+
+
+def _ask(
+    round_: int,
+    tensors: dict[str, np.ndarray],
+    participation: Participation,
+    federation: Federation,
+) -> _Asked:
+    config, grid, aggregator = federation.config, federation.grid, federation.aggregator
     cohort = draw_cohort(
         range(config.partition.clients), config.cohort, seed=config.seed, round_=round_
     )
-    waiting.begin(round_)
-    members = membership.online(cohort, waiting)
+    federation.waiting.begin(round_)
+    members = federation.membership.online(cohort, federation.waiting)
     rate = learning_rate(config.train, round_, config.rounds)
     instructions = aggregator.training_config(
         round_, tensors, ConfigRecord({ROUND: round_, LEARNING_RATE: rate})
@@ -165,9 +206,18 @@ def run_round(
         )
         for partition, member in members.items()
     }
+    each = record_bytes(record) + record_bytes(control)
+    return _Asked(cohort, members, messages, each, rate)
+
+
+def _collected(
+    round_: int, tensors: dict[str, np.ndarray], asked: _Asked, federation: Federation
+) -> Replies:
+    """Return the replies, sorted out; those of the cohort who were not there have failed."""
+    config, model, waiting = federation.config, federation.model, federation.waiting
     gate = Screen(
         tensors,
-        {partition: member.examples for partition, member in members.items()},
+        {partition: member.examples for partition, member in asked.members.items()},
         config.train,
         max_norm=0.0 if config.server.max_update_norm == "auto" else config.server.max_update_norm,
         round_timeout=config.server.round_timeout,
@@ -176,15 +226,31 @@ def run_round(
         counts=model.counts,
     )
     waiting.begin(round_)
-    replies = collect(grid, messages, gate, config.server, waiting.look)
+    replies = collect(federation.grid, asked.messages, gate, config.server, waiting.look)
     waiting.end(replies.slowest)
     replies.refuse(too_far(replies.updates, tensors, model.parameters, config, round_))
     replies.failed.extend(
-        {"client": partition, "reason": membership.why_absent(partition)}
-        for partition in cohort
-        if partition not in members
+        {"client": partition, "reason": federation.membership.why_absent(partition)}
+        for partition in asked.cohort
+        if partition not in asked.members
     )
-    following = _aggregated(aggregator, round_, tensors, replies)
+    return replies
+
+
+def _aggregated(
+    round_: int, tensors: dict[str, np.ndarray], replies: Replies, aggregator: Aggregator
+) -> dict[str, np.ndarray]:
+    """Return the next global tensors; where none can be made of the updates, refuse them all."""
+    if not replies.updates:
+        return tensors
+    try:
+        return aggregator.aggregate(round_, tensors, replies.updates)
+    except NoAggregate as problem:
+        replies.refuse({update.partition: str(problem) for update in replies.updates})
+        return tensors
+
+
+def _warn(round_: int, replies: Replies) -> None:
     for kind, entries in (("refused", replies.refused), ("failed", replies.failed)):
         entries.sort(key=_client)
         for entry in entries:
@@ -195,35 +261,27 @@ def run_round(
                 "round %d: client %d: its own data changed since its first round of this run",
                 *(round_, update.partition),
             )
-    report = RoundReport(
+
+
+def _reported(
+    round_: int, asked: _Asked, replies: Replies, federation: Federation, seconds: float
+) -> RoundReport:
+    membership = federation.membership
+    return RoundReport(
         round_=round_,
-        cohort=cohort,
+        cohort=asked.cohort,
         updates=replies.updates,
         refused=replies.refused,
         failed=replies.failed,
         late=replies.late,
-        strategy=aggregator.fields() if replies.updates else {},
-        bytes_down=(record_bytes(record) + record_bytes(control)) * len(members),
+        strategy=federation.aggregator.fields() if replies.updates else {},
+        bytes_down=asked.bytes_each * len(asked.members),
         bytes_up=replies.bytes,
-        learning_rate=rate,
-        seconds=time.perf_counter() - started,
+        learning_rate=asked.learning_rate,
+        seconds=seconds,
         waiting_seconds=membership.waited + replies.waited,
         waited_for=sorted({*membership.waited_for, *replies.waited_for}),
     )
-    return following, report
-
-
-def _aggregated(
-    aggregator: Aggregator, round_: int, tensors: dict[str, np.ndarray], replies: Replies
-) -> dict[str, np.ndarray]:
-    """Return the next global tensors; where none can be made of the updates, refuse them all."""
-    if not replies.updates:
-        return tensors
-    try:
-        return aggregator.aggregate(round_, tensors, replies.updates)
-    except NoAggregate as problem:
-        replies.refuse({update.partition: str(problem) for update in replies.updates})
-        return tensors
 
 
 def _client(entry: Mapping[str, Any]) -> int:

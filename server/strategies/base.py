@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 from flwr.app import ConfigRecord
 
+from fedkn.config import ExperimentConfig
 from server.gate.screening import Update
 
-__all__ = ["Arrays", "NoAggregate", "Strategy", "weighted_sum"]
+__all__ = ["Arrays", "NoAggregate", "Strategy"]
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -20,7 +22,19 @@ class NoAggregate(Exception):
 
 
 class Strategy(ABC):
-    """Aggregates the shared parameters of a model; of other tensors it knows nothing."""
+    """Aggregates the shared parameters of a model; of other tensors it knows nothing.
+
+    The server half of an algorithm, whose client half is the `LocalRule` of the same name in
+    fedkn/algorithms/, or FedAvg's where there is none.
+    """
+
+    is_plain_mean: ClassVar[bool] = False
+    """Whether the next parameters are the updates' plain mean: the noise of client-level privacy is
+    calibrated to what one client moves that."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        """Be configured; a subclass raises UserError for settings that do not go with it."""
+        del config
 
     def instructions(self, round_: int, parameters: Arrays, config: ConfigRecord) -> ConfigRecord:
         """Return `config` with what the clients need to know in this round."""
@@ -30,7 +44,7 @@ class Strategy(ABC):
     def control(self, parameters: Arrays) -> dict[str, np.ndarray]:
         """Return what is sent beside the `parameters`, in their shapes and dtypes; most send none.
 
-        SCAFFOLD sends the server's control variate.
+        It is what the client half is given (`fedkn.training.rule.LocalRule.of`).
         """
         del parameters
         return {}
@@ -58,19 +72,3 @@ class Strategy(ABC):
     def fields(self) -> dict[str, float]:
         """Return what the log's line of the last aggregated round says beside the usual."""
         return {}
-
-
-def weighted_sum(
-    updates: Sequence[Update], weights: Sequence[float], names: Iterable[str]
-) -> dict[str, np.ndarray]:
-    """Return the weighted sum of the updates' tensors `names`, in float64 and in their order."""
-    return {
-        name: np.sum(
-            [
-                update.arrays[name].astype(np.float64) * weight
-                for update, weight in zip(updates, weights, strict=True)
-            ],
-            axis=0,
-        )
-        for name in names
-    }

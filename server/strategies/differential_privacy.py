@@ -48,7 +48,9 @@ class PrivateMean(Strategy):
     and follows the median norm of the updates, which takes part of the noise's budget: z becomes
     (z^-2 - (2 b)^-2)^-1/2 with b = cohort/20, the deviation of the noise on the number of clients
     that were clipped. With ``client_…`` the clients clip; the server clips again what they send,
-    so a client that does not clip gains nothing.
+    so a client that does not clip gains nothing. Their half is
+    `fedkn.training.update_clipping.ClippedUpdate`. Clients are told besides what the `strategy`
+    tells them, whose aggregate is the plain mean that the noise is calibrated to.
 
     Flower's server-side wrappers divide by zero when a client sends back what it got, and do not
     clip 0-dimensional parameters: the clipping is ours, and the wrapper is Flower's client-side
@@ -59,14 +61,18 @@ class PrivateMean(Strategy):
         UserError: the cohort is too small for the noise asked of adaptive clipping.
     """
 
-    def __init__(self, config: ExperimentConfig, mean: FedAvg, parameters: Sequence[str]) -> None:
+    def __init__(
+        self, config: ExperimentConfig, strategy: Strategy, parameters: Sequence[str]
+    ) -> None:
         privacy = config.privacy
+        self._strategy = strategy
         self._on_clients = privacy.mechanism.startswith("client_")
         self._seed = config.seed
         self._secret = privacy.secret
         self._applied: dict[str, float] = {}
         self._wrapper: DifferentialPrivacyClientSideFixedClipping | _Adaptive
         metrics: tuple[str, ...] = (EXAMPLES, TRAIN_LOSS)
+        mean = FedAvg(min_train_nodes=1, min_available_nodes=1)
         if privacy.mechanism.endswith("_adaptive"):
             metrics = (*metrics, KEY_NORM_BIT)
             if privacy.noise_multiplier >= config.cohort / 10:
@@ -87,7 +93,8 @@ class PrivateMean(Strategy):
 
     def instructions(self, round_: int, parameters: Arrays, config: ConfigRecord) -> ConfigRecord:
         """Return `config`, with the clip norm in it where clients clip."""
-        told = self._flower.instructions(round_, parameters, ConfigRecord(dict(config)))
+        told = self._strategy.instructions(round_, parameters, config)
+        told = self._flower.instructions(round_, parameters, ConfigRecord(dict(told)))
         if not self._on_clients:
             del told[KEY_CLIPPING_NORM]
         return told

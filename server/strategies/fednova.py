@@ -1,4 +1,7 @@
-"""FedNova: clients that take more local steps do not pull harder."""
+"""FedNova, the server half: clients that take more local steps do not pull harder.
+
+Wang et al., NeurIPS 2020, arXiv 2007.07481. The client half is `fedkn/algorithms/fednova.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedkn.algorithms.fednova import step_weight
+from fedkn.averaging import weighted_sum
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from server.gate.screening import Update
-from server.strategies.base import Arrays, Strategy, weighted_sum
+from server.strategies.base import Arrays, Strategy
 
-__all__ = ["FedNova", "step_weight"]
+__all__ = ["FedNova"]
 
 
 class FedNova(Strategy):
@@ -50,14 +55,8 @@ class FedNova(Strategy):
         weights = [
             self._rate * effective * part / size for part, size in zip(parts, sizes, strict=True)
         ]
-        ends = weighted_sum(updates, weights, sent)
+        ends = weighted_sum([update.arrays for update in updates], weights, sent)
         return {name: (1 - sum(weights)) * x + ends[name] for name, x in sent.items()}
 
 
-def step_weight(steps: int, momentum: float) -> float:
-    """Return |a|, the sum of the weights with which a round's gradients enter the update.
-
-    Plain SGD: the number of steps t. With momentum r (velocity v <- r v + g, from zero):
-    (t - r (1 - r^t)/(1 - r))/(1 - r), arXiv 2007.07481, Section 4.1.
-    """
-    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+STRATEGY = FedNova

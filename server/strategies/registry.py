@@ -1,8 +1,13 @@
-"""Strategies by name, with the options of the configuration: Flower's, and ours."""
+"""Strategies by name, with the options of the configuration: server halves of ours, and Flower's.
+
+An algorithm of ours is known by the name of its two files (`fedkn.algorithms`); of Flower's
+strategies only the aggregation is their own, and their clients train as FedAvg's do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 from flwr.serverapp.strategy import (
@@ -12,7 +17,6 @@ from flwr.serverapp.strategy import (
     FedAvg,
     FedAvgM,
     FedMedian,
-    FedProx,
     FedTrimmedAvg,
     FedYogi,
     Krum,
@@ -20,21 +24,20 @@ from flwr.serverapp.strategy import (
     QFedAvg,
 )
 
+from fedkn import algorithms
 from fedkn.config import ExperimentConfig, StrategyConfig
 from fedkn.errors import UserError, unknown_name
 from fedkn.federation import TRAIN_LOSS
 from server.strategies.base import Strategy
 from server.strategies.differential_privacy import PrivateMean
-from server.strategies.fednova import FedNova
 from server.strategies.flower import FlowerStrategy, quiet_flower
-from server.strategies.scaffold import Scaffold
 
 __all__ = ["create_strategy", "names"]
 
 
 def names() -> tuple[str, ...]:
     """Return the names of the strategies."""
-    return (*_FLOWERS, *_OURS)
+    return (*algorithms.names(), *_FLOWERS)
 
 
 def create_strategy(config: ExperimentConfig, parameters: Sequence[str] = ()) -> Strategy:
@@ -51,18 +54,26 @@ def create_strategy(config: ExperimentConfig, parameters: Sequence[str] = ()) ->
         raise unknown_name("strategy", name, names())
     mechanism = config.privacy.mechanism
     of_clients = mechanism.startswith(("server_", "client_"))
-    if of_clients and name not in _MEANS:
+    if of_clients and name not in (means := _plain_means()):
         raise UserError(
             f"privacy.mechanism = '{mechanism}' bounds what one client adds to a mean, which "
-            f"'{name}' does not take: set strategy.name to {' or '.join(_MEANS)}"
+            f"'{name}' does not take: set strategy.name to {' or '.join(means)}"
         )
-    if name in _OURS:
-        return _OURS[name](config)
     with quiet_flower():
-        strategy = _flowers(name, config)
-        if of_clients:
-            return PrivateMean(config, strategy, parameters)
-    return FlowerStrategy(strategy, parameters)
+        if name in _FLOWERS:
+            return FlowerStrategy(_flowers(name, config), parameters)
+        strategy = _server_half(name)(config)
+        return PrivateMean(config, strategy, parameters) if of_clients else strategy
+
+
+def _server_half(name: str) -> type[Strategy]:
+    """Return the server half of the algorithm `name`: ``STRATEGY`` of the module of that name."""
+    half: type[Strategy] = import_module(f"{__package__}.{name}").STRATEGY
+    return half
+
+
+def _plain_means() -> list[str]:
+    return [name for name in algorithms.names() if _server_half(name).is_plain_mean]
 
 
 def _flowers(name: str, config: ExperimentConfig) -> FedAvg:
@@ -86,14 +97,6 @@ def _flowers(name: str, config: ExperimentConfig) -> FedAvg:
     )
 
 
-_OURS: dict[str, Callable[[ExperimentConfig], Strategy]] = {
-    "scaffold": Scaffold,
-    "fednova": FedNova,
-}
-
-_MEANS = ("fedavg", "fedprox")
-"""Strategies whose aggregate is the plain mean: noise is calibrated to what one client moves it."""
-
 # Updates needed to tolerate f malicious clients, a·f + b as (a, b): arXiv 1703.02757, Prop. 4.2,
 # and arXiv 1802.07927, Section 3.
 _SMALLEST_COHORT = {"krum": (2, 3), "multikrum": (2, 3), "bulyan": (4, 3)}
@@ -115,8 +118,6 @@ def _of(build: Callable[[StrategyConfig], dict[str, Any]]) -> Options:
 
 
 _FLOWERS: dict[str, tuple[type[FedAvg], Options]] = {
-    "fedavg": (FedAvg, _none),
-    "fedprox": (FedProx, _of(lambda s: {"proximal_mu": s.proximal_mu})),
     "fedavgm": (
         FedAvgM,
         _of(

@@ -1,4 +1,8 @@
-"""SCAFFOLD: control variates take the drift of unlike clients out of their local steps."""
+"""SCAFFOLD, the server half: control variates take out the drift of unlike clients.
+
+Karimireddy et al., ICML 2020, arXiv 1910.06378. The client half, which corrects the local steps, is
+`fedkn/algorithms/scaffold.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedkn.averaging import weighted_sum
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.training import learning_rate
 from server.gate.screening import Update
-from server.strategies.base import Arrays, Strategy, weighted_sum
+from server.strategies.base import Arrays, Strategy
 
 __all__ = ["Scaffold"]
 
@@ -63,7 +68,8 @@ class Scaffold(Strategy):
         """Return x after the round; c goes along."""
         local = learning_rate(self._config.train, round_, self._config.rounds)
         share = len(updates) / self._config.partition.clients
-        mean = weighted_sum(updates, [1 / len(updates)] * len(updates), sent)
+        uniform = [1 / len(updates)] * len(updates)
+        mean = weighted_sum([update.arrays for update in updates], uniform, sent)
         control = self.control(sent)
         following: dict[str, np.ndarray] = {}
         for name, x in sent.items():
@@ -87,3 +93,6 @@ class Scaffold(Strategy):
             for name, value in arrays.items()
             if name.startswith(_PREFIX)
         }
+
+
+STRATEGY = Scaffold

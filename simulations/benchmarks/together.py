@@ -15,8 +15,9 @@ import torch
 from fedkn import models, normalizers
 from fedkn.config import TrainConfig
 from fedkn.training import Inputs, LocalTask, Workspace, train_locally
-from fedkn.training.stacked import StackedWorkspace, train_stacked
+from fedkn.training.stacked import train_stacked
 from fedkn.training.stacked_batches import StackedClient
+from fedkn.training.stacked_workspace import StackedWorkspace
 from simulations.benchmarks.timing import time_in_turn
 from simulations.engines.allocator import keep_freed_memory
 

@@ -14,8 +14,9 @@ from fedkn.config import ExperimentConfig
 from fedkn.experiment import build_model, device_of, federated_data, inputs_of
 from fedkn.training.concurrent import ConcurrentWorkspaces, train_concurrently
 from fedkn.training.memory import step_memory
-from fedkn.training.stacked import StackedWorkspace, train_stacked
+from fedkn.training.stacked import train_stacked
 from fedkn.training.stacked_batches import StackedClient
+from fedkn.training.stacked_workspace import StackedWorkspace
 from simulations.engines.choice import Together, processes_of, together_of
 from simulations.engines.gathering import Trained, Wanted
 
@@ -71,7 +72,7 @@ _RECORDED = 3
 """Graphs of a client, one for each batch size, keep memory of their own; tables beside them."""
 
 _COPIES = 6
-"""Of the parameters: values, anchor, momentum, gradients, and two for the update's own work."""
+"""Of the parameters: values, those begun with, momentum, gradients, and two for the update's own work."""
 
 
 def _room(session: Session, clients: int) -> StackedWorkspace | ConcurrentWorkspaces:

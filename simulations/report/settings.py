@@ -25,10 +25,11 @@ _MANY_CHANNELS = 1 << 20
 
 @dataclass(frozen=True)
 class NormalizerNote:
-    """A normalizer of the report: its name, what it is, and where it comes from."""
+    """A normalizer of the report: its name, what it is, when not to take it, its source."""
 
     name: str
     title: str
+    not_for: str
     paper: str
 
 
@@ -49,8 +50,8 @@ def normalizer_notes(names: Sequence[str], groups: int) -> list[NormalizerNote]:
     notes = []
     for name in names:
         known = normalizers.create(name) if name in normalizers.names() else None
-        title, paper = (known.title, known.paper) if known else ("", "")
-        notes.append(NormalizerNote(display_name(name, groups), title, paper))
+        said = (known.title, known.not_for, known.paper) if known else ("", "", "")
+        notes.append(NormalizerNote(display_name(name, groups), *said))
     return notes
 
 

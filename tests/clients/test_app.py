@@ -9,6 +9,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from clients.app import app
+from fedkn.algorithms.fedprox import FedProx
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, data_summary, federated_data, inputs_of, normalizer_of
@@ -74,7 +75,8 @@ def test_joining_tells_partition_and_size():
 @pytest.mark.parametrize("proximal_mu", [None, 0.5])
 @pytest.mark.parametrize("name", ["kernel", "batch", "group"])
 def test_training_is_local_training_of_what_was_received(name, proximal_mu):
-    config = small(normalizer__name=name)
+    algorithm = "fedavg" if proximal_mu is None else "fedprox"
+    config = small(normalizer__name=name, strategy__name=algorithm)
     message = sent(config, **{"proximal-mu": proximal_mu})
     reply = app(message, context(config))
     workspace = Workspace(build_model(config))
@@ -90,7 +92,7 @@ def test_training_is_local_training_of_what_was_received(name, proximal_mu):
             client=2,
             train=config.train,
             learning_rate=0.1,
-            proximal_mu=proximal_mu or 0.0,
+            rules=(FedProx(proximal_mu or 0.0),),
         ),
         inputs=inputs_of(config, torch.device("cpu")),
         normalizer=normalizer_of(config),

@@ -32,11 +32,13 @@ from fedkn.federation import (
 from fedkn.normalizers import TensorRole
 from server.gate.exchange import _largest_reply
 from server.global_model import GlobalModel
+from server.metrics_log import MetricsLog
 from server.rounds.aggregation import Aggregator
 from server.rounds.client_evaluation import evaluate_clients
-from server.rounds.loop import run_round
+from server.rounds.loop import Federation, run_round
 from server.rounds.membership import Member, Membership
 from server.rounds.participation import begin
+from server.rounds.waiting import Waiting
 from server.run import run_server
 from tests.fuzz.hostile import arrived, changed, parts_of
 from tests.fuzz.mutation import NUMBERS, TEXTS, mutated, mutated_bytes
@@ -54,10 +56,14 @@ _STRATEGIES = (
 class Stub(Membership):
     """Every client is online, as node FIRST_NODE + partition."""
 
+    waited, waited_for = 0.0, []
+
     def __init__(self) -> None:
         pass
 
-    def online(self, partitions: Iterable[int]) -> dict[int, Member]:
+    def online(
+        self, partitions: Iterable[int], waiting: Waiting | None = None
+    ) -> dict[int, Member]:
         return {p: Member(FIRST_NODE + p, p, _EXAMPLES) for p in partitions}
 
 
@@ -72,16 +78,15 @@ def training(rng: random.Random) -> str:
         honest = _update(message, partition)
         return [honest] if partition else _hostile(rng, honest, message, deployed)
 
-    following, report = run_round(
-        1,
-        dict(model.sent),
+    federation = Federation(
         config=config,
         grid=ScriptedGrid([], respond),
         model=model,
         membership=Stub(),
         aggregator=aggregator,
-        participation=begin(_CLIENTS),
+        waiting=Waiting(MetricsLog("", ""), lambda client: None),
     )
+    following, report = run_round(1, dict(model.sent), begin(_CLIENTS), federation)
     fields = report.fields()
     json.dumps(fields, allow_nan=False)
     assert report.updates, "the honest updates were lost"
@@ -198,7 +203,7 @@ def _update(message: Message, partition: int) -> Message:
         name: (value.numpy() + np.float32(0.001 * (partition + 1))).astype(value.numpy().dtype)
         for name, value in arrays_to_tensors(record).items()
     }
-    values = (partition, _EXAMPLES, 12, 3, 0, 0, 1.25, 0.5, 0, 0.0, 0)
+    values = (partition, _EXAMPLES, 12, 3, 0, 0, 1.25, 0.5, 0, 0.0, 0, 0)
     metrics = MetricRecord(dict(zip(TRAIN_METRICS, values, strict=True)))
     return Message(RecordDict({ARRAYS: arrays_record(moved), METRICS: metrics}), reply_to=message)
 

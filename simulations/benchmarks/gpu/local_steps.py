@@ -14,8 +14,9 @@ from fedkn.config import TrainConfig
 from fedkn.experiment import layout_on
 from fedkn.training import Inputs, LocalTask, Workspace, train_locally
 from fedkn.training.concurrent import ConcurrentWorkspaces, train_concurrently
-from fedkn.training.stacked import StackedWorkspace, train_stacked
+from fedkn.training.stacked import train_stacked
 from fedkn.training.stacked_batches import StackedClient
+from fedkn.training.stacked_workspace import StackedWorkspace
 
 __all__ = ["StepCase", "StepTime", "measure_steps", "step_cases"]
 

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fedkn import models, normalizers
 from fedkn.errors import UserError
 from fedkn.layers import KernelNorm2d, KNConv2d
 from fedkn.models.blocks import Halve
+from fedkn.normalizers import Normalizer
 
 NAMES = normalizers.names()
 KERNEL = normalizers.create("kernel")
@@ -127,6 +129,31 @@ def test_dropout_is_as_published_unless_said():
     assert set(more[:-1]) == {0.3}
     assert more[-1] == 0.25
     assert set(seen(build("knresnet18", width=8, dropout_p=0.0))) == {0.0}
+
+
+@dataclass(frozen=True)
+class Dropped(Normalizer):
+    """One that fedkn does not know, with the option that models publish a value for."""
+
+    name = "dropped"
+    affine = False
+    dropout_p: float | None = None
+
+    def norm(self, channels):
+        return nn.Dropout2d(0.5 if self.dropout_p is None else self.dropout_p)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "inner", "final"),
+    [(None, None, 0.1, 0.25), (None, 0.04, 0.04, 0.1), (0.02, None, 0.02, 0.05)],
+)
+def test_any_normalizer_with_this_option_gets_the_models_dropout(own, asked, inner, final):
+    model = build(normalizer=Dropped(own), width=8, final_norm="own", dropout_p=asked)
+    rates = [m.p for m in model.modules() if isinstance(m, nn.Dropout2d)]
+    assert set(rates[:-1]) == {inner}
+    assert rates[-1] == pytest.approx(final)
+    with pytest.raises(UserError, match="set one of them"):
+        build(normalizer=Dropped(0.2), width=8, dropout_p=0.1)
 
 
 def sides_after_pooling(model, side):

@@ -15,7 +15,7 @@ def net(name, **options):
     return nn.Sequential(
         make.conv_norm(1, 4, 3, stride=2, padding=1, activation="relu"),
         Halve(),
-        make.final_norm(4, 0.2),
+        make.with_settings(dropout_p=0.2).norm(4),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
         nn.Linear(16, 3),

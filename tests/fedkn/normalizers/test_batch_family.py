@@ -9,7 +9,7 @@ from torch import nn
 from fedkn import models, normalizers
 from fedkn.data.vision import import_torchvision
 from fedkn.normalizers import TensorRole
-from fedkn.normalizers.base import Forward
+from fedkn.normalizers.rule import Forward
 
 SHARED, LOCAL, FROZEN, MEAN, VARIANCE = (
     TensorRole.SHARED,

@@ -31,7 +31,7 @@ def test_blocks_have_the_shape_of_a_plain_convolution(name, padding):
         assert block(x).min() >= 0
     assert make.norm_act(6, "relu")(x).shape == x.shape
     assert make.norm(6)(x).shape == x.shape
-    assert make.final_norm(6, 0.0)(x).shape == x.shape
+    assert make.with_settings(dropout_p=0.0).norm(6)(x).shape == x.shape
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,7 +65,8 @@ def test_kernel_normalizes_inside_the_convolution_and_fuses_relu():
     mish = make.conv_norm(3, 4, 3, activation="mish")
     assert [type(m) for m in mish] == [KNConv2d, nn.Mish]
     assert isinstance(make.norm(4), KernelNorm2d)
-    assert make.final_norm(4, 0.5).dropout_p == 0.5
+    assert make.norm(4).dropout_p == 0.2
+    assert make.with_settings(dropout_p=0.5).norm(4).dropout_p == 0.5
 
 
 def test_ws_group_standardizes_weights():

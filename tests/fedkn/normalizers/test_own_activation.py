@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from fedkn import models, normalizers
 from fedkn.layers import EvoNormS0, FilterResponseNorm2d
-from fedkn.normalizers.base import ACTIVATIONS
+from fedkn.normalizers.factory import ACTIVATIONS
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_evonorm_is_affine_alone_exactly_after_a_convolution_without_activation(
     assert make.conv_norm(4, 4, 3, activation="relu").norm.v is not None
     assert make.conv_norm(4, 4, 3).norm.v is None
     assert make.norm(4).v is not None
-    assert make.final_norm(4, 0.0).v is not None
+    assert make.with_settings(dropout_p=0.0).norm(4).v is not None
     assert make.norm_act(4, "relu").norm.num_groups == 2
 
 

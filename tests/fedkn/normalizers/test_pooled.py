@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkn import models, normalizers
+from fedkn.averaging import moment_pairs, pool_moments
 from fedkn.normalizers import TensorRole
-from server.rounds.pooling import moment_pairs, pool_moments
 
 
 def network(name):
@@ -66,6 +66,22 @@ def test_roles(name, extra):
     }
     expected = {f"0.{key}": role for key, role in roles.items()}
     assert rule == expected | {"1.weight": TensorRole.SHARED, "1.bias": TensorRole.SHARED}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "weights"),
+    [
+        ("fbn", {}, {1: 1, 2: 1 / 2, 9: 1 / 9, 10: 0.1, 11: 0.1, 500: 0.1}),
+        ("fbn", {"pooling_momentum": 0.4}, {1: 1, 2: 1 / 2, 3: 0.4}),
+        ("hbn", {}, {1: 1, 2: 1, 30: 1}),
+        ("batch", {"bn_statistics": "recalibrated"}, {1: 1, 2: 1, 30: 1}),
+    ],
+)
+def test_the_weight_of_what_a_round_pools(name, settings, weights):
+    normalizer = normalizers.create(name, **settings)
+    layer = nn.Sequential(normalizer.norm(3))
+    seen = {r: normalizer.federation_rule(layer, r).pooling_weight for r in weights}
+    assert seen == weights
 
 
 def test_fbns_pooled_moments_are_those_of_all_clients_batches():

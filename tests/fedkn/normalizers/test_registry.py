@@ -12,6 +12,31 @@ def test_every_name_creates_a_normalizer_of_that_name():
         assert normalizer.paper
 
 
+@pytest.mark.parametrize("name", normalizers.names())
+def test_each_says_of_itself_when_it_does_not_help(name):
+    said = normalizers.create(name).not_for
+    assert said == vars(type(normalizers.create(name)))["not_for"], "inherited from another"
+    assert said.count(". ") == 0
+    assert said.endswith(".")
+    assert "|" not in said
+
+
+def test_options_and_settings_are_its_fields():
+    group = normalizers.create("group", groups=4)
+    assert group.options() == {"groups": 0, "channels_per_group": 0}
+    assert group.settings == {"groups": 4, "channels_per_group": 0}
+    assert normalizers.create("rms").options() == normalizers.create("rms").settings == {}
+
+
+def test_settings_go_to_those_that_have_an_option_for_them():
+    given = {"dropout_p": 0.3, "groups": 2}
+    assert normalizers.create("kernel").with_settings(**given).settings["dropout_p"] == 0.3
+    assert normalizers.create("group").with_settings(**given).settings["groups"] == 2
+    assert normalizers.create("rms").with_settings(**given) == normalizers.create("rms")
+    with pytest.raises(UserError, match="below 1"):
+        normalizers.create("kernel").with_settings(dropout_p=1.0)
+
+
 def test_needs_are_stated():
     needs = {n: normalizers.create(n).minimum_batch for n in normalizers.names()}
     needy = {n: smallest for n, smallest in needs.items() if smallest > 1}

@@ -7,7 +7,7 @@ from torch import nn
 
 from fedkn import normalizers
 from fedkn.layers import Gain, ScaledWSConv2d
-from fedkn.normalizers.base import ACTIVATIONS
+from fedkn.normalizers.factory import ACTIVATIONS
 from fedkn.normalizers.sws import ACTIVATION_GAINS
 
 SWS = normalizers.create("sws")

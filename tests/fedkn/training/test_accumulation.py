@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedkn import models, normalizers
+from fedkn.algorithms.fedprox import FedProx
+from fedkn.algorithms.scaffold import Scaffold
 from fedkn.config import PrivacyConfig, TrainConfig
 from fedkn.training import (
     Inputs,
@@ -126,7 +128,7 @@ def test_it_is_one_larger_batch(size, batch, accumulate, epochs, cap):
     workspace = Workspace(build("group"))
     options = {"flip": True, "crop_padding": 1}
     one, other = (
-        trained(workspace, task_of(t, proximal_mu=0.3), size, "group", **options)
+        trained(workspace, task_of(t, rules=(FedProx(0.3),)), size, "group", **options)
         for t in (small, large)
     )
     assert_equal(one, other)
@@ -141,7 +143,8 @@ def test_it_is_so_for_every_normalizer_that_does_not_mix_examples(name):
     small = TRAIN.model_copy(update={"accumulate": 3})
     large = TRAIN.model_copy(update={"batch_size": 6})
     one, other = (
-        trained(workspace, task_of(t, correction=correction), 15, name) for t in (small, large)
+        trained(workspace, task_of(t, rules=(Scaffold(),), given=correction), 15, name)
+        for t in (small, large)
     )
     assert_equal(one, other)
     assert (one[1].steps, one[1].examples) == (3, 15)
@@ -214,7 +217,7 @@ def test_a_private_step_is_that_of_one_batch(name, divided):
         update = train_privately(
             workspace,
             *data(23),
-            replace(task, proximal_mu=0.1),
+            replace(task, rules=(FedProx(0.1),)),
             inputs=Doubled("unit", flip=True),
             normalizer=normalizers.create(name),
             privacy=privacy,

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fedkn import models, normalizers
+from fedkn.algorithms.scaffold import Scaffold
 from fedkn.config import TrainConfig
 from fedkn.training import Inputs, LocalTask, Workspace, train_locally
 from fedkn.training.concurrent import ConcurrentWorkspaces, train_concurrently
+from fedkn.training.kept_momentum import KeptMomentum
 from fedkn.training.recorded import StepRecorder
 from fedkn.training.stacked_batches import StackedClient
 from tests.fedkn.training.test_recorded import Double
 
-TRAIN = TrainConfig(batch_size=2, momentum=0.9, keep_momentum=True)
+TRAIN = TrainConfig(batch_size=2, momentum=0.9)
+RULES = (KeptMomentum(), Scaffold())
 INPUTS = Inputs("unit", flip=True, crop_padding=1)
 
 
@@ -42,7 +45,7 @@ def clients(model: nn.Module, sizes: tuple[int, ...] = (7, 3, 0, 4, 1)) -> list[
             for name, p in model.named_parameters()
         }
         correction = {name: torch.full_like(p, 1e-3 * client) for name, p in received.items()}
-        task = LocalTask(3, 2, client, TRAIN, 0.05, correction=correction)
+        task = LocalTask(3, 2, client, TRAIN, 0.05, RULES, correction)
         found.append(StackedClient(task, received, images, labels))
     return found
 

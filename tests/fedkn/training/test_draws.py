@@ -29,7 +29,9 @@ from fedkn.training import (
     train_privately,
 )
 from fedkn.training.memory import saved_activations, step_memory
-from fedkn.training.stacked import StackedClient, StackedWorkspace, train_stacked
+from fedkn.training.stacked import train_stacked
+from fedkn.training.stacked_batches import StackedClient
+from fedkn.training.stacked_workspace import StackedWorkspace
 
 TASK = LocalTask(3, 1, 0, TrainConfig(batch_size=4, local_epochs=2), 0.05)
 INPUTS = Inputs("unit")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkn import models, normalizers
+from fedkn.algorithms.fedprox import FedProx
+from fedkn.algorithms.scaffold import Scaffold
 from fedkn.config import TrainConfig
 from fedkn.errors import UserError
 from fedkn.layers import dropout_stream
@@ -17,6 +19,7 @@ from fedkn.normalizers import Normalizer
 from fedkn.normalizers.none import NoNormalizer
 from fedkn.seeds import derive, torch_generator
 from fedkn.training import Inputs, LocalTask, Workspace, plan_batches, train_locally
+from fedkn.training.kept_momentum import KeptMomentum
 
 PLAIN = Inputs("unit")
 AUGMENTED = Inputs("unit", flip=True, crop_padding=1)
@@ -60,7 +63,7 @@ def trained(workspace: Workspace, task: LocalTask = TASK, inputs: Inputs = PLAIN
 
 
 def naive(
-    model: nn.Module, task: LocalTask, normalizer: Normalizer
+    model: nn.Module, task: LocalTask, normalizer: Normalizer, proximal_mu: float
 ) -> tuple[dict[str, Tensor], float]:
     images, labels = data()
     train = task.train
@@ -86,10 +89,10 @@ def naive(
             scores = model((images[batch].float() / 255).double())
         loss = nn.functional.cross_entropy(scores, labels[batch])
         losses += [float(loss.detach())] * len(batch)
-        if task.proximal_mu:
+        if proximal_mu:
             pairs = zip(model.parameters(), start, strict=True)
             distance = sum((p - s).square().sum() for p, s in pairs)
-            loss = loss + task.proximal_mu / 2 * distance
+            loss = loss + proximal_mu / 2 * distance
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
@@ -103,11 +106,11 @@ def naive(
 @pytest.mark.parametrize("proximal_mu", [0.0, 0.5])
 @pytest.mark.parametrize("name", normalizers.names())
 def test_it_is_the_naive_loop(name, proximal_mu):
-    task = replace(TASK, proximal_mu=proximal_mu)
+    task = replace(TASK, rules=(FedProx(proximal_mu),))
     # In double precision: normalizing four nearly equal pixels makes much of float32's rounding.
     workspace = Workspace(build(name).double())
     ours, update = trained(workspace, task, Doubled("unit"), normalizer=name)
-    theirs, loss = naive(build(name).double(), task, normalizers.create(name))
+    theirs, loss = naive(build(name).double(), task, normalizers.create(name), proximal_mu)
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-7, msg=key)
@@ -246,8 +249,8 @@ def test_the_generators_are_those_of_the_documentation():
 
 def test_momentum_that_is_kept_goes_on_where_it_was():
     # Two rounds against one optimizer that lives through both.
-    train = TRAIN.model_copy(update={"keep_momentum": True, "clip_norm": 0.0})
-    first = replace(TASK, train=train)
+    train = TRAIN.model_copy(update={"clip_norm": 0.0})
+    first = replace(TASK, train=train, rules=(KeptMomentum(),))
     workspace = Workspace(build("group").double())
     between, update = trained(workspace, first, Doubled("unit"), normalizer="group")
     second = replace(first, round_=3, carried=update.carried)
@@ -278,7 +281,7 @@ def test_a_correction_moves_every_step_by_the_same():
     correction = {n: torch.randn_like(p) for n, p in build("none").named_parameters()}
     workspace = Workspace(build("none"))
     plain, _ = trained(workspace, task)
-    corrected, _ = trained(workspace, replace(task, correction=correction))
+    corrected, _ = trained(workspace, replace(task, rules=(Scaffold(),), given=correction))
     for key, value in plain.items():
         torch.testing.assert_close(corrected[key], value - 0.05 * correction[key], msg=key)
 

@@ -115,24 +115,6 @@ def test_channels_last_weights_stay_so_and_train_alike():
     assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("mu", [0.01, 3.0])
-def test_the_proximal_term_is_the_gradient_of_its_formula(mu):
-    model = network()
-    optimizer = FlatSGD(model)
-    anchor = optimizer.values + torch.randn(
-        optimizer.values.shape, generator=torch.Generator().manual_seed(1)
-    )
-    (x, y), *_ = batches(1)
-    optimizer.zero_grad()
-    nn.functional.cross_entropy(model(x), y).backward()
-    optimizer.add_proximal(anchor, mu)
-    w = torch.cat([p.reshape(-1) for p in optimizer.parameters])
-    loss = nn.functional.cross_entropy(model(x), y) + mu / 2 * (w - anchor).square().sum()
-    expected = torch.autograd.grad(loss, optimizer.parameters)
-    for parameter, gradient in zip(optimizer.parameters, expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
-
-
 def test_an_undefined_gradient_is_not_hidden_by_clipping():
     """The weights become NaN, as with torch, and the server's gate refuses them."""
     model = network()

@@ -21,8 +21,9 @@ from fedkn.training import (
     train_privately,
     training_scores,
 )
-from fedkn.training.stacked import StackedWorkspace, train_stacked
+from fedkn.training.stacked import train_stacked
 from fedkn.training.stacked_batches import StackedClient
+from fedkn.training.stacked_workspace import StackedWorkspace
 
 TRAIN = TrainConfig(batch_size=4, momentum=0.5, precision="bfloat16")
 PRECISIONS = ("bfloat16", "float32")

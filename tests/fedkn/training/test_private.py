@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fedkn import models, normalizers
+from fedkn.algorithms.fedprox import FedProx
+from fedkn.algorithms.scaffold import Scaffold
 from fedkn.config import PrivacyConfig, TrainConfig
 from fedkn.errors import UserError
 from fedkn.layers import dropout_stream
 from fedkn.normalizers import Normalizer
 from fedkn.seeds import derive, numpy_generator
 from fedkn.training import Inputs, LocalTask, Workspace, train_locally
+from fedkn.training.kept_momentum import KeptMomentum
 from fedkn.training.privacy_spent import PrivacySpent
 from fedkn.training.private import (
     poisson_batch,
@@ -149,9 +152,9 @@ def test_other_networks(architecture, name):
 def test_full_batches_without_noise_are_plain_training():
     # All examples in every batch, as in train_locally with one batch for an epoch.
     train = TrainConfig(batch_size=99, local_epochs=3, momentum=0.5, clip_norm=0.0)
-    task = replace(TASK, train=train, proximal_mu=0.3)
+    task = replace(TASK, train=train, rules=(FedProx(0.3), Scaffold()))
     correction = {n: torch.full_like(p, 0.01) for n, p in build("group").named_parameters()}
-    task = replace(task, correction=correction)
+    task = replace(task, given=correction)
     workspace = Workspace(build("group"))
     ours, update = trained(workspace, task, OPEN)
     workspace.load()
@@ -260,8 +263,7 @@ def test_what_a_round_will_cost_is_known_before(size, change):
 
 
 def test_momentum_is_kept_beside_the_privacy_spent():
-    train = TRAIN.model_copy(update={"keep_momentum": True})
-    first = replace(TASK, train=train)
+    first = replace(TASK, rules=(KeptMomentum(),))
     between, update = trained(build("group"), first, OPEN)
     assert {name.partition("/")[0] for name in update.carried} == {"momentum", "privacy"}
     kept = replace(first, round_=3, carried=update.carried)

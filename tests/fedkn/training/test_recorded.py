@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fedkn import models, normalizers
+from fedkn.algorithms.fedprox import FedProx
+from fedkn.algorithms.scaffold import Scaffold
 from fedkn.config import TrainConfig
 from fedkn.training import Inputs, LocalTask, Workspace, recorded, train_locally
 from fedkn.training.captured import Captured
+from fedkn.training.kept_momentum import KeptMomentum
 from fedkn.training.recorded import StepRecorder
 
 TRAIN = TrainConfig(batch_size=4, local_epochs=2, momentum=0.9, weight_decay=1e-3, clip_norm=1.0)
@@ -104,7 +107,7 @@ CASES = {
     "augmented": (TASK, Inputs("unit", flip=True, crop_padding=1)),
     "accumulated": (replace(TASK, train=TRAIN.model_copy(update={"accumulate": 2})), PLAIN),
     "divided": (replace(TASK, largest_batch=3), PLAIN),
-    "proximal": (replace(TASK, proximal_mu=0.3), PLAIN),
+    "proximal": (replace(TASK, rules=(FedProx(0.3),)), PLAIN),
     "batches of one": (replace(TASK, train=TrainConfig(batch_size=1)), PLAIN),
     "bfloat16": (replace(TASK, train=TRAIN.model_copy(update={"precision": "bfloat16"})), PLAIN),
 }
@@ -128,9 +131,9 @@ def test_corrections_and_kept_momentum_are_each_clients_own() -> None:
         for scale in (1e-3, -2e-3)
     ]
     workspace = recording(build("none"))
-    kept = TRAIN.model_copy(update={"keep_momentum": True})
+    rules = (KeptMomentum(), Scaffold())
     for client, correction in enumerate(corrections):
-        task = replace(TASK, client=client, correction=correction, train=kept)
+        task = replace(TASK, client=client, rules=rules, given=correction)
         first = train(Workspace(build("none")), task)
         assert_close(first, train(workspace, task))
         following = replace(task, round_=3, carried=first[1].carried)
@@ -161,7 +164,7 @@ def test_long_rounds_are_taken_in_chunks(monkeypatch) -> None:
 def test_same_bits_whatever_was_recorded_before() -> None:
     alone = train(recording(build("batch")), TASK, name="batch")
     workspace = recording(build("batch"))
-    train(workspace, replace(TASK, client=5, proximal_mu=0.1), name="batch", data=data(19, 4))
+    train(workspace, replace(TASK, client=5, rules=(FedProx(0.1),)), name="batch", data=data(19, 4))
     state, update = train(workspace, TASK, name="batch")
     assert all(torch.equal(value, state[name]) for name, value in alone[0].items())
     assert update.loss == alone[1].loss

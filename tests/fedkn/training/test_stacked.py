@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 
 from fedkn import models, normalizers
+from fedkn.algorithms.fedprox import FedProx
 from fedkn.config import TrainConfig
 from fedkn.errors import UserError
-from fedkn.training import Inputs, LocalTask, LocalUpdate, Workspace, stacked, train_locally
-from fedkn.training.stacked import StackedWorkspace, train_stacked
+from fedkn.training import (
+    Inputs,
+    LocalTask,
+    LocalUpdate,
+    Workspace,
+    stacked_workspace,
+    train_locally,
+)
+from fedkn.training.stacked import train_stacked
 from fedkn.training.stacked_batches import StackedClient
+from fedkn.training.stacked_workspace import StackedWorkspace
 from tests.fedkn.training.test_recorded import Double
 
 TOGETHER = [n for n in normalizers.names() if normalizers.create(n).together]
@@ -49,7 +58,7 @@ def _clients(
             name: value + 0.02 * torch.randn(value.shape, generator=draw)
             for name, value in _model(normalizer).state_dict().items()
         }
-        task = LocalTask(3, 2, 10 + place, train, train.learning_rate, mu)
+        task = LocalTask(3, 2, 10 + place, train, train.learning_rate, (FedProx(mu),))
         clients.append(StackedClient(task, received, images, labels))
     return clients
 
@@ -161,7 +170,7 @@ def test_replayed_steps_are_those_computed_as_they_come(
     train: TrainConfig, mu: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a double of the CUDA graph: padded stacks, tables in chunks, one recording for all."""
-    monkeypatch.setattr(stacked, "_MOST_STEPS", 3)
+    monkeypatch.setattr(stacked_workspace, "_MOST_STEPS", 3)
     inputs = Inputs("unit", flip=True, crop_padding=1)
     replaying = StackedWorkspace(_model("kernel"), 6)
     replaying.capture = Double

@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
-from fedkn.normalizers import TensorRole
+from fedkn.normalizers import FederationRule, TensorRole
 from server.checkpoints import Checkpoint, CheckpointStore
 from server.gate.screening import Update
 from server.rounds.aggregation import Aggregator, NoAggregate
@@ -16,7 +16,7 @@ from server.rounds.participation import begin
 from server.strategies.registry import create_strategy, names
 from tests.server.fake_grid import ScriptedGrid
 
-RULE = {
+ROLES = {
     "conv.weight": TensorRole.SHARED,
     "temperature": TensorRole.SHARED,
     "norm.mean": TensorRole.SHARED,
@@ -25,6 +25,7 @@ RULE = {
     "old.mean": TensorRole.FROZEN,
     "fc.weight": TensorRole.SHARED,
 }
+RULE = FederationRule(ROLES)
 PARAMETERS = ("conv.weight", "temperature", "fc.weight")
 BUFFERS = ("norm.mean", "norm.var")
 EXAMPLES = (10, 40, 25, 5, 20)
@@ -280,12 +281,26 @@ def test_what_the_clients_are_told():
 
 
 def test_a_model_without_parameters_on_the_wire_still_averages_its_buffers():
-    rule = {"norm.mean": TensorRole.SHARED, "norm.var": TensorRole.SHARED}
+    rule = FederationRule(dict.fromkeys(BUFFERS, TensorRole.SHARED))
     aggregator = Aggregator(configured("fedavg"), lambda round_: rule, ())
     sent = {name: tensors(0)[name] for name in rule}
     aggregator.training_config(1, sent, ConfigRecord())
     after = aggregator.aggregate(1, sent, updates(1))
     np.testing.assert_allclose(after["norm.var"], mean(1, "norm.var"), rtol=1e-5)
+
+
+def test_means_and_variances_are_pooled_with_the_rules_weight():
+    roles = ROLES | {"norm.mean": TensorRole.MEAN, "norm.var": TensorRole.VARIANCE}
+    rule = FederationRule(roles, pooling_weight=0.25)
+    sent = tensors(0)
+    after = play(Aggregator(configured("fedavg"), lambda round_: rule, PARAMETERS), sent, [1])
+    shares = np.asarray(EXAMPLES, np.float64)[:, None] / sum(EXAMPLES)
+    means, variances = (np.stack([u.arrays[n].astype(float) for u in updates(1)]) for n in BUFFERS)
+    second = (shares * (variances + means**2)).sum(0)
+    pooled = {"norm.mean": mean(1, "norm.mean"), "norm.var": second - mean(1, "norm.mean") ** 2}
+    for name in BUFFERS:
+        expected = 0.75 * sent[name] + 0.25 * pooled[name]
+        np.testing.assert_allclose(after[name], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_an_optimizers_state_of_an_older_version_is_refused_not_dropped():

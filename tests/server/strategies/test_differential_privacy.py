@@ -9,7 +9,7 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, 
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
-from fedkn.normalizers import TensorRole
+from fedkn.normalizers import FederationRule, TensorRole
 from fedkn.seeds import derive
 from fedkn.training.update_clipping import clip_update, update_norm
 from server.gate.screening import Update
@@ -37,7 +37,7 @@ def configured(mechanism: str, **changes) -> ExperimentConfig:
 
 
 def make(mechanism: str, **changes) -> Aggregator:
-    rule = dict.fromkeys(SHAPES, TensorRole.SHARED)
+    rule = FederationRule(dict.fromkeys(SHAPES, TensorRole.SHARED))
     return Aggregator(configured(mechanism, **changes), lambda round_: rule, SHAPES)
 
 

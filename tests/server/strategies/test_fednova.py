@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fedkn.algorithms.fednova import step_weight
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from server.gate.screening import Update
-from server.strategies.fednova import FedNova, step_weight
+from server.strategies.fednova import FedNova
 from server.strategies.registry import create_strategy
 from tests.server.fake_grid import run, small
 

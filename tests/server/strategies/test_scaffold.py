@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from flwr.app import Message
 
-from clients.control_variates import correction, next_control
+from fedkn.algorithms.scaffold import correction, next_control
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, federated_data, inputs_of

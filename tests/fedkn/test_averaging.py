@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedkn.averaging import moment_pairs, pool_moments, weighted_mean, weighted_sum
 from fedkn.errors import UserError
 from fedkn.normalizers import TensorRole
-from server.rounds.pooling import moment_pairs, pool_moments
 
 PAIRS = [("norm.mean", "norm.variance")]
 
@@ -79,3 +81,41 @@ def test_pairs_are_found_by_their_module():
 def test_the_unpaired_are_refused_by_name(rule):
     with pytest.raises(UserError, match="module 'a' has"):
         moment_pairs(rule)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    examples=st.lists(st.integers(1, 999), min_size=1, max_size=6),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_the_mean_is_that_of_flowers_fedavg_to_the_bit(examples, dtype, seed):
+    random = np.random.default_rng(seed)
+    shapes = {"weight": (3, 4, 2), "scale": ()}
+    states = [
+        {name: np.asarray(random.normal(size=shape), dtype) for name, shape in shapes.items()}
+        for _ in examples
+    ]
+    # What is exactly zero keeps its sign, which a sum that begins with zero loses.
+    states[0]["weight"][0] = -0.0
+    replies = [
+        RecordDict(
+            {
+                "arrays": ArrayRecord({name: Array(value) for name, value in state.items()}),
+                "metrics": MetricRecord({"num-examples": count}),
+            }
+        )
+        for state, count in zip(states, examples, strict=True)
+    ]
+    theirs = aggregate_arrayrecords(replies, "num-examples")
+    ours = weighted_mean(states, examples, shapes)
+    for name in shapes:
+        value = theirs[name].numpy().astype(dtype)
+        assert (ours[name].shape, ours[name].tobytes()) == (value.shape, value.tobytes())
+
+
+def test_a_weighted_sum_is_in_float64():
+    states = [{"a": np.full(3, value, np.float32)} for value in (1e8, 1.0)]
+    total = weighted_sum(states, [1.0, 1.0], ["a"])["a"]
+    assert total.dtype == np.float64
+    assert total.tolist() == [100000001.0] * 3

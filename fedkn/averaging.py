@@ -1,15 +1,56 @@
-"""Clients' means and variances, pooled by the law of total variance."""
+"""The arithmetic of a round's end: clients' tensors averaged, their means and variances pooled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 
 import numpy as np
 
 from fedkn.errors import UserError
 from fedkn.normalizers import TensorRole
 
-__all__ = ["moment_pairs", "pool_moments"]
+__all__ = ["moment_pairs", "pool_moments", "weighted_mean", "weighted_sum"]
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def weighted_mean(
+    states: Sequence[Arrays], weights: Sequence[float], names: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """Return sum_k (w_k / w) a_k, w = sum_k w_k, for the arrays `names` of the clients' `states`.
+
+    Summed in their own dtype and order, as Flower's FedAvg does, to the bit; what such a dtype
+    cannot hold becomes infinite, which is for the caller to notice.
+    """
+    total = sum(weights)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return {
+            name: reduce(
+                np.add,
+                (
+                    np.multiply(state[name], weight / total, dtype=state[name].dtype)
+                    for state, weight in zip(states, weights, strict=True)
+                ),
+            )
+            for name in names
+        }
+
+
+def weighted_sum(
+    states: Sequence[Arrays], weights: Sequence[float], names: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """Return sum_k w_k a_k, in float64, for the arrays `names` of the clients' `states`."""
+    return {
+        name: np.sum(
+            [
+                state[name].astype(np.float64) * weight
+                for state, weight in zip(states, weights, strict=True)
+            ],
+            axis=0,
+        )
+        for name in names
+    }
 
 
 def moment_pairs(rule: Mapping[str, TensorRole]) -> list[tuple[str, str]]:
@@ -38,8 +79,8 @@ def moment_pairs(rule: Mapping[str, TensorRole]) -> list[tuple[str, str]]:
 
 def pool_moments(
     pairs: Sequence[tuple[str, str]],
-    sent: Mapping[str, np.ndarray],
-    updates: Sequence[Mapping[str, np.ndarray]],
+    sent: Arrays,
+    updates: Sequence[Arrays],
     weights: Sequence[float],
     momentum: float,
 ) -> dict[str, np.ndarray]:
