@@ -72,7 +72,7 @@ _RECORDED = 3
 """Graphs of a client, one for each batch size, keep memory of their own; tables beside them."""
 
 _COPIES = 6
-"""Of the parameters: values, those begun with, momentum, gradients, and two for the update's own work."""
+"""Of the parameters: values, the first ones, momentum, gradients, two for the update's own work."""
 
 
 def _room(session: Session, clients: int) -> StackedWorkspace | ConcurrentWorkspaces:

@@ -66,6 +66,7 @@ class RunFolder:
         try:
             (path / "cells").mkdir(parents=True, exist_ok=True)
             (path / _BEGINNING).touch()
+            _empty(path)  # of what a beginning that was cut short said of other settings and data
             yield cls(path)
             write_json(path / "experiment.json", asdict(grid))
             (path / _BEGINNING).unlink()
@@ -248,12 +249,18 @@ _BEGINNING = ".beginning"
 def _take_away(path: Path, there: bool) -> None:
     """Remove all that a beginning left in `path`, and the folder itself unless it was `there`."""
     with suppress(OSError):
-        for entry in path.iterdir():
-            if not entry.is_dir():
-                entry.unlink()
+        _empty(path)
+        (path / _BEGINNING).unlink(missing_ok=True)
         (path / "cells").rmdir()
         if not there:
             path.rmdir()
+
+
+def _empty(path: Path) -> None:
+    """Remove the files in `path`, but not the mark of a beginning."""
+    for entry in path.iterdir():
+        if not entry.is_dir() and entry.name != _BEGINNING:
+            entry.unlink()
 
 
 def _check(kind: Any, data: Any) -> None:

@@ -346,7 +346,9 @@ def test_a_beginning_that_was_killed_can_be_begun_again(
             begin(path)
     with pytest.raises(UserError, match="not a run folder"):
         RunFolder.open(path)
+    (path / "data.json").write_text("what the killed one was to train on")
     folder = begin(path)
+    assert not (path / "data.json").exists()
     assert RunFolder.open(path).partitions() == folder.partitions()
     assert not (path / ".beginning").exists()
     # Now it is a run, which nobody overwrites.
