@@ -29,7 +29,7 @@ from fedkn.federation import (
     join_answer,
     packed,
 )
-from fedkn.normalizers import TensorRole
+from fedkn.normalizers import FederationRule, TensorRole
 from server.gate.exchange import _largest_reply
 from server.global_model import GlobalModel
 from server.metrics_log import MetricsLog
@@ -180,9 +180,9 @@ class Model(GlobalModel):
         self.parameters = [name for name in shapes if "running" not in name]
         self.spreads, self.counts = frozenset(["norm.running_var"]), frozenset()
 
-    def rule(self, round_: int) -> dict[str, TensorRole]:
+    def rule(self, round_: int) -> FederationRule:
         del round_
-        return dict.fromkeys(self.sent, TensorRole.SHARED)
+        return FederationRule(dict.fromkeys(self.sent, TensorRole.SHARED))
 
 
 @lru_cache(maxsize=32)
