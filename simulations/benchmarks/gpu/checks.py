@@ -12,6 +12,7 @@ from fedkn.config import TrainConfig
 from fedkn.experiment import layout_on
 from fedkn.training import Inputs, LocalTask, Workspace, train_locally
 from fedkn.training.concurrent import ConcurrentWorkspaces, train_concurrently
+from fedkn.training.draws import Draws
 from fedkn.training.local import LocalRound
 from fedkn.training.stacked_batches import StackedClient
 
@@ -124,12 +125,13 @@ def _waits(
     local = LocalRound(
         workspace, client.images, client.labels, client.task, inputs=inputs, normalizer=normalizer
     )
+    draws = Draws(workspace.device) if local.alone else None
     cuda = workspace.device.type == "cuda"
     if cuda:
         torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(local.steps):
-            local.take_step(number)
+            local.take_step(number, draws)
     except RuntimeError as error:
         return str(error).strip().splitlines()[0]
     finally:

@@ -36,7 +36,8 @@ def write(metrics: Path, cell: Cell, rounds: int, seconds: float) -> None:
             line: dict[str, object] = dict.fromkeys(Round.__dataclass_fields__, 0)
             line |= {"round": round_, "seconds": seconds}
             nobody: dict[str, object] = {name: [] for name in ("cohort", "refused", "failed")}
-            nobody |= {"late": [], "state_lost": [], "epsilon": {}, "batch_sizes": {}}
+            nobody |= {"late": [], "state_lost": [], "data_changed": []}
+            nobody |= {"epsilon": {}, "batch_sizes": {}}
             line = {"cell": cell.id, "kind": "round", **line, **nobody}
             file.write(json.dumps(line) + "\n")
 
