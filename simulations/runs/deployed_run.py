@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,9 @@ class _Watch:
             self._away_since = None
         there = main_processes(self._fleet)
         if not state.finished and SUPERLINK in there and SUPEREXEC not in there:
+            # The SuperLink takes it for running yet, and whoever resumed it would be refused.
+            with suppress(SuperLinkAway):
+                self._control.stop(self._run_id)
             raise FedknError(
                 "the SuperExec, which runs the server's part, does not run: "
                 f"fedkn deploy up {self._fleet.path}"

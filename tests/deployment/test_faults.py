@@ -156,15 +156,15 @@ def test_garbage_over_the_wire_is_refused_with_client_and_reason(fleet, tmp_path
 
 
 def test_a_killed_superexec_ends_the_run_and_resume_goes_on(fleet):
-    with Run(fleet, "superexec-killed") as run:
-        run.after_round(1)
+    with Run(fleet, "superexec-killed", rounds=4) as run:
+        run.after_round(2)  # so that the first one's checkpoint is there
         kill(fleet, "superexec")
         code, output = run.end()
     assert code == 1, output
     assert "SuperExec" in output
     assert "--resume superexec-killed" in output
     assert fedkn("up", str(fleet.path), "--local").returncode == 0
-    assert resumed(fleet, run)["weights_sha256"] == expected_weights()
+    assert resumed(fleet, run)["weights_sha256"] == expected_weights(rounds=4)
 
 
 @pytest.fixture

@@ -55,11 +55,36 @@ class Failed:
 )
 def test_the_reason_is_told_without_a_log(output, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(deployed_run, "build_bundle", lambda: b"")
-    fleet = Fleet(tmp_path, 1, "localhost", 1, 2)
-    config = ExperimentConfig().overlay(checkpoint__folder=str(tmp_path / "run"))
+    fleet = Fleet(tmp_path, 0, "localhost", 1, 2)
+    config = ExperimentConfig().overlay(checkpoint__folder=str(tmp_path))
     with pytest.raises(FedknError) as failure:
         run_deployed(fleet, config, Failed(output), print)
     assert str(failure.value) == f"the run failed after 0 rounds: {reason}"
+
+
+class Orphaned(Failed):
+    """A Control API that takes a run for running until it is stopped: its SuperExec is gone."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+        self.stopped: list[int] = []
+
+    def run(self, run_id: int) -> RunState:
+        return RunState(run_id, "running", "", "", "", "", "", "")
+
+    def stop(self, run_id: int) -> None:
+        self.stopped.append(run_id)
+
+
+def test_a_run_whose_superexec_is_gone_is_ended_so_that_it_can_be_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(deployed_run, "build_bundle", lambda: b"")
+    monkeypatch.setattr(deployed_run, "main_processes", lambda fleet: {"superlink": None})
+    fleet = Fleet(tmp_path, 0, "localhost", 1, 2)
+    config = ExperimentConfig().overlay(checkpoint__folder=str(tmp_path))
+    control = Orphaned()
+    with pytest.raises(FedknError, match="the SuperExec, which runs the server's part"):
+        run_deployed(fleet, config, control, print)
+    assert control.stopped == [1]
 
 
 def test_who_missed_which_rounds():
