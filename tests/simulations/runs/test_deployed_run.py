@@ -8,6 +8,7 @@ import pytest
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
+from server.deployment.certificates import create_device_key
 from server.deployment.control import RunState
 from server.deployment.fleet import Fleet
 from simulations.commands.deploy_run import missing_updates
@@ -55,8 +56,12 @@ class Failed:
 )
 def test_the_reason_is_told_without_a_log(output, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(deployed_run, "build_bundle", lambda: b"")
-    fleet = Fleet(tmp_path, 0, "localhost", 1, 2)
-    config = ExperimentConfig().overlay(checkpoint__folder=str(tmp_path))
+    fleet = Fleet(tmp_path, 1, "localhost", 1, 2)
+    (device,) = fleet.devices
+    (tmp_path / "run").mkdir()
+    fleet.public_key(device).parent.mkdir()
+    create_device_key(tmp_path / "device.key", fleet.public_key(device), device.name)
+    config = ExperimentConfig().overlay(checkpoint__folder=str(tmp_path / "run"))
     with pytest.raises(FedknError) as failure:
         run_deployed(fleet, config, Failed(output), print)
     assert str(failure.value) == f"the run failed after 0 rounds: {reason}"
