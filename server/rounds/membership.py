@@ -165,7 +165,8 @@ class Membership:
                 break
             if waiting:
                 waiting.look(missing)
-            complaints = self._ask(self._strangers(), left)
+            # The last question may have too little time left for an answer.
+            complaints = self._ask(self._strangers(), left) or complaints
             if wanted - self._present().keys() - self._refused().keys():
                 time.sleep(min(_POLL_SECONDS, left))
         return sorted(missing), complaints

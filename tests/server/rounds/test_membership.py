@@ -84,6 +84,15 @@ def test_the_missing_partitions_are_named_with_what_a_node_said():
     assert "Traceback" not in text
 
 
+def test_what_a_node_said_is_told_though_the_last_question_found_no_answer():
+    class Slow(Nodes):
+        def _answer(self, message: Message) -> list[Message]:
+            return [] if self.asked else super()._answer(message)
+
+    with pytest.raises(ClientsMissing, match="A node said: not signed"):
+        Membership(Slow(n1="not signed"), 1, timeout=0.1, data=IMAGES).join()
+
+
 def test_many_missing_partitions_are_abbreviated():
     with pytest.raises(ClientsMissing, match=r"partitions 0, 1, .*, 9, …\."):
         Membership(Nodes(), 40, timeout=0.02, data=IMAGES).join()
