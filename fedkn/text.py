@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["printable"]
 
 
-def printable(text: object, limit: int = 200) -> str:
+def printable(text: object, limit: int = 400) -> str:
     """Return `text` on one line of at most `limit` characters that a terminal shows as they are.
 
     Whitespace of any kind becomes single spaces. Characters that do not print (control characters,

@@ -231,7 +231,7 @@ def _write_cache() -> Path:
 @_told
 def image_cache(rng: random.Random) -> object:
     _changed(rng, "cache")
-    images = load_decoded(_folder("images"), "raw", "key", _decoded)
+    images = load_decoded(_folder("images"), "raw", "key", _decoded).images
     assert images.dtype == torch.uint8, "pixels of another dtype are trained on"
     assert tuple(images.shape) == (4, 3, 4, 4), "images of another shape are trained on"
     return images

@@ -13,9 +13,6 @@ from tests.fuzz.targets import TARGETS
 
 _CASES = {"whole-runs": 1}
 
-# Files that others mend in these days; the campaign names what is left.
-_UNMENDED = {"run-metrics", "run-record", "image-cache", "configuration"}
-
 
 @pytest.fixture(autouse=True)
 def _quick_collections():
@@ -25,7 +22,7 @@ def _quick_collections():
     gc.unfreeze()
 
 
-@pytest.mark.parametrize("name", sorted(TARGETS.keys() - _UNMENDED))
+@pytest.mark.parametrize("name", sorted(TARGETS))
 def test_a_few_cases_of_every_target(name):
     for case in range(_CASES.get(name, 25)):
         assert TARGETS[name].run(random.Random(f"smoke-{name}-{case}"))

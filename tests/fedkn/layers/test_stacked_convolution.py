@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from fedkn.layers.stacked_convolution import StackedConvolutions
@@ -8,7 +10,7 @@ from tests.fedkn.layers.kernel.backends.test_triton import needs_triton, run
 
 @needs_triton
 def test_agrees_with_each_clients_own_convolution_in_the_interpreter() -> None:
-    run("convolution_agrees.py", TRITON_INTERPRET="1")
+    run(str(Path(__file__).parent / "convolution_agrees.py"), TRITON_INTERPRET="1")
 
 
 def test_on_the_cpu_it_is_pytorchs() -> None:

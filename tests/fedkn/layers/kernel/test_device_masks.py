@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from tests.fedkn.layers.kernel.backends.test_triton import needs_triton, run
 
 @needs_triton
 def test_masks_are_the_cpus_in_the_interpreter() -> None:
-    run("masks_agree.py", TRITON_INTERPRET="1")
+    run(str(Path(__file__).parent / "masks_agree.py"), TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("per_sample", [12, 10])
