@@ -7,6 +7,7 @@ the two. A strategy without a file here trains as FedAvg does: only its server h
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -22,11 +23,13 @@ from fedkn.training.update_clipping import ClippedUpdate
 __all__ = ["client_half", "local_rules", "names", "rule_types"]
 
 
+@cache
 def names() -> tuple[str, ...]:
     """Return the names of the algorithms that have a client half of their own."""
     return tuple(sorted(module.name for module in iter_modules(__path__)))
 
 
+@cache
 def client_half(name: str) -> type[LocalRule]:
     """Return the rule by which clients train under the strategy `name`."""
     if name not in names():
