@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
@@ -247,8 +247,8 @@ class Membership:
                 if node is None or node in answers:
                     continue
                 try:
-                    found = _member(reply, len(self._data.classes))
-                    answers[node] = self._checked(found, node, own.get(node))
+                    found = self._checked(_member(reply), node, own.get(node))
+                    answers[node] = _with_labels(found, reply, len(self._data.classes))
                 except _OddAnswer as odd:
                     self._complain(node, str(odd))
                     partition = own.get(node, odd.partition)
@@ -307,7 +307,7 @@ class _OddAnswer(ValueError):
         self.partition = partition
 
 
-def _member(reply: Message, classes: int) -> Member:
+def _member(reply: Message) -> Member:
     """Return who answered, as it says.
 
     Raises:
@@ -321,26 +321,28 @@ def _member(reply: Message, classes: int) -> Member:
     numbers = {key: value for key, value in metrics.items() if key != LABELS}
     try:
         found = numbers_in(numbers, joining_ranges())
-        labels = _counts(metrics.get(LABELS, []), classes, found[EXAMPLES])
     except ValueError as error:
         partition = metrics.get(PARTITION)
         raise _OddAnswer(
             f"a node answered partition {printable(partition)} with what cannot be: {error}",
             partition if type(partition) is int else None,
         ) from None
-    return Member(reply.metadata.src_node_id, found[PARTITION], found[EXAMPLES], labels)
+    return Member(reply.metadata.src_node_id, found[PARTITION], found[EXAMPLES])
 
 
-def _counts(labels: object, classes: int, examples: int) -> tuple[int, ...]:
-    """Return how many `examples` a client has of each class; nothing where it does not say."""
+def _with_labels(member: Member, reply: Message, classes: int) -> Member:
+    """Return `member` with how many examples of each class it has, if it says so."""
+    labels = reply.content.metric_records[METRICS].get(LABELS, [])
     if labels == []:
-        return ()
+        return member
     if isinstance(labels, list) and len(labels) == classes:
         counts = tuple(n for n in labels if type(n) is int and n >= 0)
-        if len(counts) == classes and sum(counts) == examples:
-            return counts
-    raise ValueError(
-        f"counts of labels that cannot be those of {examples} examples in {classes} classes"
+        if len(counts) == classes and sum(counts) == member.examples:
+            return replace(member, labels=counts)
+    raise _OddAnswer(
+        f"a node answered partition {member.partition} with counts of labels that cannot be those "
+        f"of {member.examples} examples in {classes} classes",
+        member.partition,
     )
 
 
