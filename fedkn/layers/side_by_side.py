@@ -19,7 +19,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack as ou
 from fedkn.layers.circumstances import No, Served, one_vmap_over
 from fedkn.layers.native import library
 
-__all__ = ["apart", "beside", "clients_of", "flat", "outside", "serves"]
+__all__ = ["apart", "beside", "clients_of", "flat", "outside", "serves", "taken_out"]
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
@@ -39,13 +39,13 @@ def clients_of(mapped: Tensor) -> int:
 def beside(x: Tensor, clients: int) -> Tensor:
     """Return all clients' maps (N, C, H, W) as (N, clients * C, H, W), contiguous."""
     with outside():
-        return _taken_out(x, 1, clients).flatten(1, 2).contiguous()
+        return taken_out(x, 1, clients).flatten(1, 2).contiguous()
 
 
 def flat(parameter: Tensor, clients: int) -> Tensor:
     """Return all clients' parameter (n, …) as (clients * n, …)."""
     with outside():
-        return _taken_out(parameter, 0, clients).flatten(0, 1)
+        return taken_out(parameter, 0, clients).flatten(0, 1)
 
 
 def apart(y: Tensor, clients: int) -> Tensor:
@@ -56,11 +56,7 @@ def apart(y: Tensor, clients: int) -> Tensor:
     return own
 
 
-_NO_VMAP = No("there is no vmap over clients with weights of their own, or more than that one")
-_AUTOCAST = No("autocast is on, and takes the fused kernels' operations for its own")
-
-
-def _taken_out(tensor: Tensor, to: int, clients: int) -> Tensor:
+def taken_out(tensor: Tensor, to: int, clients: int) -> Tensor:
     """Return `tensor` with the clients as dimension `to`; repeated where it is all clients' own."""
     if _functorch.is_batchedtensor(tensor):
         inner: Tensor = _functorch.get_unwrapped(tensor)
@@ -68,3 +64,7 @@ def _taken_out(tensor: Tensor, to: int, clients: int) -> Tensor:
     sizes = [-1] * (tensor.dim() + 1)
     sizes[to] = clients
     return tensor.unsqueeze(to).expand(sizes)
+
+
+_NO_VMAP = No("there is no vmap over clients with weights of their own, or more than that one")
+_AUTOCAST = No("autocast is on, and takes the fused kernels' operations for its own")

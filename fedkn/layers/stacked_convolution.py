@@ -20,6 +20,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
 from fedkn.layers.kernel.settings import Geometry
+from fedkn.layers.side_by_side import clients_of, taken_out
 
 __all__ = ["StackedConvolutions", "convolve_stacked"]
 
@@ -100,16 +101,15 @@ class _Call(NamedTuple):
         )
 
     def answer(self) -> Tensor:
-        inner = _functorch.get_unwrapped(self.weight)
-        clients = inner.shape[_functorch.maybe_get_bdim(self.weight)]
+        clients = clients_of(self.weight)
         level = _functorch.peek_interpreter_stack().level()
         with temporarily_pop_interpreter_stack():
-            weight = _taken_out(self.weight, 0, clients)
-            bias = None if self.bias is None else _taken_out(self.bias, 0, clients)
+            weight = taken_out(self.weight, 0, clients)
+            bias = None if self.bias is None else taken_out(self.bias, 0, clients)
             if torch.backends.cudnn.allow_tf32:
                 beside, y = 1, self._grouped(weight, bias, clients)
             else:
-                x = _taken_out(self.x, 0, clients)
+                x = taken_out(self.x, 0, clients)
                 beside, y = 0, convolve_stacked(x, weight, bias, self.geometry)
         own: Tensor = _functorch._add_batch_dim(y, beside, level)
         return own
@@ -117,7 +117,7 @@ class _Call(NamedTuple):
     def _grouped(self, weight: Tensor, bias: Tensor | None, clients: int) -> Tensor:
         """Return (N, K, O, OH, OW): all clients' channels beside each other, channels last."""
         last = torch.channels_last
-        maps = _taken_out(self.x, 1, clients).flatten(1, 2).contiguous(memory_format=last)
+        maps = taken_out(self.x, 1, clients).flatten(1, 2).contiguous(memory_format=last)
         filters = weight.flatten(0, 1).contiguous(memory_format=last)
         shift = None if bias is None else bias.flatten()
         _, stride, padding, dilation, _ = self.geometry
@@ -224,16 +224,6 @@ def _taps(geometry: Geometry) -> dict[str, int]:
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
-def _taken_out(tensor: Tensor, to: int, clients: int) -> Tensor:
-    """Return `tensor` with the clients as dimension `to`; repeated where it is all clients' own."""
-    if _functorch.is_batchedtensor(tensor):
-        inner: Tensor = _functorch.get_unwrapped(tensor)
-        return inner.movedim(_functorch.maybe_get_bdim(tensor), to)
-    sizes = [-1] * (tensor.dim() + 1)
-    sizes[to] = clients
-    return tensor.unsqueeze(to).expand(sizes)
 
 
 @functools.cache
