@@ -8,8 +8,6 @@ ours for all (`fedkn.layers.convolution_kernels`) takes 0.6 ms for (docs/perform
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
+from fedkn.layers import triton_switch
 from fedkn.layers.kernel.settings import Geometry
 from fedkn.layers.side_by_side import clients_of, taken_out
 
@@ -97,7 +96,7 @@ class _Call(NamedTuple):
             and self.x.dim() == 4
             and self.x.numel() > 0
             and not torch.is_autocast_enabled("cuda")
-            and _has_triton()
+            and triton_switch.load()
         )
 
     def answer(self) -> Tensor:
@@ -224,8 +223,3 @@ def _taps(geometry: Geometry) -> dict[str, int]:
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

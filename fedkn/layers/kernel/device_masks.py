@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+from fedkn.layers import triton_switch
 
 __all__ = ["draw_lanes", "serves"]
 
 
 def serves(key: int | Tensor, device: torch.device) -> bool:
     """Whether masks of `key` on `device` can be drawn so: under no transform but one vmap."""
-    if device.type != "cuda" or not _has_triton() or torch.compiler.is_compiling():
+    if device.type != "cuda" or not triton_switch.load() or torch.compiler.is_compiling():
         return False
     if torch._C._get_tracing_state() is not None:
         return False
@@ -56,8 +55,3 @@ def drawn(keys: Tensor, words: int, level: int, dtype: torch.dtype) -> Tensor:
 
 
 _BLOCK = 256
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -1,26 +1,24 @@
 """How the Triton kernels are launched: `plain`'s forward and backward for CUDA devices.
 
-FEDKN_TRITON=auto (the default) uses them for CUDA tensors where Triton is installed, 0 never,
-1 always, so that its absence is an error. With TRITON_INTERPRET=1 they run on CPU tensors, for
-tests on machines without a device.
+Used for CUDA tensors where `fedkn.layers.triton_switch` allows it. With TRITON_INTERPRET=1 they run
+on CPU tensors, for tests on machines without a device.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedkn.errors import UserError, unknown_name
 from fedkn.layers.circumstances import No, Served
 from fedkn.layers.kernel.autograd import Saved
 from fedkn.layers.kernel.definition import centred, filter_sums
 from fedkn.layers.kernel.host_masks import LEVELS
 from fedkn.layers.kernel.settings import Settings
+from fedkn.layers.triton_switch import load
 
 __all__ = ["backward", "forward", "load", "serves"]
 
@@ -34,21 +32,6 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
     if not x.numel() or _pixel_strides(x) is None:
         return _UNEVEN
     return True if load() else _NONE
-
-
-@functools.cache
-def load() -> bool:
-    """Say whether the kernels can be used.
-
-    Raises UserError if FEDKN_TRITON is none of auto, 0 and 1, or if it is 1 without Triton.
-    """
-    wish = os.environ.get("FEDKN_TRITON", "auto")
-    if wish not in _WISHES:
-        raise unknown_name("FEDKN_TRITON", wish, _WISHES)
-    found = importlib.util.find_spec("triton") is not None
-    if wish == "1" and not found:
-        raise UserError("FEDKN_TRITON=1, but Triton is not installed: pip install triton")
-    return found and wish != "0"
 
 
 def forward(
@@ -133,7 +116,6 @@ _UNEVEN = No("there are no maps, or their pixels are not evenly spaced in memory
 _NONE = No("the Triton kernels cannot be had: FEDKN_TRITON=0, or Triton is not installed")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WISHES = ("auto", "0", "1")
 _PROGRAMS = 512  # enough to keep every multiprocessor busy
 
 
