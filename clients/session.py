@@ -236,7 +236,9 @@ def _partitions(config: ExperimentConfig, told: DataSummary | None) -> _Images:
         )
     data = federated_data(config)
     train = data.train
-    return _Images(None, None, train.num_classes, train.images, train.labels, data.parts, data.held)
+    return _Images(
+        None, None, train.num_classes, train.inputs, train.targets, data.parts, data.held
+    )
 
 
 def _own_images(
@@ -247,7 +249,7 @@ def _own_images(
     _LOG.info("this device's own data: %s", describe(images))
     evaluation = config.evaluation
     used, kept = keep_back(
-        images.labels.numpy(),
+        images.targets.numpy(),
         partition,
         config.seed,
         evaluation.client_fraction,
@@ -258,8 +260,8 @@ def _own_images(
         wanted or summary_of(images),
         Fingerprint.of(images),
         images.num_classes,
-        images.images,
-        images.labels,
+        images.inputs,
+        images.targets,
         tuple(used if client == partition else nothing for client in clients),
         tuple(kept if client == partition else nothing for client in clients),
     )

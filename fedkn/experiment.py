@@ -25,8 +25,8 @@ from fedkn.config import (
 from fedkn.data import partition as partitions
 from fedkn.data import sources
 from fedkn.data.augmentation import channel_statistics
+from fedkn.data.examples import Examples, Source
 from fedkn.data.fingerprint import Fingerprint
-from fedkn.data.images import ImageData, Source
 from fedkn.data.split import stratified_split
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
@@ -60,14 +60,14 @@ class FederatedData:
         notes: what of the source was left out or passed over.
     """
 
-    train: ImageData
+    train: Examples
     parts: tuple[np.ndarray, ...]
     held: tuple[np.ndarray, ...]
-    validation: ImageData
-    test: ImageData
+    validation: Examples
+    test: Examples
     notes: tuple[str, ...] = ()
 
-    def client(self, partition: int) -> ImageData:
+    def client(self, partition: int) -> Examples:
         """Return the images of client `partition`."""
         return self.train.select(self.parts[partition])
 
@@ -212,9 +212,9 @@ def _source(data: DataConfig) -> Source:
 
 
 @lru_cache(maxsize=2)
-def _split(data: DataConfig) -> tuple[ImageData, ImageData, ImageData]:
+def _split(data: DataConfig) -> tuple[Examples, Examples, Examples]:
     source = _source(data)
-    kept, held = stratified_split(source.train.labels, data.validation_fraction, 0, "validation")
+    kept, held = stratified_split(source.train.targets, data.validation_fraction, 0, "validation")
     return source.train.select(kept), source.train.select(held), source.test
 
 
@@ -224,7 +224,7 @@ def _federated_data(
 ) -> FederatedData:
     train, validation, test = _split(data)
     parts = partitions.partition(
-        train.labels.numpy(),
+        train.targets.numpy(),
         scheme.scheme,
         clients=scheme.clients,
         seed=seed,
@@ -233,7 +233,7 @@ def _federated_data(
         sigma=scheme.sigma,
         minimum=scheme.minimum,
     )
-    labels = train.labels.numpy()
+    labels = train.targets.numpy()
     own, held = [], []
     for client, part in enumerate(parts):
         used, kept = keep_back(labels[part], client, seed, kept_back, split)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from fedkn.averaging import moment_pairs, pool_moments, weighted_mean, weighted_sum
 from fedkn.config import ExperimentConfig
-from fedkn.data.images import ImageData
+from fedkn.data.examples import Examples
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, federated_data, inputs_of, normalizer_of
 from fedkn.normalizers import FederationRule, TensorRole
@@ -70,7 +70,7 @@ def federated_averaging(config: ExperimentConfig) -> dict[str, np.ndarray]:
 
 
 def _local_sgd(
-    workspace: Workspace, data: ImageData, config: ExperimentConfig, round_: int, client: int
+    workspace: Workspace, data: Examples, config: ExperimentConfig, round_: int, client: int
 ) -> int:
     """Take a client's steps of one round on the model that was loaded; return how many."""
     model, optimizer, train = workspace.model, workspace.optimizer, config.train
@@ -81,7 +81,7 @@ def _local_sgd(
     normalizer.begin_training(model, round_)
     with own_draws(workspace.device, derive(seed, "network", *place)) as draws:
         for step, batch in enumerate(plan.batches):
-            images, labels = data.images[batch], data.labels[batch]
+            images, labels = data.inputs[batch], data.targets[batch]
             if inputs.augments:
                 images = inputs.augmented(images, torch_generator(seed, "augment", *place, step))
             optimizer.zero_grad()
@@ -93,7 +93,7 @@ def _local_sgd(
 
         @torch.no_grad()
         def forward(batch_size: int) -> None:
-            for images in torch.split(data.images, batch_size):
+            for images in torch.split(data.inputs, batch_size):
                 model(inputs(images))
 
         draws.reseed(derive(seed, "statistics", *place))

@@ -89,8 +89,8 @@ class GlobalModel:
         self._workspace.load({name: torch.from_numpy(value) for name, value in tensors.items()})
         return evaluate(
             self._workspace.model,
-            self._held.images,
-            self._held.labels,
+            self._held.inputs,
+            self._held.targets,
             self._inputs,
             self._config.evaluation.batch_size,
         )
@@ -103,7 +103,7 @@ class GlobalModel:
         precision = self._config.train.precision
         check_precision(precision, self._device)
         peak = step_memory(
-            self._workspace.model, self._inputs(some.images), some.labels, precision=precision
+            self._workspace.model, self._inputs(some.inputs), some.targets, precision=precision
         )
         return {"peak_bytes": peak, "batch_size": size}
 

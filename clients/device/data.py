@@ -11,7 +11,7 @@ import torch
 from fedkn.config import DataConfig, ExperimentConfig
 from fedkn.data import sources
 from fedkn.data.augmentation import channel_statistics
-from fedkn.data.images import ImageData, Source
+from fedkn.data.examples import Examples, Source
 from fedkn.data.summary import DataSummary
 from fedkn.data.torchvision_sources import TORCHVISION_SOURCES
 from fedkn.errors import UserError, unknown_name
@@ -54,7 +54,7 @@ def node_data(node_config: Mapping[str, Any]) -> OwnData | None:
     return OwnData(path, kind) if path else None
 
 
-def load_own(own: OwnData, data: DataConfig, wanted: DataSummary | None) -> ImageData:
+def load_own(own: OwnData, data: DataConfig, wanted: DataSummary | None) -> Examples:
     """Return the device's images, labelled as `wanted`, the experiment's, has it.
 
     They are all that are there, but for those set apart as test images: ``test/`` of a folder,
@@ -92,20 +92,20 @@ def summary_here(config: ExperimentConfig) -> DataSummary | None:
         return None
 
 
-def summary_of(images: ImageData) -> DataSummary:
+def summary_of(images: Examples) -> DataSummary:
     """Return the summary of a device's own `images`, as if they were the experiment's."""
     mean, deviation = channel_statistics(images)
     shape = (images.in_channels, *images.image_size)
     return DataSummary(images.classes, shape, tuple(mean.tolist()), tuple(deviation.tolist()))
 
 
-def label_counts(images: ImageData) -> dict[str, int]:
+def label_counts(images: Examples) -> dict[str, int]:
     """Return the number of images of every class, in the order of the classes."""
-    counts = torch.bincount(images.labels, minlength=images.num_classes)
+    counts = torch.bincount(images.targets, minlength=images.num_classes)
     return dict(zip(images.classes, counts.tolist(), strict=True))
 
 
-def describe(images: ImageData) -> str:
+def describe(images: Examples) -> str:
     """Return in one line how many images there are, of which shape, and of each label."""
     height, width = images.image_size
     counts = label_counts(images)
@@ -133,10 +133,10 @@ def _image_size(data: DataConfig, wanted: DataSummary | None) -> int:
     return height if height == width else 0
 
 
-def _whole(source: Source) -> ImageData:
+def _whole(source: Source) -> Examples:
     train, test = source.train, source.test
-    return ImageData(
-        torch.cat([train.images, test.images]),
-        torch.cat([train.labels, test.labels]),
+    return Examples(
+        torch.cat([train.inputs, test.inputs]),
+        torch.cat([train.targets, test.targets]),
         train.classes,
     )

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import torch
 
-from fedkn.data.images import ImageData, Source
+from fedkn.data.examples import Examples, Source
 from fedkn.data.split import stratified_split
 from fedkn.errors import UserError
 from fedkn.text import printable
@@ -57,14 +57,14 @@ def load_arrays(root: Path | None) -> Source:
     for prefix in prefixes:
         images = _images(f"{where}: '{prefix}images'", entries.pop(f"{prefix}images"))
         try:
-            data = ImageData(torch.from_numpy(images), torch.from_numpy(labels[prefix]), classes)
+            data = Examples(torch.from_numpy(images), torch.from_numpy(labels[prefix]), classes)
         except UserError as error:
             raise UserError(f"{where}, '{prefix}images' and '{prefix}labels': {error}") from error
         parts.append(data)
     if len(parts) == 2:
         return Source("arrays", parts[0], parts[1])
     whole = parts[0]
-    kept, held = stratified_split(whole.labels, 0.2, seed=0, purpose="test images of arrays")
+    kept, held = stratified_split(whole.targets, 0.2, seed=0, purpose="test images of arrays")
     return Source("arrays", whole.select(kept), whole.select(held), held_out=True)
 
 

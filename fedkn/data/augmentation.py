@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedkn.data.images import ImageData
+from fedkn.data.examples import Examples
 from fedkn.errors import UserError, unknown_name
 
 __all__ = ["SCALINGS", "augment", "augment_pieces", "channel_statistics", "scale"]
@@ -118,7 +118,7 @@ def scale(
     return unit.sub_(mean.to(unit).view(shape)).div_(std.to(unit).view(shape))
 
 
-def channel_statistics(data: ImageData) -> tuple[Tensor, Tensor]:
+def channel_statistics(data: Examples) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each channel of x/255, float32 (C,) on the CPU.
 
     Both are exact before the last rounding: integer histograms of the 256 values are summed over
@@ -134,7 +134,7 @@ def channel_statistics(data: ImageData) -> tuple[Tensor, Tensor]:
         raise UserError("no images to take the mean and standard deviation of")
     counts = torch.zeros(data.in_channels, 256, dtype=torch.float64)
     for start in range(0, len(data), _CHUNK):
-        chunk = data.images[start : start + _CHUNK]
+        chunk = data.inputs[start : start + _CHUNK]
         for channel in range(data.in_channels):
             values = chunk[:, channel].flatten()
             counts[channel] += torch.bincount(values, minlength=256).cpu()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fedkn.data.digits_table import digits_table
-from fedkn.data.images import ImageData, Source
+from fedkn.data.examples import Examples, Source
 from fedkn.data.split import stratified_split
 
 __all__ = ["load_digits"]
@@ -23,10 +23,10 @@ def load_digits() -> Source:
     """
     table = digits_table()
     pixels = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    data = ImageData(
+    data = Examples(
         torch.from_numpy(pixels),
         torch.from_numpy(table[:, -1].astype(np.int64)),
         tuple(str(name) for name in range(10)),
     )
-    kept, held = stratified_split(data.labels, 0.2, seed=0, purpose="test images of digits")
+    kept, held = stratified_split(data.targets, 0.2, seed=0, purpose="test images of digits")
     return Source("digits", data.select(kept), data.select(held), held_out=True)

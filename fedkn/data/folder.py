@@ -12,7 +12,7 @@ import torch
 
 from fedkn.data.decoded import load_decoded
 from fedkn.data.decoding import decode_files, refusal, unusable
-from fedkn.data.images import ImageData, Source
+from fedkn.data.examples import Examples, Source
 from fedkn.data.layout import ImageFile, Layout, read_layout
 from fedkn.data.split import limited, stratified_split
 from fedkn.errors import UserError
@@ -95,8 +95,8 @@ def load_image_folder(
     labels = torch.tensor([files[index].label for index in used], dtype=torch.int64)
     return Source(
         "image_folder",
-        ImageData(cached.images[:cut], labels[:cut], layout.classes),
-        ImageData(cached.images[cut:], labels[cut:], layout.classes),
+        Examples(cached.images[:cut], labels[:cut], layout.classes),
+        Examples(cached.images[cut:], labels[cut:], layout.classes),
         held_out=layout.test is None,
         notes=notes,
     )

@@ -12,8 +12,8 @@ import torch
 
 from fedkn.data.arrays import load_arrays
 from fedkn.data.digits import load_digits
+from fedkn.data.examples import Source
 from fedkn.data.folder import load_image_folder
-from fedkn.data.images import Source
 from fedkn.data.torchvision_sources import TORCHVISION_SOURCES, load_torchvision
 from fedkn.errors import UserError, unknown_name
 from fedkn.text import printable
@@ -78,7 +78,7 @@ def load(
 
 
 def _missing_classes(source: Source) -> tuple[str, ...]:
-    counts = torch.bincount(source.train.labels, minlength=source.num_classes)
+    counts = torch.bincount(source.train.targets, minlength=source.num_classes)
     missing = [source.train.classes[label] for label in (counts == 0).nonzero().flatten().tolist()]
     if not missing:
         return ()

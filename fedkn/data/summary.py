@@ -10,8 +10,8 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from fedkn.data.examples import Examples
 from fedkn.data.fingerprint import Fingerprint
-from fedkn.data.images import ImageData
 from fedkn.errors import UserError
 from fedkn.text import printable
 
@@ -86,7 +86,7 @@ class DataSummary:
             found += self.fingerprint.changes(now.fingerprint)
         return found
 
-    def conformed(self, own: ImageData) -> ImageData:
+    def conformed(self, own: Examples) -> Examples:
         """Return the images `own` with labels in the order of these classes, matched by name.
 
         `own` may lack classes.
@@ -112,7 +112,7 @@ class DataSummary:
         if own.classes == self.classes:
             return own
         places = torch.tensor([self.classes.index(name) for name in own.classes])
-        return ImageData(own.images, places[own.labels], self.classes)
+        return Examples(own.inputs, places[own.targets], self.classes)
 
 
 def _tuple(record: Mapping[str, Any], key: str, kind: type[ValueT]) -> tuple[ValueT, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkn.data.images import ImageData, Source
+from fedkn.data.examples import Examples, Source
 from fedkn.data.vision import import_torchvision
 from fedkn.errors import UserError
 
@@ -74,11 +74,11 @@ def load_torchvision(name: str, root: Path | None, download: bool) -> Source:
     )
 
 
-def _part(name: str, recipe: _Recipe, root: Path, download: bool, *, train: bool) -> ImageData:
+def _part(name: str, recipe: _Recipe, root: Path, download: bool, *, train: bool) -> Examples:
     dataset_class = getattr(import_torchvision().datasets, recipe.dataset)
     try:
         dataset = dataset_class(root, train=train, download=download, **recipe.arguments)
-        return ImageData(
+        return Examples(
             recipe.pixels(dataset.data),
             torch.as_tensor(dataset.targets, dtype=torch.int64),
             tuple(dataset.classes),

@@ -52,8 +52,8 @@ def evaluation_modes(folder: Path, cell: str | None, draws: int) -> list[ModeAcc
             with torch.inference_mode(), dropout_stream(derive("evaluation mode", draw)):
                 for start in range(0, len(test), _BATCH):
                     some = slice(start, start + _BATCH)
-                    answers = trained.network(test.images[some].float()).argmax(1)
-                    right += int((answers == test.labels[some]).sum())
+                    answers = trained.network(test.inputs[some].float()).argmax(1)
+                    right += int((answers == test.targets[some]).sum())
             accuracies.append(right / len(test))
         results.append(ModeAccuracy(mode, tuple(accuracies)))
     return results

@@ -96,8 +96,8 @@ class _Trainer:
             for batch in torch.split(torch.randperm(len(data)), train.batch_size):
                 optimizer.zero_grad()
                 with dropout_stream(0):
-                    scores = self.model(self._inputs(data.images[batch]))
-                F.cross_entropy(scores, data.labels[batch]).backward()  # type: ignore[no-untyped-call]  # torch annotates it so
+                    scores = self.model(self._inputs(data.inputs[batch]))
+                F.cross_entropy(scores, data.targets[batch]).backward()  # type: ignore[no-untyped-call]  # torch annotates it so
                 optimizer.step()
             for name, value in self.model.state_dict().items():
                 sums[name] += value * len(data)

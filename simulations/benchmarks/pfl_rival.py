@@ -40,7 +40,7 @@ def run_pfl(config: ExperimentConfig, each_round: Callable[[], None]) -> None:
 
     def user(client: int) -> Dataset:
         own = data.client(client)
-        return Dataset(raw_data=[own.images, own.labels], user_id=str(client))
+        return Dataset(raw_data=[own.inputs, own.targets], user_id=str(client))
 
     sampler = get_user_sampler("random", list(range(config.partition.clients)))
     users = FederatedDataset(user, sampler)

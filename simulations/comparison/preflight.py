@@ -60,7 +60,7 @@ def count_labels(grid: GridConfig) -> list[PartitionRecord]:
 def _count(grid: GridConfig, partition: PartitionConfig, seed: int) -> PartitionRecord:
     config = grid.experiment.model_copy(update={"partition": partition, "seed": seed})
     data = federated_data(config)
-    counts = label_counts(data.train.labels, data.parts, data.train.num_classes)
+    counts = label_counts(data.train.targets, data.parts, data.train.num_classes)
     label = partition_label(partition)
     classes, notes = list(data.train.classes), list(data.notes)
     return PartitionRecord(label, seed, classes, counts.tolist(), notes)

@@ -36,7 +36,7 @@ def engine_of(config: ExperimentConfig) -> str:
     if config.model.name not in ARCHITECTURES:
         return "inprocess"  # where building it says what is wrong
     channels = _width(config)
-    _, _, height, width = federated_data(config).train.images.shape
+    _, _, height, width = federated_data(config).train.inputs.shape
     numbers = config.train.batch_size * channels * height * width
     one_by_one_is_fast = normalizer_of(config).memory_format is torch.channels_last
     return "batched" if numbers <= (_SMALL if one_by_one_is_fast else 2 * _SMALL) else "inprocess"

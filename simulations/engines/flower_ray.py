@@ -71,9 +71,9 @@ def gpu_share(config: ExperimentConfig) -> float:
     model = build_model(config).to(device)
     train = federated_data(config).train
     some = train.select(np.arange(config.train.batch_size) % len(train)).to(device)
-    step = step_memory(model, inputs_of(config, device)(some.images), some.labels)
+    step = step_memory(model, inputs_of(config, device)(some.inputs), some.targets)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    images = train.images.numel() * train.images.element_size()
+    images = train.inputs.numel() * train.inputs.element_size()
     needed = _CUDA_ITSELF + images + _COPIES * parameters + 2 * step
     _, total = torch.cuda.mem_get_info(device)
     # In hundredths, rounded up: Ray fits as many clients as the fractions allow.

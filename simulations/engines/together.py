@@ -100,7 +100,7 @@ def _bytes_of_a_client(config: ExperimentConfig, device: torch.device, way: Toge
     size = config.train.batch_size
     some = data.select(np.arange(size) % len(data)).to(device)
     inputs = inputs_of(config, device)
-    step = step_memory(model, inputs(some.images), some.labels)
+    step = step_memory(model, inputs(some.inputs), some.targets)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     return max(1, (_STACKED if way == "stacked" else _RECORDED) * step + _COPIES * parameters)
 

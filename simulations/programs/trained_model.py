@@ -83,7 +83,7 @@ class TrainedModel:
         test = federated_data(self.config).test
         # Spread over the test images, which may be sorted by class.
         some = np.unique(np.linspace(0, len(test) - 1, _IMAGES).astype(np.int64))
-        return SomeImages(test.select(some).images, "")
+        return SomeImages(test.select(some).inputs, "")
 
     def _why_not_its_data(self) -> str:
         try:

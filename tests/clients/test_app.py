@@ -64,7 +64,7 @@ def test_joining_tells_partition_and_size():
         join_request(data_summary(config)), dst_node_id=9, message_type=MessageType.QUERY
     )
     answer = app(query, context(config, 4))
-    labels = federated_data(config).client(4).labels.tolist()
+    labels = federated_data(config).client(4).targets.tolist()
     assert dict(answer.content.metric_records["metrics"]) == {
         "partition-id": 4,
         "num-examples": len(labels),
@@ -84,8 +84,8 @@ def test_training_is_local_training_of_what_was_received(name, proximal_mu):
     data = federated_data(config).client(2)
     update = train_locally(
         workspace,
-        data.images,
-        data.labels,
+        data.inputs,
+        data.targets,
         LocalTask(
             seed=config.seed,
             round_=3,

@@ -25,7 +25,7 @@ def configured(**changes) -> ExperimentConfig:
 
 def test_every_training_image_is_with_one_client_or_held_for_validation():
     data = federated_data(configured())
-    held = torch.cat([data.client(p).labels for p in range(20)])
+    held = torch.cat([data.client(p).targets for p in range(20)])
     assert sorted(np.concatenate(data.parts).tolist()) == list(range(len(data.train)))
     assert len(held) == len(data.train)
     everything = len(data.train) + len(data.validation) + len(data.test)
@@ -36,15 +36,15 @@ def test_every_training_image_is_with_one_client_or_held_for_validation():
     images = {
         image.numpy().tobytes()
         for part in (data.train, data.validation, data.test)
-        for image in part.images
+        for image in part.inputs
     }
     assert len(images) > 0.99 * everything  # no part repeats another
 
 
 def test_the_split_is_the_datas_and_the_partition_the_seeds():
     one, other = (federated_data(configured(seed=seed)) for seed in (0, 1))
-    assert torch.equal(one.train.images, other.train.images)
-    assert torch.equal(one.validation.images, other.validation.images)
+    assert torch.equal(one.train.inputs, other.train.inputs)
+    assert torch.equal(one.validation.inputs, other.validation.inputs)
     assert any(not np.array_equal(a, b) for a, b in zip(one.parts, other.parts, strict=True))
     again = federated_data(configured(seed=0, train__batch_size=4, rounds=3))
     assert all(np.array_equal(a, b) for a, b in zip(one.parts, again.parts, strict=True))
@@ -56,7 +56,7 @@ def test_limits_keep_the_proportions_of_the_labels():
     )
     assert abs(len(data.train) + len(data.validation) - 300) <= 10
     assert abs(len(data.test) - 50) <= 10
-    counts = torch.bincount(data.test.labels, minlength=10)
+    counts = torch.bincount(data.test.targets, minlength=10)
     assert counts.min() >= 3
 
 
@@ -108,8 +108,8 @@ def test_models_of_one_configuration_share_nothing():
 def test_inputs_are_scaled_as_configured():
     cpu = torch.device("cpu")
     data = federated_data(configured())
-    pixels = data.train.images
-    standardized = inputs_of(configured(), cpu)(torch.cat([pixels, data.validation.images]))
+    pixels = data.train.inputs
+    standardized = inputs_of(configured(), cpu)(torch.cat([pixels, data.validation.inputs]))
     assert standardized.mean().item() == pytest.approx(0, abs=0.02)
     assert standardized.std().item() == pytest.approx(1, abs=0.02)
     unit = inputs_of(configured(data__scaling="unit"), cpu)(pixels)
@@ -163,7 +163,7 @@ def test_a_summary_stands_in_for_the_source(scaling):
     elsewhere = here.overlay(data__source="image_folder", data__root="/only/on/the/server")
     one, other = build_model(here), build_model(elsewhere, summary)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    pixels = federated_data(here).train.images[:9]
+    pixels = federated_data(here).train.inputs[:9]
     ours, theirs = (
         inputs_of(here, torch.device("cpu")),
         inputs_of(elsewhere, torch.device("cpu"), summary),

@@ -185,7 +185,7 @@ def test_what_clients_said_on_joining_is_in_the_log(tmp_path):
     (line,) = lines(tmp_path, "joined")
     assert line["round"] == 0
     for number, held in enumerate(line["clients"]):
-        labels = data.train.labels[data.parts[number]].tolist()
+        labels = data.train.targets[data.parts[number]].tolist()
         counts = {str(label): labels.count(label) for label in set(labels)}
         assert held == {"client": number, "examples": len(labels), "labels": counts}
     assert len(line["clients"]) == 6

@@ -90,4 +90,4 @@ def expected_logits(run: Path, pixels: Tensor, round_: int = 2) -> Tensor:
 def held_out(run: Path) -> tuple[Tensor, Tensor]:
     """Return the test images, uint8, and their labels."""
     test = federated_data(config_of(run)).test
-    return test.images, test.labels
+    return test.inputs, test.targets

@@ -18,7 +18,7 @@ def digits_file(tmp_path: Path) -> Path:
     """Return an .npz with 200 digits, as a device would hold them."""
     train = sources.load("digits").train
     path = tmp_path / "own.npz"
-    np.savez(path, images=train.images[:200].numpy(), labels=train.labels[:200].numpy())
+    np.savez(path, images=train.inputs[:200].numpy(), labels=train.targets[:200].numpy())
     return path
 
 

@@ -21,10 +21,10 @@ DIGITS = sources.load("digits").train
 
 
 def save(path: Path, part: slice, change: int = 0) -> Path:
-    labels = DIGITS.labels[part].numpy().copy()
+    labels = DIGITS.targets[part].numpy().copy()
     labels[:change] = (labels[:change] + 1) % 10
     np.savez(
-        path, images=DIGITS.images[part].numpy(), labels=labels, classes=np.array(DIGITS.classes)
+        path, images=DIGITS.inputs[part].numpy(), labels=labels, classes=np.array(DIGITS.classes)
     )
     return path
 
@@ -99,7 +99,7 @@ def test_what_a_fleets_report_draws_is_what_its_devices_hold(tmp_path, config):
     assert table.silent == ()
     assert table.record.classes == list("0123456789")
     for row, part in zip(table.record.counts, (slice(0, 100), slice(100, 234)), strict=True):
-        assert row == np.bincount(DIGITS.labels[part], minlength=10).tolist()
+        assert row == np.bincount(DIGITS.targets[part], minlength=10).tolist()
 
 
 def test_a_device_that_never_joined_is_named_as_unknown(tmp_path, config):

@@ -23,7 +23,7 @@ from tests.server.fake_grid import FakeGrid, small
 DIGITS = sources.load("digits").train
 
 
-def save(path, images=DIGITS.images[:200], labels=DIGITS.labels[:200], **arrays):
+def save(path, images=DIGITS.inputs[:200], labels=DIGITS.targets[:200], **arrays):
     np.savez(path, images=np.asarray(images), labels=np.asarray(labels), **arrays)
     return str(path)
 
@@ -39,7 +39,7 @@ def test_the_device_trains_on_all_of_its_own_images(digits_file):
     session, partition = open_session(device_context(small(), data_path=str(digits_file)), None)
     assert partition == 1
     assert by_content(*session.client_data(1)) == by_content(
-        DIGITS.images[:200], DIGITS.labels[:200]
+        DIGITS.inputs[:200], DIGITS.targets[:200]
     )
     assert [len(part) for part in session.parts][:3] == [0, 200, 0]
     assert not len(session.held_data(1)[0])
@@ -48,18 +48,18 @@ def test_the_device_trains_on_all_of_its_own_images(digits_file):
 def test_without_a_data_path_it_holds_its_partition():
     config = small()
     session, _ = open_session(device_context(config, device_name="a"), None)
-    assert torch.equal(session.client_data(1)[0], federated_data(config).client(1).images)
+    assert torch.equal(session.client_data(1)[0], federated_data(config).client(1).inputs)
 
 
 def test_images_set_apart_for_tests_are_not_trained_on(tmp_path):
     path = save(
         tmp_path / "a.npz",
-        test_images=DIGITS.images[200:300].numpy(),
-        test_labels=DIGITS.labels[200:300].numpy(),
+        test_images=DIGITS.inputs[200:300].numpy(),
+        test_labels=DIGITS.targets[200:300].numpy(),
     )
     session, _ = open_session(device_context(small(), data_path=path), None)
     assert by_content(*session.client_data(1)) == by_content(
-        DIGITS.images[:200], DIGITS.labels[:200]
+        DIGITS.inputs[:200], DIGITS.targets[:200]
     )
 
 
@@ -81,7 +81,7 @@ def test_folders_of_images_are_resized_to_the_experiments(tmp_path):
             pillow.fromarray(image).save(tmp_path / str(label) / f"{number}.png")
     session, _ = open_session(device_context(small(), data_path=str(tmp_path)), None)
     images, labels = session.client_data(1)
-    assert images.shape == (30, *DIGITS.images.shape[1:])
+    assert images.shape == (30, *DIGITS.inputs.shape[1:])
     assert all(
         int(image[0, 0, 0]) // 20 == label for image, label in zip(images, labels, strict=True)
     )
@@ -94,8 +94,8 @@ def test_folders_of_images_are_resized_to_the_experiments(tmp_path):
             {"classes": np.array([*"012345678x"])},
             "lacks: x. The experiment's are 0, 1, .*; those here",
         ),
-        ({"images": DIGITS.images[:200].repeat(1, 3, 1, 1)}, "3 channel"),
-        ({"images": DIGITS.images[:200, :, :6, :6]}, "6x6 pixels, but the experiment of 8x8"),
+        ({"images": DIGITS.inputs[:200].repeat(1, 3, 1, 1)}, "3 channel"),
+        ({"images": DIGITS.inputs[:200, :, :6, :6]}, "6x6 pixels, but the experiment of 8x8"),
     ],
 )
 def test_what_differs_from_the_experiment_is_named(tmp_path, arrays, named):
@@ -110,7 +110,7 @@ def test_what_the_server_tells_stands_in_for_the_experiments_source(tmp_path, sc
     here = small(data__scaling=scaling)
     elsewhere = here.overlay(data__source="arrays", data__root="/only/on/the/server.npz")
     names = [*"1023456789"]
-    swapped = torch.tensor([names.index(str(int(label))) for label in DIGITS.labels[:200]])
+    swapped = torch.tensor([names.index(str(int(label))) for label in DIGITS.targets[:200]])
     path = save(tmp_path / "a.npz", labels=swapped, classes=np.array(names))
     told = join_request(data_summary(here))
     session, _ = open_session(device_context(elsewhere, data_path=path), told)
@@ -118,7 +118,7 @@ def test_what_the_server_tells_stands_in_for_the_experiments_source(tmp_path, sc
     wanted, got = build_model(here).state_dict(), session.workspace.state()
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
     images, labels = session.client_data(1)
-    assert by_content(images, labels) == by_content(DIGITS.images[:200], DIGITS.labels[:200])
+    assert by_content(images, labels) == by_content(DIGITS.inputs[:200], DIGITS.targets[:200])
     assert torch.equal(session.inputs(images), inputs_of(here, images.device)(images))
 
 
@@ -174,13 +174,13 @@ class Devices(FakeGrid):
 def test_a_run_of_devices_with_their_own_images(tmp_path):
     """The server's images are nobody's; the devices name and order their classes differently."""
     names = [f"digit {n}" for n in range(10)]
-    test = {"test_images": DIGITS.images[:60].numpy(), "test_labels": DIGITS.labels[:60].numpy()}
+    test = {"test_images": DIGITS.inputs[:60].numpy(), "test_labels": DIGITS.targets[:60].numpy()}
     source = save(tmp_path / "server.npz", classes=np.array(names), **test)
     paths = []
     for number, order in enumerate((names, names[::-1], names[3:])):
         part = slice(200 * number + 200, 200 * number + 400)
-        has = torch.tensor([f"digit {int(n)}" in order for n in DIGITS.labels[part]])
-        images, labels = DIGITS.images[part][has], DIGITS.labels[part][has]
+        has = torch.tensor([f"digit {int(n)}" in order for n in DIGITS.targets[part]])
+        images, labels = DIGITS.inputs[part][has], DIGITS.targets[part][has]
         own = [order.index(f"digit {int(n)}") for n in labels]
         paths.append(save(tmp_path / f"{number}.npz", images, own, classes=np.array(order)))
     config = small(
@@ -202,7 +202,7 @@ def test_a_run_of_devices_with_their_own_images(tmp_path):
 def test_counts_of_every_label(digits_file):
     own = node_data({"data-path": str(digits_file)})
     counts = label_counts(load_own(own, small().data, data_summary(small())))
-    assert counts == {str(d): int((DIGITS.labels[:200] == d).sum()) for d in range(10)}
+    assert counts == {str(d): int((DIGITS.targets[:200] == d).sum()) for d in range(10)}
     ninth = DataSummary((*"0123456789", "none of these"), (1, 8, 8))
     assert label_counts(load_own(own, small().data, ninth))["none of these"] == 0
 

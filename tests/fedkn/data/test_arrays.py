@@ -43,9 +43,9 @@ def test_layouts_and_types_give_the_same_images(images: np.ndarray, tmp_path: Pa
         test_labels=_LABELS[:4],
     )
     source = load("arrays", path)
-    assert source.train.images.is_contiguous()
-    assert np.array_equal(source.train.images.permute(0, 2, 3, 1).numpy(), _IMAGES)
-    assert source.train.labels.tolist() == _LABELS.tolist()
+    assert source.train.inputs.is_contiguous()
+    assert np.array_equal(source.train.inputs.permute(0, 2, 3, 1).numpy(), _IMAGES)
+    assert source.train.targets.tolist() == _LABELS.tolist()
     assert source.train.classes == ("0", "1", "2", "3")
     assert len(source.test) == 4
 
@@ -53,11 +53,11 @@ def test_layouts_and_types_give_the_same_images(images: np.ndarray, tmp_path: Pa
 def test_grey_images_without_a_test_set(tmp_path: Path) -> None:
     path = _saved(tmp_path, images=_IMAGES[..., 0], labels=_LABELS)
     source = load("arrays", path)
-    assert source.train.images.shape == (16, 1, 6, 5)
-    assert source.test.images.shape == (4, 1, 6, 5)
-    assert sorted(source.test.labels.tolist()) == [0, 1, 2, 3]
+    assert source.train.inputs.shape == (16, 1, 6, 5)
+    assert source.test.inputs.shape == (4, 1, 6, 5)
+    assert sorted(source.test.targets.tolist()) == [0, 1, 2, 3]
     again = load("arrays", path)
-    assert again.test.images.equal(source.test.images)
+    assert again.test.inputs.equal(source.test.inputs)
 
 
 def test_names_of_classes(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_whatever_is_damaged_is_one_line(
     assert said.isprintable()
     if source is not None:
         # What is neither the arrays nor their sums, such as a date, may change.
-        images = np.concatenate([source.train.images.numpy(), source.test.images.numpy()])
+        images = np.concatenate([source.train.inputs.numpy(), source.test.inputs.numpy()])
         assert sorted(map(bytes, images)) == sorted(map(bytes, _IMAGES[:, None, :, :, 0]))
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkn.data.augmentation import SCALINGS, augment, channel_statistics, scale
-from fedkn.data.images import ImageData
+from fedkn.data.examples import Examples
 from fedkn.errors import UserError
 
 
@@ -112,7 +112,7 @@ def test_channel_statistics_against_numpy(count: int) -> None:
     images = torch.randint(256, (count, 3, 4, 5), generator=generator).to(torch.uint8)
     images[:, 1] //= 3
     labels = torch.zeros(count, dtype=torch.int64)
-    mean, std = channel_statistics(ImageData(images, labels, ("a", "b")))
+    mean, std = channel_statistics(Examples(images, labels, ("a", "b")))
     exact = images.numpy().astype(np.float64) / 255
     assert mean.numpy() == pytest.approx(exact.mean(axis=(0, 2, 3)), rel=1e-7)
     assert std.numpy() == pytest.approx(exact.std(axis=(0, 2, 3)), rel=1e-7)
@@ -120,7 +120,7 @@ def test_channel_statistics_against_numpy(count: int) -> None:
 
 def test_constant_channel_standardizes_to_zero() -> None:
     images = torch.full((3, 1, 2, 2), 51, dtype=torch.uint8)
-    data = ImageData(images, torch.zeros(3, dtype=torch.int64), ("a", "b"))
+    data = Examples(images, torch.zeros(3, dtype=torch.int64), ("a", "b"))
     mean, std = channel_statistics(data)
     assert std.tolist() == [1.0]
     assert scale(images, "standardized", mean, std).abs().max() < 1e-7
@@ -128,7 +128,7 @@ def test_constant_channel_standardizes_to_zero() -> None:
 
 def test_statistics_of_nothing() -> None:
     images = torch.zeros(0, 1, 2, 2, dtype=torch.uint8)
-    data = ImageData(images, torch.zeros(0, dtype=torch.int64), ("a", "b"))
+    data = Examples(images, torch.zeros(0, dtype=torch.int64), ("a", "b"))
     with pytest.raises(UserError, match="no images"):
         channel_statistics(data)
 
@@ -137,7 +137,7 @@ def test_statistics_of_nothing() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_same_result_on_cuda() -> None:
     images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
-    data = ImageData(images, torch.zeros(5, dtype=torch.int64), ("a", "b"))
+    data = Examples(images, torch.zeros(5, dtype=torch.int64), ("a", "b"))
     mean, std = channel_statistics(data)
     there = channel_statistics(data.to("cuda"))
     assert torch.equal(there[0], mean)

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from fedkn.data.examples import Examples
 from fedkn.data.fingerprint import Fingerprint
-from fedkn.data.images import ImageData
 
 CLASSES = ("cat", "dog", "owl")
 
 
-def images(seed: int, count: int) -> ImageData:
+def images(seed: int, count: int) -> Examples:
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (count, 3, 4, 5), dtype=np.uint8)
-    return ImageData(torch.from_numpy(pixels), torch.from_numpy(rng.integers(0, 3, count)), CLASSES)
+    return Examples(torch.from_numpy(pixels), torch.from_numpy(rng.integers(0, 3, count)), CLASSES)
 
 
 PARTS = (images(1, 9), images(2, 4), images(3, 5))
@@ -27,8 +27,8 @@ def changed(which: int, **changes) -> Fingerprint:
     """Return the fingerprint of `PARTS` with one of them changed."""
     parts = list(PARTS)
     own = parts[which]
-    parts[which] = ImageData(
-        changes.get("images", own.images), changes.get("labels", own.labels), CLASSES
+    parts[which] = Examples(
+        changes.get("images", own.inputs), changes.get("labels", own.targets), CLASSES
     )
     return Fingerprint.of(*parts)
 
@@ -45,7 +45,7 @@ def test_every_digest_is_sha256_of_what_the_description_says():
         [
             hashlib.sha256(bytes(image.flatten().tolist())).digest()
             + int(label).to_bytes(8, "little")
-            for image, label in zip(part.images, part.labels, strict=True)
+            for image, label in zip(part.inputs, part.targets, strict=True)
         ]
         for part in PARTS
     ]
@@ -57,7 +57,7 @@ def test_every_digest_is_sha256_of_what_the_description_says():
 
 
 def test_equal_images_have_equal_fingerprints_however_they_lie_in_memory():
-    turned = PARTS[0].images.to(memory_format=torch.channels_last)
+    turned = PARTS[0].inputs.to(memory_format=torch.channels_last)
     assert not turned.is_contiguous()
     assert changed(0, images=turned) == THEN
     assert THEN.changes(THEN) == []
@@ -66,21 +66,21 @@ def test_equal_images_have_equal_fingerprints_however_they_lie_in_memory():
 def test_one_pixel_is_noticed_in_every_part():
     for which, name in enumerate(("training", "validation", "test")):
         for at in (0, -1):
-            other = PARTS[which].images.clone()
+            other = PARTS[which].inputs.clone()
             other.view(-1)[at] ^= 1
             assert THEN.changes(changed(which, images=other)) == [f"{name} images"]
 
 
 def test_one_label_is_noticed_in_every_part():
     for which in range(3):
-        labels = PARTS[which].labels.clone()
+        labels = PARTS[which].targets.clone()
         labels[-1] = (labels[-1] + 1) % 3
         assert THEN.changes(changed(which, labels=labels)) == ["labels"]
 
 
 def test_labels_that_change_places_are_noticed():
     """As many of each class as before, and as many in each part."""
-    labels = PARTS[0].labels
+    labels = PARTS[0].targets
     at = int((labels != labels[0]).nonzero()[0])
     swapped = labels.clone()
     swapped[0], swapped[at] = labels[at], labels[0]
@@ -90,7 +90,7 @@ def test_labels_that_change_places_are_noticed():
 def test_another_order_and_another_division_are_told_from_other_images():
     order = torch.arange(9).flip(0)
     (found,) = THEN.changes(
-        changed(0, images=PARTS[0].images[order], labels=PARTS[0].labels[order])
+        changed(0, images=PARTS[0].inputs[order], labels=PARTS[0].targets[order])
     )
     assert found.startswith("order")
     (found,) = THEN.changes(Fingerprint.of(PARTS[1], PARTS[0], PARTS[2]))

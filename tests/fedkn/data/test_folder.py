@@ -50,11 +50,11 @@ def _channels_first(picture: Image.Image) -> np.ndarray:
 def test_train_and_test_folders(parts: Path) -> None:
     source = load("image_folder", parts)
     assert source.train.classes == ("cat", "dog")
-    assert source.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert source.test.labels.tolist() == [0, 1]
+    assert source.train.targets.tolist() == [0, 0, 0, 1, 1, 1]
+    assert source.test.targets.tolist() == [0, 1]
     expected = [_channels_first(_picture(seed)) for seed in (0, 1, 2, 10, 11, 12)]
-    assert np.array_equal(source.train.images.numpy(), np.stack(expected))
-    assert np.array_equal(source.test.images[1].numpy(), _channels_first(_picture(15)))
+    assert np.array_equal(source.train.inputs.numpy(), np.stack(expected))
+    assert np.array_equal(source.test.inputs[1].numpy(), _channels_first(_picture(15)))
 
 
 def test_second_load_reads_the_cache_alone(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,11 +65,11 @@ def test_second_load_reads_the_cache_alone(parts: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("fedkn.data.folder.decode_files", no_more)
     again = load("image_folder", parts)
-    assert again.train.images.equal(first.train.images)
-    assert again.test.images.equal(first.test.images)
+    assert again.train.inputs.equal(first.train.inputs)
+    assert again.test.inputs.equal(first.test.inputs)
     # Writing to the tensor must not reach the cache file.
-    again.train.images.zero_()
-    assert load("image_folder", parts).train.images.equal(first.train.images)
+    again.train.inputs.zero_()
+    assert load("image_folder", parts).train.inputs.equal(first.train.inputs)
 
 
 def _touch(root: Path) -> None:
@@ -93,9 +93,9 @@ def test_a_changed_folder_is_decoded_anew(change: Callable[[Path], None], parts:
     source = load("image_folder", parts)
     files = sorted((parts / "train").rglob("*.png"))
     expected = np.stack([_channels_first(Image.open(path)) for path in files])
-    assert np.array_equal(source.train.images.numpy(), expected)
+    assert np.array_equal(source.train.inputs.numpy(), expected)
     labels = [("cat", "dog").index(path.parent.name) for path in files]
-    assert source.train.labels.tolist() == labels
+    assert source.train.targets.tolist() == labels
     assert len(list((parts / CACHE_FOLDER).glob("*.npy"))) == 1
 
 
@@ -105,10 +105,10 @@ def test_classes_alone_hold_out_a_fixed_fifth(tmp_path: Path) -> None:
         for number in range(10):
             _save(root / name / f"{number}.png", _picture(10 * label + number))
     source = load("image_folder", root)
-    assert np.bincount(source.train.labels).tolist() == [8, 8]
-    assert np.bincount(source.test.labels).tolist() == [2, 2]
+    assert np.bincount(source.train.targets).tolist() == [8, 8]
+    assert np.bincount(source.test.targets).tolist() == [2, 2]
     for data in (source.train, source.test):
-        for image, label in zip(data.images, data.labels, strict=True):
+        for image, label in zip(data.inputs, data.targets, strict=True):
             same = [
                 seed
                 for seed in range(20)
@@ -121,12 +121,12 @@ def test_image_size_cuts_the_centre_and_lives_beside_the_native_size(parts: Path
     native = load("image_folder", parts)
     _save(parts / "train" / "cat" / "9.png", _picture(7, width=9, height=20))
     small = load("image_folder", parts, image_size=4)
-    assert small.train.images.shape == (7, 3, 4, 4)
+    assert small.train.inputs.shape == (7, 3, 4, 4)
     # 6 x 4 pixels: the central square needs no resizing.
-    assert small.train.images[0].equal(native.train.images[0][:, :, 1:5])
+    assert small.train.inputs[0].equal(native.train.inputs[0][:, :, 1:5])
     tall = _picture(7, width=9, height=20)
     expected = tall.resize((4, 4), Image.Resampling.BILINEAR, box=(0, 5.5, 9, 14.5))
-    assert np.array_equal(small.train.images[3].numpy(), _channels_first(expected))
+    assert np.array_equal(small.train.inputs[3].numpy(), _channels_first(expected))
     (parts / "train" / "cat" / "9.png").unlink()
     load("image_folder", parts)
     assert len(list((parts / CACHE_FOLDER).glob("*.npy"))) == 2
@@ -139,8 +139,8 @@ def test_resizing_keeps_a_gradient(tmp_path: Path) -> None:
             _save(tmp_path / "data" / name / f"{number}.png", Image.fromarray(ramp))
     source = load("image_folder", tmp_path / "data", image_size=8)
     blocks = ramp.reshape(8, 8, 8, 8).mean(axis=(1, 3))
-    assert source.train.images.shape[1:] == (1, 8, 8)
-    assert np.abs(source.train.images[0, 0].numpy() - blocks)[:, 1:-1].max() <= 2
+    assert source.train.inputs.shape[1:] == (1, 8, 8)
+    assert np.abs(source.train.inputs[0, 0].numpy() - blocks)[:, 1:-1].max() <= 2
 
 
 def test_different_sizes_name_the_option(parts: Path) -> None:
@@ -158,7 +158,7 @@ def test_one_colour_file_makes_all_rgb(parts: Path) -> None:
     source = load("image_folder", parts)
     assert source.in_channels == 3
     grey = np.asarray(_picture(3, mode="L"))
-    assert np.array_equal(source.train.images[0].numpy(), np.stack([grey] * 3))
+    assert np.array_equal(source.train.inputs[0].numpy(), np.stack([grey] * 3))
 
 
 def test_photos_are_turned_upright(parts: Path) -> None:
@@ -168,7 +168,7 @@ def test_photos_are_turned_upright(parts: Path) -> None:
     turned.save(parts / "train" / "cat" / "0.png", exif=exif)
     source = load("image_folder", parts)
     assert np.array_equal(
-        source.train.images[0].numpy(), _channels_first(turned.rotate(-90, expand=True))
+        source.train.inputs[0].numpy(), _channels_first(turned.rotate(-90, expand=True))
     )
 
 
@@ -178,7 +178,7 @@ def test_hidden_and_foreign_files_are_no_images(parts: Path) -> None:
     (parts / "train" / ".thumbnails").mkdir()
     _save(parts / "train" / "cat" / "deeper" / "3.PNG", _picture(3))
     source = load("image_folder", parts)
-    assert np.bincount(source.train.labels).tolist() == [4, 3]
+    assert np.bincount(source.train.targets).tolist() == [4, 3]
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def test_parts_may_be_spelt_otherwise(names: tuple[str, str], parts: Path) -> No
     for old, new in zip(("train", "test"), names, strict=True):
         (parts / old).rename(parts / new)
     source = load("image_folder", parts)
-    assert source.train.images.equal(expected.train.images)
-    assert source.test.images.equal(expected.test.images)
+    assert source.train.inputs.equal(expected.train.inputs)
+    assert source.test.inputs.equal(expected.test.inputs)
     assert not source.held_out
     took_val = names[1] == "VAL"
     assert [note for note in source.notes if "there is no test/" in note] == (
@@ -311,9 +311,9 @@ def test_all_bad_files_are_named_at_once_and_can_be_left_out(
     assert sum(bool(re.search(rf"{name} [^/]*({why})", said)) for name, why in odd.items()) == 10
     for _ in range(2):  # decoded, then from the cache
         source = load("image_folder", parts, skip_damaged=True)
-        assert source.train.images.equal(expected.train.images)
-        assert source.train.labels.equal(expected.train.labels)
-        assert source.test.images.equal(expected.test.images)
+        assert source.train.inputs.equal(expected.train.inputs)
+        assert source.train.targets.equal(expected.train.targets)
+        assert source.test.inputs.equal(expected.test.inputs)
         (note,) = source.notes
         assert "left out: 11 of 19 image files" in note
         assert note in caplog.text
@@ -359,9 +359,9 @@ def test_limits_choose_before_they_decode(tmp_path: Path, monkeypatch: pytest.Mo
         ):
             # As it was chosen when all were decoded.
             fraction = limit / len(all_data)
-            _, chosen = stratified_split(all_data.labels, fraction, 0, f"limit-{name}")
-            assert data.images.equal(all_data.images[chosen])
-            assert data.labels.equal(all_data.labels[chosen])
+            _, chosen = stratified_split(all_data.targets, fraction, 0, f"limit-{name}")
+            assert data.inputs.equal(all_data.inputs[chosen])
+            assert data.targets.equal(all_data.targets[chosen])
     # The caches lie side by side.
     assert len(load("image_folder", root).train) == 48
     assert len(asked) == 15
@@ -376,7 +376,7 @@ def test_names_that_are_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for _ in range(2):
         source = load("image_folder", tmp_path / "data")
         assert source.train.classes == ("caf\\xe9", "thé")
-        assert np.bincount(source.train.labels).tolist() == [4, 4]
+        assert np.bincount(source.train.targets).tolist() == [4, 4]
     (tmp_path / "data" / "caf\\xe9").mkdir()
     with pytest.raises(UserError, match="both read"):
         load("image_folder", tmp_path / "data")

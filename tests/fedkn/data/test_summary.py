@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedkn.data.examples import Examples
 from fedkn.data.fingerprint import Fingerprint
-from fedkn.data.images import ImageData
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 
@@ -18,9 +18,9 @@ NAMES = ("ape", "bee", "cat", "dog", "eel")
 WANTED = DataSummary(NAMES, (2, 3, 4))
 
 
-def images(classes, labels, shape=(2, 3, 4)) -> ImageData:
+def images(classes, labels, shape=(2, 3, 4)) -> Examples:
     pixels = torch.arange(len(labels)).view(-1, 1, 1, 1).expand(-1, *shape).to(torch.uint8)
-    return ImageData(pixels, torch.tensor(labels), tuple(classes))
+    return Examples(pixels, torch.tensor(labels), tuple(classes))
 
 
 @given(st.data())
@@ -32,8 +32,8 @@ def test_labels_go_by_the_names_of_the_classes(draw):
     data = images(own, labels)
     found = WANTED.conformed(data)
     assert found.classes == NAMES
-    assert [NAMES[label] for label in found.labels] == [own[label] for label in labels]
-    assert torch.equal(found.images, data.images)
+    assert [NAMES[label] for label in found.targets] == [own[label] for label in labels]
+    assert torch.equal(found.inputs, data.inputs)
 
 
 def test_what_is_strange_is_refused_naming_both_lists():

@@ -44,9 +44,9 @@ def _write_idx_source(folder: Path, prefixes: tuple[str, str], classes: int) -> 
 def test_mnist_files(name: str, folder: str, tmp_path: Path) -> None:
     train, test = _write_idx_source(tmp_path / folder / "raw", ("train", "t10k"), 10)
     source = load(name, tmp_path)
-    assert np.array_equal(source.train.images[:, 0].numpy(), train)
-    assert np.array_equal(source.test.images[:, 0].numpy(), test)
-    assert source.train.labels.tolist() == [*range(10), *range(10)]
+    assert np.array_equal(source.train.inputs[:, 0].numpy(), train)
+    assert np.array_equal(source.test.inputs[:, 0].numpy(), test)
+    assert source.train.targets.tolist() == [*range(10), *range(10)]
     assert source.num_classes == 10
 
 
@@ -55,7 +55,7 @@ def test_emnist_is_the_balanced_split_turned_upright(tmp_path: Path) -> None:
     train, _ = _write_idx_source(tmp_path / "EMNIST" / "raw", prefixes, 47)
     source = load("emnist", tmp_path)
     assert source.num_classes == 47
-    assert np.array_equal(source.train.images[:, 0].numpy(), train.transpose(0, 2, 1))
+    assert np.array_equal(source.train.inputs[:, 0].numpy(), train.transpose(0, 2, 1))
     assert source.train.classes[10:13] == ("A", "B", "C")
 
 
@@ -88,9 +88,9 @@ def test_cifar_files(
     monkeypatch.setattr(cls, "meta", {"filename": names[0], "key": meta, "md5": names[1]})
     source = load(name, tmp_path)
     # A row holds the red, the green, then the blue plane.
-    assert np.array_equal(source.train.images.numpy(), rows[:4].reshape(4, 3, 32, 32))
-    assert np.array_equal(source.test.images.numpy(), rows[4:].reshape(2, 3, 32, 32))
-    assert source.train.labels.tolist() == [0, 1, 2, 0]
+    assert np.array_equal(source.train.inputs.numpy(), rows[:4].reshape(4, 3, 32, 32))
+    assert np.array_equal(source.test.inputs.numpy(), rows[4:].reshape(2, 3, 32, 32))
+    assert source.train.targets.tolist() == [0, 1, 2, 0]
     assert source.test.classes == ("a", "b", "c")
     (tmp_path / folder / "train").write_bytes(b"damaged")
     with pytest.raises(UserError, match=f"no intact '{name}' data in .*{folder}"):

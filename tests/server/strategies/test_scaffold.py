@@ -139,9 +139,9 @@ def naive_run(config: ExperimentConfig) -> dict[str, torch.Tensor]:
             )
             y = {name: value.clone().requires_grad_() for name, value in x.items()}
             for batch in plan.batches:
-                images = inputs(mine.images[batch]).double()
+                images = inputs(mine.inputs[batch]).double()
                 logits = torch.func.functional_call(model, y, (images,))
-                loss = F.cross_entropy(logits, mine.labels[batch])
+                loss = F.cross_entropy(logits, mine.targets[batch])
                 grads = torch.autograd.grad(loss, [y[name] for name in names])
                 y = {
                     name: (y[name] - rate * (g - own[i][name] + c[name])).detach().requires_grad_()

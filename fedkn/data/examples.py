@@ -13,18 +13,18 @@ from fedkn.data.split import limited
 from fedkn.errors import UserError
 from fedkn.text import printable
 
-__all__ = ["ImageData", "Source"]
+__all__ = ["Examples", "Source"]
 
 
 @dataclass(frozen=True, eq=False)
-class ImageData:
+class Examples:
     """Labelled images of one size.
 
     Attributes
     ----------
-    images
+    inputs
         uint8 tensor (N, C, H, W), values 0..255; may be backed by a memory-mapped file.
-    labels
+    targets
         int64 tensor (N,), indices into `classes`.
     classes
         Names of the classes, whether or not these images contain each of them.
@@ -36,17 +36,17 @@ class ImageData:
         that is no text, or another one's.
     """
 
-    images: Tensor
-    labels: Tensor
+    inputs: Tensor
+    targets: Tensor
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
         _check_classes(self.classes)
-        _check_images(self.images)
-        _check_labels(self.labels, len(self.images), len(self.classes))
+        _check_images(self.inputs)
+        _check_labels(self.targets, len(self.inputs), len(self.classes))
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     @property
     def num_classes(self) -> int:
@@ -56,30 +56,30 @@ class ImageData:
     @property
     def in_channels(self) -> int:
         """Channels of an image."""
-        return self.images.shape[1]
+        return self.inputs.shape[1]
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
-        return (self.images.shape[2], self.images.shape[3])
+        return (self.inputs.shape[2], self.inputs.shape[3])
 
     def select(self, indices: Tensor | np.ndarray) -> Self:
         """Return a copy of the images at the integer `indices` (M,), in that order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         return type(self)(
-            self.images[chosen.to(self.images.device)],
-            self.labels[chosen.to(self.labels.device)],
+            self.inputs[chosen.to(self.inputs.device)],
+            self.targets[chosen.to(self.targets.device)],
             self.classes,
         )
 
     def limited(self, limit: int, part: str) -> Self:
         """Return `limit` of the images (0: all), chosen by `fedkn.data.split.limited`."""
-        chosen = limited(self.labels, limit, part)
+        chosen = limited(self.targets, limit, part)
         return self if chosen is None else self.select(chosen)
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same data on `device`."""
-        return type(self)(self.images.to(device), self.labels.to(device), self.classes)
+        return type(self)(self.inputs.to(device), self.targets.to(device), self.classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +102,8 @@ class Source:
     """
 
     name: str
-    train: ImageData
-    test: ImageData
+    train: Examples
+    test: Examples
     held_out: bool = False
     notes: tuple[str, ...] = ()
 
@@ -118,7 +118,7 @@ class Source:
             )
         if self.train.classes != self.test.classes:
             raise UserError(f"source '{self.name}': training and test classes differ")
-        if self.train.images.shape[1:] != self.test.images.shape[1:]:
+        if self.train.inputs.shape[1:] != self.test.inputs.shape[1:]:
             raise UserError(
                 f"source '{self.name}': training images are {_shape(self.train)} but test images "
                 f"are {_shape(self.test)} (channels x height x width)"
@@ -179,5 +179,5 @@ def _check_labels(labels: Tensor, images: int, classes: int) -> None:
         )
 
 
-def _shape(data: ImageData) -> str:
-    return "x".join(str(side) for side in data.images.shape[1:])
+def _shape(data: Examples) -> str:
+    return "x".join(str(side) for side in data.inputs.shape[1:])

@@ -2,27 +2,27 @@ import numpy as np
 import pytest
 import torch
 
-from fedkn.data.images import ImageData, Source
+from fedkn.data.examples import Examples, Source
 from fedkn.errors import UserError
 
 
-def _data(count: int = 4, channels: int = 1, classes: tuple[str, ...] = ("a", "b")) -> ImageData:
+def _data(count: int = 4, channels: int = 1, classes: tuple[str, ...] = ("a", "b")) -> Examples:
     images = torch.arange(count * channels * 6, dtype=torch.uint8).view(count, channels, 2, 3)
-    return ImageData(images, torch.arange(count) % len(classes), classes)
+    return Examples(images, torch.arange(count) % len(classes), classes)
 
 
 def test_select_keeps_order_and_repeats() -> None:
     data = _data()
     chosen = data.select(np.array([2, 0, 2]))
-    assert chosen.labels.tolist() == [0, 0, 0]
-    assert chosen.images.flatten(1)[:, 0].tolist() == [12, 0, 12]
+    assert chosen.targets.tolist() == [0, 0, 0]
+    assert chosen.inputs.flatten(1)[:, 0].tolist() == [12, 0, 12]
     assert len(data.select(torch.tensor([], dtype=torch.int64))) == 0
 
 
 def test_select_copies() -> None:
     data = _data()
-    data.select(np.arange(4)).images.zero_()
-    assert data.images[1].sum() > 0
+    data.select(np.arange(4)).inputs.zero_()
+    assert data.inputs[1].sum() > 0
 
 
 def test_properties() -> None:
@@ -49,7 +49,7 @@ def test_unfit_tensors_are_refused(
     images: torch.Tensor, labels: torch.Tensor, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        ImageData(images, labels, ("a", "b"))
+        Examples(images, labels, ("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,6 @@ def test_unfit_tensors_are_refused(
         (_data(), _data(channels=3), "1x2x3 but test images are 3x2x3"),
     ],
 )
-def test_unfit_parts_are_refused(train: ImageData, test: ImageData, message: str) -> None:
+def test_unfit_parts_are_refused(train: Examples, test: Examples, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Source("toy", train, test)
