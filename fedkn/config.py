@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from fedkn.errors import UserError, unknown_name
+from fedkn.options import Options, with_options
 from fedkn.tables import flattened, nest, shown
 
 __all__ = [
@@ -131,6 +132,9 @@ class ModelConfig(Section):
     low_resolution: bool = Field(True, description="stem for small images (False: for 224x224)")
     dropout_p: Annotated[float, Field(ge=0, lt=1)] | Literal["published"] = Field(
         "published", description="dropout of kernel normalization's statistics"
+    )
+    options: Options = Field(
+        "", description="[model.options]: what a model of your own takes beside the normalizer"
     )
 
 
@@ -303,8 +307,9 @@ class ExperimentConfig(Section):
         them. Raises UserError naming the key, and the nearest valid one where it is unknown.
         """
         flat: dict[str, Any] = {}
+        tables = [*_option_tables(cls)]
         for layer in layers:
-            flat.update(flattened(layer))
+            flat = with_options(tables, flat, layer)
         check_keys(cls, flat)
         config = validated(cls, nest(flat))
         if config.partition.clients and config.cohort > config.partition.clients:
@@ -361,6 +366,19 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _keys(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
+
+
+def _option_tables(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the keys of type `Options`."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _option_tables(kind, f"{prefix}{name}.")
+        elif field.metadata and field.metadata == _OPTIONS_METADATA:
+            yield f"{prefix}{name}"
+
+
+_OPTIONS_METADATA = list(get_args(Options)[1:])
 
 
 def _first_problem(section: type[BaseModel], error: ValidationError) -> UserError:
