@@ -6,7 +6,7 @@ function of the configuration and is kept in memory, because one process simulat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -24,13 +24,14 @@ from fedkn.config import (
 )
 from fedkn.data import partition as partitions
 from fedkn.data import sources
-from fedkn.data.augmentation import channel_statistics
+from fedkn.data.augmentation import channel_statistics, check_augmentation, check_scaling
 from fedkn.data.examples import Examples, Source
 from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.split import stratified_split
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.normalizers import Normalizer
+from fedkn.options import read_options
 from fedkn.training.inputs import Inputs
 
 __all__ = [
@@ -116,7 +117,9 @@ def data_summary(config: ExperimentConfig) -> DataSummary:
     Raises:
         UserError: the experiment's source cannot be read here.
     """
-    return _summary(config.data, _scaling(config) == "standardized")
+    summary = _summary(config.data, _scaling(config) == "standardized")
+    check_scaling(_scaling(config), getattr(torch, summary.dtype))
+    return summary
 
 
 def build_model(config: ExperimentConfig, summary: DataSummary | None = None) -> nn.Module:
@@ -126,7 +129,7 @@ def build_model(config: ExperimentConfig, summary: DataSummary | None = None) ->
     """
     if summary is None:
         source = _source(config.data)
-        classes, channels = source.num_classes, source.in_channels
+        classes, channels = source.num_classes, source.shape[0]
     else:
         classes, channels = len(summary.classes), summary.shape[0]
     normalizer = normalizer_of(config)
@@ -152,11 +155,13 @@ def inputs_of(
     With a `summary` of the experiment's images their source need not be here.
     """
     data, scaling = config.data, _scaling(config)
+    told = summary or data_summary(config)
+    check_scaling(scaling, getattr(torch, told.dtype))
+    dtype = torch.float32 if told.dtype == "uint8" else torch.float64
     mean = deviation = None
     if scaling == "standardized":
-        told = summary or data_summary(config)
         mean, deviation = (
-            torch.tensor(v, dtype=torch.float32, device=device) for v in (told.mean, told.deviation)
+            torch.tensor(v, dtype=dtype, device=device) for v in (told.mean, told.deviation)
         )
     layout = layout_on(device, normalizer_of(config))
     return Inputs(scaling, mean, deviation, data.flip, data.crop_padding, layout)
@@ -205,6 +210,7 @@ def _source(data: DataConfig) -> Source:
         data.root,
         data.download,
         data.image_size,
+        options=read_options(data.options),
         train_limit=data.train_limit,
         test_limit=data.test_limit,
         skip_damaged=data.skip_damaged,
@@ -214,7 +220,8 @@ def _source(data: DataConfig) -> Source:
 @lru_cache(maxsize=2)
 def _split(data: DataConfig) -> tuple[Examples, Examples, Examples]:
     source = _source(data)
-    kept, held = stratified_split(source.train.targets, data.validation_fraction, 0, "validation")
+    check_augmentation(source.train, flip=data.flip, crop_padding=data.crop_padding)
+    kept, held = stratified_split(source.train.strata, data.validation_fraction, 0, "validation")
     return source.train.select(kept), source.train.select(held), source.test
 
 
@@ -223,17 +230,21 @@ def _federated_data(
     data: DataConfig, scheme: PartitionConfig, seed: int, kept_back: float, split: str
 ) -> FederatedData:
     train, validation, test = _split(data)
+    # By class, because a client's examples are all of one origin or mixed on purpose.
+    labels = replace(train, origins=None).strata.numpy()
     parts = partitions.partition(
-        train.targets.numpy(),
+        labels,
         scheme.scheme,
+        classed=train.labels is not None,
+        origins=train.origins,
         clients=scheme.clients,
         seed=seed,
         alpha=scheme.alpha,
         shards_per_client=scheme.shards_per_client,
+        labels_per_client=scheme.labels_per_client,
         sigma=scheme.sigma,
         minimum=scheme.minimum,
     )
-    labels = train.targets.numpy()
     own, held = [], []
     for client, part in enumerate(parts):
         used, kept = keep_back(labels[part], client, seed, kept_back, split)
@@ -251,12 +262,8 @@ def _scaling(config: ExperimentConfig) -> str:
 @lru_cache(maxsize=4)
 def _summary(data: DataConfig, standardized: bool) -> DataSummary:
     train = _split(data)[0]
-    shape, fingerprint = (train.in_channels, *train.image_size), _fingerprint(data)
-    if not standardized:
-        return DataSummary(train.classes, shape, fingerprint=fingerprint)
-    mean, deviation = (tuple(figures.tolist()) for figures in channel_statistics(train))
-    # Floats hold float32 numbers exactly.
-    return DataSummary(train.classes, shape, mean, deviation, fingerprint)
+    figures = channel_statistics(train) if standardized else None
+    return DataSummary.of(train, figures, _fingerprint(data))
 
 
 @lru_cache(maxsize=2)
