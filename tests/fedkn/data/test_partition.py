@@ -85,7 +85,10 @@ def test_every_client_has_exactly_so_many_labels(
         ({"labels_per_client": 4}, r"in 1\.\.3, the labels"),
         ({"labels_per_client": 0}, r"in 1\.\.3"),
         ({"clients": 1}, "leave some of 3 labels to nobody: raise partition.labels_per_client"),
-        ({"clients": 20, "labels_per_client": 3}, "label 0 has 9 examples and was given to .* lower partition.clients"),
+        (
+            {"clients": 20, "labels_per_client": 3},
+            "label 0 has 9 examples and was given to .* lower partition.clients",
+        ),
         ({"minimum": 10}, "lower partition.clients or partition.minimum"),
         ({"minimum": 8}, "fewer than partition.minimum = 8 .*: set partition.minimum = 7"),
         ({"classed": False}, "these examples have none: use iid"),
