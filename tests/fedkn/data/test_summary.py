@@ -141,9 +141,9 @@ def test_of_any_data_a_summary_comes_back_and_they_conform(inputs, targets, clas
     assert told_data(join_request(summary)) == summary
     assert summary.conformed(data) is data
     wider = Examples(inputs.double() if inputs.dtype != torch.float64 else inputs.float(), targets)
-    with pytest.raises(UserError, match="has inputs of float|has none"):
+    with pytest.raises(UserError, match=r"has inputs of float|has none"):
         summary.conformed(wider)
-    with pytest.raises(UserError, match="has other targets|has none"):
+    with pytest.raises(UserError, match=r"has other targets|has none"):
         summary.conformed(Examples(inputs, torch.zeros(3, 7)))
 
 
