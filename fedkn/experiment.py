@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedkn import models, normalizers
+from fedkn import models, normalizers, tasks
 from fedkn.algorithms import rule_types
 from fedkn.config import (
     DataConfig,
@@ -21,6 +21,7 @@ from fedkn.config import (
     ModelConfig,
     NormalizerConfig,
     PartitionConfig,
+    TaskConfig,
 )
 from fedkn.data import partition as partitions
 from fedkn.data import sources
@@ -31,6 +32,8 @@ from fedkn.data.split import stratified_split
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.normalizers import Normalizer
+from fedkn.options import read_options
+from fedkn.tasks import Task
 from fedkn.training.inputs import Inputs
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "keep_back",
     "layout_on",
     "normalizer_of",
+    "task_of",
     "why_alone",
 ]
 
@@ -80,9 +84,11 @@ def federated_data(config: ExperimentConfig) -> FederatedData:
     client keeps from training, a third is for choosing settings, the rest for results.
 
     Raises:
-        UserError: data missing, or a partition that cannot be made, naming the setting to change.
+        UserError: data missing or not what the task needs, or a partition that cannot be made,
+            naming the setting to change.
     """
     evaluation = config.evaluation
+    _check_targets(config.data, config.task)
     return _federated_data(
         config.data, config.partition, config.seed, evaluation.client_fraction, evaluation.split
     )
@@ -108,6 +114,15 @@ def normalizer_of(config: ExperimentConfig) -> Normalizer:
     return _normalizer(config.normalizer, config.rounds)
 
 
+def task_of(config: ExperimentConfig) -> Task:
+    """Return what the network is trained for.
+
+    Raises:
+        UserError: there is no such task, or it does not take the options given.
+    """
+    return _task(config.task)
+
+
 def data_summary(config: ExperimentConfig) -> DataSummary:
     """Return what clients must know of the experiment's images, and what a run records of them.
 
@@ -127,10 +142,11 @@ def build_model(config: ExperimentConfig, summary: DataSummary | None = None) ->
     if summary is None:
         source = _source(config.data)
         classes, channels = source.num_classes, source.in_channels
+        target = tuple(source.train.targets.shape[1:])
     else:
-        classes, channels = len(summary.classes), summary.shape[0]
-    normalizer = normalizer_of(config)
-    model = _build(config.model, normalizer, classes, channels, config.seed)
+        classes, channels, target = len(summary.classes), summary.shape[0], ()
+    normalizer, outputs = normalizer_of(config), task_of(config).outputs(classes, target)
+    model = _build(config.model, normalizer, outputs, channels, config.seed)
     layout = layout_on(device_of(config), normalizer)
     model.to(memory_format=layout)  # type: ignore[call-overload]  # as torch has it
     return model
@@ -264,6 +280,18 @@ def _fingerprint(data: DataConfig) -> Fingerprint:
     return Fingerprint.of(*_split(data))
 
 
+@lru_cache(maxsize=4)
+def _check_targets(data: DataConfig, config: TaskConfig) -> None:
+    task = _task(config)
+    for part in _split(data):
+        task.check(part.targets, part.classes)
+
+
+@lru_cache(maxsize=4)
+def _task(config: TaskConfig) -> Task:
+    return tasks.create(config.name, **read_options(config.options))
+
+
 def _normalizer(config: NormalizerConfig, rounds: int) -> Normalizer:
     settings = {
         "groups": config.groups,
@@ -278,11 +306,11 @@ def _normalizer(config: NormalizerConfig, rounds: int) -> Normalizer:
 
 
 def _build(
-    model: ModelConfig, normalizer: Normalizer, num_classes: int, in_channels: int, seed: int
+    model: ModelConfig, normalizer: Normalizer, outputs: int, in_channels: int, seed: int
 ) -> nn.Module:
     return models.build(
         model.name,
-        num_classes=num_classes,
+        num_classes=outputs,
         in_channels=in_channels,
         normalizer=normalizer,
         width=model.width or None,

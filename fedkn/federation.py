@@ -30,7 +30,6 @@ __all__ = [
     "ARRAYS",
     "CONFIG",
     "CONTROL",
-    "CORRECT",
     "DATA",
     "EVALUATION_LOSS",
     "EVALUATION_METRICS",
@@ -45,6 +44,7 @@ __all__ = [
     "STATE_ROUND",
     "TRAIN_LOSS",
     "TRAIN_METRICS",
+    "VALUE",
     "arrays_record",
     "arrays_to_tensors",
     "data_record",
@@ -105,9 +105,9 @@ TRAIN_METRICS = (
 # Metric of a client's answer on joining, beside its partition and examples: images of each class.
 LABELS = "labels"
 
-# Metrics of a client that evaluated its own model: `CORRECT` of `EXAMPLES` images.
-CORRECT, EVALUATION_LOSS = "correct", "loss"
-EVALUATION_METRICS = (PARTITION, EXAMPLES, CORRECT, EVALUATION_LOSS)
+# Metrics of a client that evaluated its own model: the deciding metric's value, and the mean loss.
+VALUE, EVALUATION_LOSS = "value", "loss"
+EVALUATION_METRICS = (PARTITION, EXAMPLES, VALUE, EVALUATION_LOSS)
 
 # Roles whose tensors travel in both directions.
 _TRAVELS = frozenset({TensorRole.SHARED, TensorRole.MEAN, TensorRole.VARIANCE, TensorRole.FROZEN})
@@ -262,9 +262,9 @@ def update_metrics(
     return MetricRecord(dict(zip(TRAIN_METRICS, values, strict=True)))
 
 
-def evaluation_metrics(partition: int, examples: int, correct: int, loss: float) -> MetricRecord:
-    """Return the metrics of a client's own model on the images that it keeps from training."""
-    values = (partition, examples, correct, loss)
+def evaluation_metrics(partition: int, examples: int, value: float, loss: float) -> MetricRecord:
+    """Return the metrics of a client's own model on the examples that it keeps from training."""
+    values = (partition, examples, value, loss)
     return MetricRecord(dict(zip(EVALUATION_METRICS, values, strict=True)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -92,9 +93,24 @@ class CellRecord:
         """The label of the cell's partition."""
         return partition_label(self.config.partition)
 
+    @property
+    def target(self) -> float:
+        """The value of the metric whose first round is told; NaN: none is."""
+        match self.config.evaluation.target:
+            case "none":
+                return math.nan
+            case "auto":
+                return _TARGET if self.metric.name == ACCURACY.name else math.nan
+            case value:
+                return value
+
     def values(self, split: str) -> dict[int, float]:
         """Return the metric's value by round on `split`."""
         return {e.round: e.value for e in self.evaluations if e.split == split}
+
+
+_TARGET = 0.8
+"""Of accuracy, where nobody asked for another."""
 
 
 def partition_label(partition: PartitionConfig) -> str:
