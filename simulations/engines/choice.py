@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Literal
 
@@ -36,8 +37,8 @@ def engine_of(config: ExperimentConfig) -> str:
     if config.model.name not in ARCHITECTURES:
         return "inprocess"  # where building it says what is wrong
     channels = _width(config)
-    _, _, height, width = federated_data(config).train.inputs.shape
-    numbers = config.train.batch_size * channels * height * width
+    sides = federated_data(config).train.shape[1:]
+    numbers = config.train.batch_size * channels * math.prod(sides)
     one_by_one_is_fast = normalizer_of(config).memory_format is torch.channels_last
     return "batched" if numbers <= (_SMALL if one_by_one_is_fast else 2 * _SMALL) else "inprocess"
 
