@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedkn import models, normalizers
+from fedkn import normalizers
 from fedkn.algorithms import rule_types
 from fedkn.config import (
     DataConfig,
     ExperimentConfig,
-    ModelConfig,
     NormalizerConfig,
     PartitionConfig,
 )
@@ -30,7 +29,9 @@ from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.split import stratified_split
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
+from fedkn.network import Network, build_network
 from fedkn.normalizers import Normalizer
+from fedkn.options import read_options
 from fedkn.training.inputs import Inputs
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "inputs_of",
     "keep_back",
     "layout_on",
+    "network_of",
     "normalizer_of",
     "why_alone",
 ]
@@ -124,16 +126,23 @@ def build_model(config: ExperimentConfig, summary: DataSummary | None = None) ->
 
     With a `summary` of the experiment's images their source need not be here.
     """
+    return network_of(config, summary).module
+
+
+def network_of(config: ExperimentConfig, summary: DataSummary | None = None) -> Network:
+    """Return the model as `build_model` does, and how it came about."""
     if summary is None:
         source = _source(config.data)
-        classes, channels = source.num_classes, source.in_channels
+        classes, shape = source.num_classes, (source.in_channels, *source.train.image_size)
     else:
-        classes, channels = len(summary.classes), summary.shape[0]
+        classes, shape = len(summary.classes), summary.shape
     normalizer = normalizer_of(config)
-    model = _build(config.model, normalizer, classes, channels, config.seed)
+    network = build_network(
+        config.model, normalizer, outputs=classes, shape=shape, seed=config.seed
+    )
     layout = layout_on(device_of(config), normalizer)
-    model.to(memory_format=layout)  # type: ignore[call-overload]  # as torch has it
-    return model
+    network.module.to(memory_format=layout)  # type: ignore[call-overload]  # as torch has it
+    return network
 
 
 def layout_on(device: torch.device, normalizer: Normalizer) -> torch.memory_format:
@@ -272,22 +281,9 @@ def _normalizer(config: NormalizerConfig, rounds: int) -> Normalizer:
         "frozen_from": config.frozen_from or rounds - rounds // 2 + 1,
     }
     known = normalizers.options(config.name)
+    options = read_options(config.options)
+    if twice := options.keys() & settings.keys():
+        raise UserError(f"normalizer.options.{min(twice)} is a setting: normalizer.{min(twice)}")
     return normalizers.create(
-        config.name, **{key: value for key, value in settings.items() if key in known}
-    )
-
-
-def _build(
-    model: ModelConfig, normalizer: Normalizer, num_classes: int, in_channels: int, seed: int
-) -> nn.Module:
-    return models.build(
-        model.name,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        normalizer=normalizer,
-        width=model.width or None,
-        final_norm=model.final_norm,
-        low_resolution=model.low_resolution,
-        dropout_p=None if model.dropout_p == "published" else model.dropout_p,
-        seed=seed,
+        config.name, **{key: value for key, value in settings.items() if key in known}, **options
     )

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedkn.config import ExperimentConfig
 from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError, UserError
 from fedkn.files import write_atomically
@@ -28,6 +29,7 @@ __all__ = ["Checkpoint", "CheckpointNotWritten", "CheckpointStore", "weights_sha
 _LOG = logging.getLogger("flwr")
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 _FIELDS = ("round", "names", "config", "versions", "token", "data")
+_DEFAULTS = ExperimentConfig().flat()
 _VERSIONS = {"torch": torch.__version__, "numpy": np.__version__, "flwr": flwr.__version__}
 
 
@@ -145,12 +147,13 @@ class CheckpointStore:
         return sorted(rounds, key=lambda path: rounds[path], reverse=True)
 
     def _refuse_other(self, then: Mapping[str, Any]) -> None:
-        for key in sorted(self._config.keys() | then.keys()):
-            if self._config.get(key) != then.get(key):
+        # A setting that came later was at its default: that is what went before it.
+        before, now = ({**_DEFAULTS, **config} for config in (then, self._config))
+        for key in sorted(now.keys() | before.keys()):
+            if now.get(key) != before.get(key):
                 raise UserError(
-                    f"{self._folder} was begun with {key} = {then.get(key)!r}, not "
-                    f"{self._config.get(key)!r}: resume with the same configuration, or give "
-                    "another folder"
+                    f"{self._folder} was begun with {key} = {before.get(key)!r}, not "
+                    f"{now.get(key)!r}: resume with the same configuration, or give another folder"
                 )
 
     def _write(self, name: str, content: bytes) -> None:

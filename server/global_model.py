@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
-from fedkn.experiment import build_model, device_of, federated_data, inputs_of, normalizer_of
-from fedkn.federation import on_the_wire
+from fedkn.experiment import device_of, federated_data, inputs_of, network_of, normalizer_of, why_alone
+from fedkn.federation import fixed_sha256, on_the_wire
 from fedkn.normalizers import FederationRule, TensorRole
 from fedkn.training import Evaluation, Workspace, check_precision, evaluate, refuse_unprivate
 from fedkn.training.memory import step_memory
@@ -25,6 +26,7 @@ class GlobalModel:
         parameters: the names of the tensors that are parameters.
         size: number of trainable parameters (elements). local_tensors: how many never leave the
             clients; the global model has them as initialised.
+        fixed_sha256: of the tensors that nobody changes and that are not sent; empty: there are none.
         spreads, counts: the names of buffers that hold variances or deviations, and counts of
             batches. examples: how many the experiment has to train on.
 
@@ -36,7 +38,9 @@ class GlobalModel:
         self._config = config
         self._device = device_of(config)
         normalizer = normalizer_of(config)
-        network = build_model(config).to(self._device)
+        built = network_of(config)
+        self._record = built.record()
+        network = built.module.to(self._device)
         if config.privacy.mechanism == "example":
             refuse_unprivate(normalizer, network, config.train.precision)
             if not config.privacy.noise_multiplier:
@@ -45,10 +49,12 @@ class GlobalModel:
                     "it, or set privacy.mechanism = 'none'"
                 )
         self._normalizer = normalizer
+        rule = normalizer.federation_rule(network)
+        self.fixed_sha256 = fixed_sha256(rule, network.state_dict())
         self.parameters = [name for name, _ in network.named_parameters()]
         self.size = sum(p.numel() for p in network.parameters() if p.requires_grad)
         self.local_tensors = sum(
-            role is TensorRole.LOCAL for role in normalizer.federation_rule(network).values()
+            role is TensorRole.LOCAL for role in rule.values()
         )
         if self.local_tensors and not config.evaluation.client_fraction:
             raise UserError(
@@ -77,6 +83,18 @@ class GlobalModel:
     def rule(self, round_: int) -> FederationRule:
         """Return the role of every tensor in `round_` (from 1)."""
         return self._normalizer.federation_rule(self._workspace.model, round_)
+
+    def record(self) -> dict[str, Any]:
+        """Return what the run's record says of how the model came about (docs/run-folder.md)."""
+        return {**self._record, "alone": why_alone(self._config)}
+
+    @property
+    def described(self) -> str:
+        """How large the model is, in words, for the log."""
+        total = self._record["parameters"]
+        if self.size == total:
+            return f"{total:,} parameters"
+        return f"{self.size:,} of {total:,} parameters are trained"
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return the initial tensors that travel, in the order of the model's state."""

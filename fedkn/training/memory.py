@@ -28,7 +28,7 @@ def step_memory(model: nn.Module, x: Tensor, labels: Tensor, *, precision: str =
     the batch.
     """
     for parameter in model.parameters():
-        if parameter.grad is None:
+        if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
 
     def step() -> None:
