@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedkn import normalizers
+from fedkn import models, normalizers
 from fedkn.algorithms import rule_types
 from fedkn.config import (
     DataConfig,
     ExperimentConfig,
+    ModelConfig,
     NormalizerConfig,
     PartitionConfig,
 )
@@ -33,6 +34,7 @@ from fedkn.network import Network, build_network
 from fedkn.normalizers import Normalizer
 from fedkn.options import read_options
 from fedkn.training.inputs import Inputs
+from fedkn.training.stackable import Stacking, try_stacking
 
 __all__ = [
     "FederatedData",
@@ -45,6 +47,7 @@ __all__ = [
     "layout_on",
     "network_of",
     "normalizer_of",
+    "own_stacking",
     "why_alone",
 ]
 
@@ -182,7 +185,15 @@ def why_alone(config: ExperimentConfig) -> str:
         "train.accumulate gives a step several batches": train.accumulate > 1,
         f"they compute in float32, not in {train.precision}": train.precision == "bfloat16",
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    known = next((reason for reason, holds in reasons.items() if holds), "")
+    if known or config.model.name in models.names():
+        return known
+    return own_stacking(config).reason
+
+
+def own_stacking(config: ExperimentConfig) -> Stacking:
+    """Return whether a model of somebody's own can be trained for several clients at once."""
+    return _own_stacking(config.model, config.normalizer, config.rounds, config.data)
 
 
 def device_of(config: ExperimentConfig) -> torch.device:
@@ -205,6 +216,17 @@ def device_of(config: ExperimentConfig) -> torch.device:
     elif device.type != "cpu":
         raise UserError(f"device = '{name}': give auto, cpu, cuda or cuda:N")
     return device
+
+
+@lru_cache(maxsize=4)
+def _own_stacking(
+    model: ModelConfig, normalizer: NormalizerConfig, rounds: int, data: DataConfig
+) -> Stacking:
+    config = ExperimentConfig(
+        model=model, normalizer=normalizer, rounds=rounds, data=data, device="cpu"
+    )
+    some = _split(data)[0].select(np.arange(2))
+    return try_stacking(build_model(config), inputs_of(config, torch.device("cpu"))(some.inputs))
 
 
 @lru_cache(maxsize=2)
