@@ -91,6 +91,7 @@ def train(message: Message, context: Context) -> Message:
             given=given,
             carried={n: v for n, v in kept.items() if not n.startswith(_MODEL)},
             largest_batch=session.largest_batch,
+            goal=session.task,
         ),
         {**received, **carried_part(kept, _MODEL)},
     )
@@ -127,27 +128,26 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate_own(message: Message, context: Context) -> Message:
-    """Evaluate the received model with the client's own tensors on the images that it keeps."""
+    """Evaluate the received model with the client's own tensors on the examples that it keeps."""
     session, partition = _opened(message, context)
     received, told = _received(message)
     own = local_state(context, partition, _told(told, RUN_TOKEN, str))
     kept, _ = own.restore(_state_round(session, (), told))
-    images, labels = session.held_data(partition)
-    if not len(labels):
+    examples, targets = session.held_data(partition)
+    if not len(targets):
         raise UserError(
-            f"client {partition} keeps no image to evaluate on: raise evaluation.client_fraction"
+            f"client {partition} keeps no example to evaluate on: raise evaluation.client_fraction"
         )
     session.workspace.load(received, carried_part(kept, _MODEL))
     result = evaluate(
         session.workspace.model,
-        images,
-        labels,
+        examples,
+        targets,
         session.inputs,
         session.config.evaluation.batch_size,
+        goal=session.task,
     )
-    metrics = evaluation_metrics(
-        partition, result.examples, round(result.accuracy * result.examples), result.loss
-    )
+    metrics = evaluation_metrics(partition, result.examples, result.value, result.loss)
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
 

@@ -39,7 +39,9 @@ __all__ = [
     "Section",
     "ServerConfig",
     "StrategyConfig",
+    "TaskConfig",
     "TrainConfig",
+    "as_named_now",
     "check_keys",
     "validated",
 ]
@@ -159,6 +161,18 @@ class ModelConfig(Section):
     )
 
 
+class TaskConfig(Section):
+    """What the network is trained for: the loss, the metrics, what targets are."""
+
+    name: str = Field(
+        "classification",
+        description="classification, multilabel, regression, segmentation or package.module:Task",
+    )
+    options: Options = Field(
+        "", description="[task.options]: what the task takes, such as class_weights, loss"
+    )
+
+
 class NormalizerConfig(Section):
     """The normalizer: a layer and a federation rule."""
 
@@ -262,7 +276,11 @@ class EvaluationConfig(Section):
     split: Literal["test", "validation"] = Field("test", description="test or validation images")
     every: int = Field(1, ge=1, description="evaluate every so many rounds, and after the last")
     batch_size: int = Field(256, ge=1, description="images in an evaluation batch")
-    target_accuracy: Fraction = Field(0.8, description="for rounds to target accuracy")
+    target: Finite | Literal["auto", "none"] = Field(
+        "auto",
+        description="value of the deciding metric whose first round the report tells, in the "
+        "metric's own unit (auto: 0.8 of accuracy, none of other metrics)",
+    )
     client_fraction: Fraction = Field(
         0.0,
         description="part of its images that every client keeps from training, to evaluate its "
@@ -318,6 +336,7 @@ class ExperimentConfig(Section):
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
     normalizer: NormalizerConfig = NormalizerConfig()
     train: TrainConfig = TrainConfig()
     strategy: StrategyConfig = StrategyConfig()
@@ -336,7 +355,7 @@ class ExperimentConfig(Section):
         flat: dict[str, Any] = {}
         tables = [*_option_tables(cls)]
         for layer in layers:
-            flat = with_options(tables, flat, layer)
+            flat = as_named_now(with_options(tables, flat, layer))
         check_keys(cls, flat)
         config = validated(cls, nest(flat))
         if config.partition.clients and config.cohort > config.partition.clients:
@@ -363,6 +382,13 @@ class ExperimentConfig(Section):
         """Return a copy with dotted keys changed; ``__`` stands for the dot in a keyword."""
         return self.resolve(self.flat(), {k.replace("__", "."): v for k, v in changes.items()})
 
+
+def as_named_now(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted settings with those under earlier names as they are called now."""
+    return {_RENAMED.get(key, key): value for key, value in flat.items()}
+
+
+_RENAMED = {"evaluation.target_accuracy": "evaluation.target"}
 
 SectionT = TypeVar("SectionT", bound=Section)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedkn import models, normalizers
+from fedkn import models, normalizers, tasks
 from fedkn.algorithms import rule_types
 from fedkn.config import (
     DataConfig,
@@ -21,6 +21,7 @@ from fedkn.config import (
     ModelConfig,
     NormalizerConfig,
     PartitionConfig,
+    TaskConfig,
 )
 from fedkn.data import partition as partitions
 from fedkn.data import sources
@@ -33,6 +34,7 @@ from fedkn.errors import UserError
 from fedkn.network import Network, build_network
 from fedkn.normalizers import Normalizer
 from fedkn.options import read_options
+from fedkn.tasks import Task
 from fedkn.training.inputs import Inputs
 from fedkn.training.stackable import Stacking, try_stacking
 
@@ -48,6 +50,7 @@ __all__ = [
     "network_of",
     "normalizer_of",
     "own_stacking",
+    "task_of",
     "why_alone",
 ]
 
@@ -85,9 +88,11 @@ def federated_data(config: ExperimentConfig) -> FederatedData:
     client keeps from training, a third is for choosing settings, the rest for results.
 
     Raises:
-        UserError: data missing, or a partition that cannot be made, naming the setting to change.
+        UserError: data missing or not what the task needs, or a partition that cannot be made,
+            naming the setting to change.
     """
     evaluation = config.evaluation
+    _check_targets(config.data, config.task)
     return _federated_data(
         config.data, config.partition, config.seed, evaluation.client_fraction, evaluation.split
     )
@@ -111,6 +116,15 @@ def keep_back(
 def normalizer_of(config: ExperimentConfig) -> Normalizer:
     """Return the configured normalizer."""
     return _normalizer(config.normalizer, config.rounds)
+
+
+def task_of(config: ExperimentConfig) -> Task:
+    """Return what the network is trained for.
+
+    Raises:
+        UserError: there is no such task, or it does not take the options given.
+    """
+    return _task(config.task)
 
 
 def data_summary(config: ExperimentConfig) -> DataSummary:
@@ -137,11 +151,12 @@ def network_of(config: ExperimentConfig, summary: DataSummary | None = None) -> 
     if summary is None:
         source = _source(config.data)
         classes, shape = source.num_classes, (source.in_channels, *source.train.image_size)
+        target = tuple(source.train.targets.shape[1:])
     else:
-        classes, shape = len(summary.classes), summary.shape
-    normalizer = normalizer_of(config)
+        classes, shape, target = len(summary.classes), summary.shape, ()
+    normalizer, outputs = normalizer_of(config), task_of(config).outputs(classes, target)
     network = build_network(
-        config.model, normalizer, outputs=classes, shape=shape, seed=config.seed
+        config.model, normalizer, outputs=outputs, shape=shape, seed=config.seed
     )
     layout = layout_on(device_of(config), normalizer)
     network.module.to(memory_format=layout)  # type: ignore[call-overload]  # as torch has it
@@ -193,7 +208,9 @@ def why_alone(config: ExperimentConfig) -> str:
 
 def own_stacking(config: ExperimentConfig) -> Stacking:
     """Return whether a model of somebody's own can be trained for several clients at once."""
-    return _own_stacking(config.model, config.normalizer, config.rounds, config.data)
+    return _own_stacking(
+        config.model, config.normalizer, config.rounds, config.data, task=config.task
+    )
 
 
 def device_of(config: ExperimentConfig) -> torch.device:
@@ -220,10 +237,15 @@ def device_of(config: ExperimentConfig) -> torch.device:
 
 @lru_cache(maxsize=4)
 def _own_stacking(
-    model: ModelConfig, normalizer: NormalizerConfig, rounds: int, data: DataConfig
+    model: ModelConfig,
+    normalizer: NormalizerConfig,
+    rounds: int,
+    data: DataConfig,
+    *,
+    task: TaskConfig,
 ) -> Stacking:
     config = ExperimentConfig(
-        model=model, normalizer=normalizer, rounds=rounds, data=data, device="cpu"
+        model=model, normalizer=normalizer, rounds=rounds, data=data, task=task, device="cpu"
     )
     some = _split(data)[0].select(np.arange(2))
     return try_stacking(build_model(config), inputs_of(config, torch.device("cpu"))(some.inputs))
@@ -293,6 +315,18 @@ def _summary(data: DataConfig, standardized: bool) -> DataSummary:
 @lru_cache(maxsize=2)
 def _fingerprint(data: DataConfig) -> Fingerprint:
     return Fingerprint.of(*_split(data))
+
+
+@lru_cache(maxsize=4)
+def _check_targets(data: DataConfig, config: TaskConfig) -> None:
+    task = _task(config)
+    for part in _split(data):
+        task.check(part.targets, part.classes)
+
+
+@lru_cache(maxsize=4)
+def _task(config: TaskConfig) -> Task:
+    return tasks.create(config.name, **read_options(config.options))
 
 
 def _normalizer(config: NormalizerConfig, rounds: int) -> Normalizer:

@@ -31,7 +31,6 @@ __all__ = [
     "ARRAYS",
     "CONFIG",
     "CONTROL",
-    "CORRECT",
     "DATA",
     "EVALUATION_LOSS",
     "EVALUATION_METRICS",
@@ -47,6 +46,7 @@ __all__ = [
     "STATE_ROUND",
     "TRAIN_LOSS",
     "TRAIN_METRICS",
+    "VALUE",
     "arrays_record",
     "arrays_to_tensors",
     "data_record",
@@ -87,7 +87,7 @@ ROUND, LEARNING_RATE = "server-round", "learning-rate"
 # accepted an update of that client (0: never).
 RUN_TOKEN, STATE_ROUND = "run-token", "state-round"
 
-# Where tensors do not travel because nobody changes them: what `fixed_sha256` gives of the server's.
+# What `fixed_sha256` gives of the server's tensors that nobody changes, where there are any.
 FIXED = "fixed-sha256"
 
 # Metrics of an update: which partition, its number of examples (the weight in the average), and
@@ -111,9 +111,9 @@ TRAIN_METRICS = (
 # Metric of a client's answer on joining, beside its partition and examples: images of each class.
 LABELS = "labels"
 
-# Metrics of a client that evaluated its own model: `CORRECT` of `EXAMPLES` images.
-CORRECT, EVALUATION_LOSS = "correct", "loss"
-EVALUATION_METRICS = (PARTITION, EXAMPLES, CORRECT, EVALUATION_LOSS)
+# Metrics of a client that evaluated its own model: the deciding metric's value, and the mean loss.
+VALUE, EVALUATION_LOSS = "value", "loss"
+EVALUATION_METRICS = (PARTITION, EXAMPLES, VALUE, EVALUATION_LOSS)
 
 # Roles whose tensors travel in both directions.
 _TRAVELS = frozenset({TensorRole.SHARED, TensorRole.MEAN, TensorRole.VARIANCE, TensorRole.FROZEN})
@@ -281,9 +281,9 @@ def update_metrics(
     return MetricRecord(dict(zip(TRAIN_METRICS, values, strict=True)))
 
 
-def evaluation_metrics(partition: int, examples: int, correct: int, loss: float) -> MetricRecord:
-    """Return the metrics of a client's own model on the images that it keeps from training."""
-    values = (partition, examples, correct, loss)
+def evaluation_metrics(partition: int, examples: int, value: float, loss: float) -> MetricRecord:
+    """Return the metrics of a client's own model on the examples that it keeps from training."""
+    values = (partition, examples, value, loss)
     return MetricRecord(dict(zip(EVALUATION_METRICS, values, strict=True)))
 
 

@@ -7,7 +7,7 @@ ask for; what was done on the way is told, for the run's record.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ def build_network(
             dropout_p=None if model.dropout_p == "published" else model.dropout_p,
             seed=seed,
         )
-        return _finished(model, module, (), None, *_weights(model, module))
+        return _finished(model, Network(module, None, (), *_weights(model, module)))
     _refuse_settings(model)
     if model.dropout_p != "published":
         normalizer = normalizer.with_settings(dropout_p=model.dropout_p)
@@ -131,10 +131,10 @@ def build_network(
         )
         loaded = _weights(model, made.module)
         if made.normalized:
-            return _finished(model, made.module.train(), (), None, *loaded)
+            return _finished(model, Network(made.module.train(), None, (), *loaded))
         before = [*made.module.state_dict()]
         module, conversion = models.convert(made.module, normalizer)
-    return _finished(model, module.train(), before, conversion, *loaded)
+    return _finished(model, Network(module.train(), conversion, (), *loaded), before)
 
 
 _MOST = 200
@@ -144,29 +144,24 @@ _SMALL_SIDE = 64
 """Pixels to a side up to which a network has the stem for small images."""
 
 
-def _finished(
-    model: ModelConfig,
-    module: nn.Module,
-    before: Iterable[str],
-    conversion: Conversion | None,
-    sha256: str,
-    left: list[str],
-) -> Network:
-    frozen = freeze(module, patterns(model.frozen), before) if model.frozen else []
-    return Network(module, conversion, tuple(frozen), sha256, tuple(left))
+def _finished(model: ModelConfig, network: Network, before: Iterable[str] = ()) -> Network:
+    """Freeze what is to be frozen; `before` are the tensors that there were before a conversion."""
+    frozen = freeze(network.module, patterns(model.frozen), before)
+    return replace(network, frozen=tuple(frozen))
 
 
-def _weights(model: ModelConfig, module: nn.Module) -> tuple[str, list[str]]:
+def _weights(model: ModelConfig, module: nn.Module) -> tuple[str, tuple[str, ...]]:
     if not model.weights:
         if model.weights_except or model.weights_sha256:
             raise UserError("model.weights_except and model.weights_sha256 need model.weights")
-        return "", []
-    return load_weights(
+        return "", ()
+    sha256, left = load_weights(
         module,
         expanded(model.weights),
         exclude=patterns(model.weights_except),
         sha256=model.weights_sha256,
     )
+    return sha256, tuple(left)
 
 
 def _low(architecture: Architecture, shape: tuple[int, ...]) -> bool:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fedkn.config import ExperimentConfig
+from fedkn.config import ExperimentConfig, as_named_now
 from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError, UserError
 from fedkn.files import write_atomically
@@ -146,14 +146,15 @@ class CheckpointStore:
         rounds = {path: int(match[1]) for path, match in found.items() if match}
         return sorted(rounds, key=lambda path: rounds[path], reverse=True)
 
-    def _refuse_other(self, then: Mapping[str, Any]) -> None:
-        # A setting that came later was at its default: that is what went before it.
-        before, now = ({**_DEFAULTS, **config} for config in (then, self._config))
-        for key in sorted(now.keys() | before.keys()):
-            if now.get(key) != before.get(key):
+    def _refuse_other(self, recorded: Mapping[str, Any]) -> None:
+        # What there was no setting for was done as it is by default.
+        then = {**_DEFAULTS, **as_named_now(recorded)}
+        for key in sorted(self._config.keys() | as_named_now(recorded).keys()):
+            if self._config.get(key) != then.get(key):
                 raise UserError(
-                    f"{self._folder} was begun with {key} = {before.get(key)!r}, not "
-                    f"{now.get(key)!r}: resume with the same configuration, or give another folder"
+                    f"{self._folder} was begun with {key} = {then.get(key)!r}, not "
+                    f"{self._config.get(key)!r}: resume with the same configuration, or give "
+                    "another folder"
                 )
 
     def _write(self, name: str, content: bytes) -> None:

@@ -35,8 +35,11 @@ class Consent(Section):
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         1e-5, description="at which max_epsilon is meant, whatever delta a run names"
     )
-    models: str = Field("", description="models that may be trained, with commas, somebody's own as "
-        "package.module:name (empty: any)")
+    models: str = Field(
+        "",
+        description="models that may be trained, with commas, somebody's own as "
+        "package.module:name (empty: any)",
+    )
     max_rounds: int = Field(0, ge=0, description="refuse runs of more rounds (0: any number)")
     evaluation: bool = Field(
         True,

@@ -44,6 +44,8 @@ def freeze(model: nn.Module, wanted: Sequence[str], known: Iterable[str] = ()) -
     Raises:
         UserError: a pattern that fits none, naming the nearest tensor.
     """
+    if not wanted:
+        return []
     names = [*model.state_dict()]
     for pattern in wanted:
         if not matching([*names, *known], [pattern]):

@@ -109,7 +109,7 @@ class StackedWorkspace:
     def calls(self, client: StackedClient, inputs: Inputs) -> int:
         """Return how many dropout calls a forward pass makes."""
         if self._calls is None:
-            some = inputs(client.images[:2]).contiguous()
+            some = inputs(client.examples[:2]).contiguous()
             with dropout_stream(0) as stream, torch.no_grad():
                 functional_call(self.model, {**self.fixed, **self.initial}, (some,))
             self._calls = stream.calls
@@ -158,45 +158,47 @@ def stackable_parameters(model: nn.Module) -> tuple[dict[str, Tensor], dict[str,
 class StackedTables:
     """What recorded steps read, at addresses that do not change: `room` steps of all clients."""
 
-    def __init__(self, room: int, size: int, images: Tensor, calls: int) -> None:
-        """`images` are one step's, (K, B, C, H, W)."""
+    def __init__(self, room: int, size: int, examples: Tensor, targets: Tensor, calls: int) -> None:
+        """`examples` (K, B, C, H, W) and `targets` (K, B, ...) are one step's."""
         self.room = room
-        self.images = images.new_zeros((room, size, *images.shape[1:]))
-        shape = self.images.shape[:3]
-        self.labels = torch.zeros(shape, dtype=torch.int64, device=images.device)
-        self.weights = torch.zeros(shape, device=images.device)
-        self.keys = torch.zeros((*shape[:2], calls), dtype=torch.int64, device=images.device)
-        self.place = torch.zeros(1, dtype=torch.int64, device=images.device)
+        self.examples = examples.new_zeros((room, size, *examples.shape[1:]))
+        self.targets = targets.new_zeros((room, size, *targets.shape[1:]))
+        shape, device = self.examples.shape[:3], examples.device
+        self.weights = torch.zeros(shape, device=device)
+        self.keys = torch.zeros((*shape[:2], calls), dtype=torch.int64, device=device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the images, and how many dropout calls there are: what a recorded step is for."""
-        return *self.images.shape, self.keys.shape[-1]
+        """Of the examples, and how many dropout calls there are: what a recorded step is for."""
+        return *self.examples.shape, self.keys.shape[-1]
 
     @staticmethod
     def of(workspace: StackedWorkspace, batches: StackedBatches) -> StackedTables:
         """Return the workspace's tables for batches of that kind, made where there are none."""
-        some, _ = batches.taken(0, 1)
+        some, wanted = batches.taken(0, 1)
         kind = (*some.shape[2:], batches.keys.shape[-1])
         if kind not in workspace.tables:
             room = _BYTES_AT_ONCE // max(1, some[:, :1].nbytes * workspace.size)
             room = max(1, min(room, _MOST_STEPS))
-            workspace.tables[kind] = StackedTables(room, workspace.size, some[0], kind[-1])
+            workspace.tables[kind] = StackedTables(
+                room, workspace.size, some[0], wanted[0], kind[-1]
+            )
         return workspace.tables[kind]
 
     def batch(self, clients: int, inputs: Inputs) -> Batch:
         """Return the batch of the step whose turn it is, and move on to the next."""
-        images, labels, weights, keys = (
+        examples, targets, weights, keys = (
             table[:, :clients].index_select(0, self.place).squeeze(0)
-            for table in (self.images, self.labels, self.weights, self.keys)
+            for table in (self.examples, self.targets, self.weights, self.keys)
         )
-        x = inputs(images.flatten(0, 1)).contiguous()
+        x = inputs(examples.flatten(0, 1)).contiguous()
         self.place.add_(1)
-        return Batch(x.view(*images.shape[:2], *x.shape[1:]), labels, weights, keys)
+        return Batch(x.view(*examples.shape[:2], *x.shape[1:]), targets, weights, keys)
 
 
 _BYTES_AT_ONCE = 1 << 26
-"""Of pixels in the tables: longer rounds are taken in chunks."""
+"""Of examples in the tables: longer rounds are taken in chunks."""
 _MOST_STEPS = 256
 
 

@@ -224,6 +224,7 @@ def _collected(
         max_norm=0.0 if config.server.max_update_norm == "auto" else config.server.max_update_norm,
         round_timeout=config.server.round_timeout,
         private=config.privacy.mechanism == "example",
+        least_loss=model.task.least_loss,
         spreads=model.spreads,
         counts=model.counts,
     )
