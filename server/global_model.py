@@ -39,7 +39,7 @@ class GlobalModel:
         parameters: the names of the tensors that are parameters.
         size: number of trainable parameters (elements). local_tensors: how many never leave the
             clients; the global model has them as initialised.
-        fixed_sha256: of the tensors that nobody changes and that are not sent; empty: there are none.
+        fixed_sha256: of the tensors that nobody changes and that are not sent; empty: none.
         spreads, counts: the names of buffers that hold variances or deviations, and counts of
             batches. examples: how many the experiment has to train on.
 
@@ -67,9 +67,7 @@ class GlobalModel:
         self.fixed_sha256 = fixed_sha256(rule, network.state_dict())
         self.parameters = [name for name, _ in network.named_parameters()]
         self.size = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        self.local_tensors = sum(
-            role is TensorRole.LOCAL for role in rule.values()
-        )
+        self.local_tensors = sum(role is TensorRole.LOCAL for role in rule.values())
         if self.local_tensors and not config.evaluation.client_fraction:
             raise UserError(
                 f"{config.normalizer.name} keeps tensors on the clients: set "

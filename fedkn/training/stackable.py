@@ -78,7 +78,8 @@ def try_stacking(model: nn.Module, x: Tensor) -> Stacking:
             said = printable(error, 160)
             if "randomness" in said:
                 return Stacking(f"{watch.where} draws random numbers of its own", watch.first)
-            return Stacking(f"{watch.where} cannot be run for several clients ({said})", watch.first)
+            reason = f"{watch.where} cannot be run for several clients ({said})"
+            return Stacking(reason, watch.first)
     if not torch.allclose(one[:, 0], other[:, 0], rtol=1e-4, atol=1e-5, equal_nan=True):
         return Stacking("the network mixes the examples of a batch", numbers)
     return Stacking("", numbers)

@@ -134,12 +134,12 @@ def stackable_parameters(model: nn.Module) -> tuple[dict[str, Tensor], dict[str,
     parameters: dict[str, Tensor] = {}
     fixed: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        own = parameters if parameter.requires_grad else fixed
-        own[name] = parameter.detach().contiguous()
+        kind = parameters if parameter.requires_grad else fixed
+        kind[name] = parameter.detach().contiguous()
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
-        names = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
-        if odd := [name for name in names if dot + name not in parameters]:
+        own = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
+        if odd := [name for name in own if dot + name not in parameters]:
             raise UserError(
                 f"clients of a model whose '{dot}{odd[0]}' is a parameter of another layer too "
                 "cannot train together: set engine = 'inprocess'"

@@ -88,7 +88,7 @@ def evaluate_clients(
     fixed = {FIXED: fixed_sha256} if fixed_sha256 else {}
     messages = {
         partition: Message(
-            RecordDict({**content, CONFIG: ConfigRecord({**fixed, **participation.told(partition)})}),
+            RecordDict({**content, CONFIG: ConfigRecord(fixed | participation.told(partition))}),
             dst_node_id=member.node_id,
             message_type=MessageType.EVALUATE,
         )

@@ -200,7 +200,9 @@ def _ask(
             RecordDict(
                 {
                     **content,
-                    CONFIG: ConfigRecord({**instructions, **fixed, **participation.told(partition)}),
+                    CONFIG: ConfigRecord(
+                        {**instructions, **fixed, **participation.told(partition)}
+                    ),
                 }
             ),
             dst_node_id=member.node_id,
