@@ -15,7 +15,7 @@ from clients.device.consent import node_consent
 from clients.instructions import signed_by_the_server
 from clients.local_state import LocalState, local_state
 from clients.privacy_account import PrivacyAccount, privacy_account
-from clients.session import Session, open_session
+from clients.session import Session, config_in, open_session
 from clients.trainer import current_trainer
 from fedkn.algorithms import local_rules
 from fedkn.config import ExperimentConfig
@@ -24,6 +24,7 @@ from fedkn.federation import (
     ARRAYS,
     CONFIG,
     CONTROL,
+    FIXED,
     LEARNING_RATE,
     METRICS,
     ROUND,
@@ -159,9 +160,15 @@ def _opened(message: Message, context: Context) -> tuple[Session, int]:
     Raises:
         UserError: they do not, or as `open_session`.
     """
-    consent = node_consent(context.node_config)
+    # Before anything of the run is done here: a model of somebody's own is somebody's code.
+    node_consent(context.node_config).allow_run(config_in(context))
     session, partition = open_session(context, message.content)
-    consent.allow_run(session.config)
+    told = message.content.config_records.get(CONFIG, ConfigRecord())
+    if told.get(FIXED, session.fixed_sha256) != session.fixed_sha256:
+        raise UserError(
+            "the tensors that model.frozen keeps as they are differ from the server's: give both "
+            "the same model, model.weights and version of PyTorch"
+        )
     return session, partition
 
 

@@ -35,12 +35,12 @@ from fedkn.experiment import (
     normalizer_of,
     task_of,
 )
-from fedkn.federation import DATA, told_data
+from fedkn.federation import DATA, fixed_sha256, told_data
 from fedkn.normalizers import FederationRule, Normalizer, TensorRole
 from fedkn.tasks import Task
 from fedkn.training import Inputs, Workspace, check_precision
 
-__all__ = ["Session", "open_session"]
+__all__ = ["Session", "config_in", "open_session"]
 
 _LOG = logging.getLogger("flwr")
 
@@ -57,6 +57,7 @@ class Session:
         compared: whether a device's own images were held against the experiment's: not where it
             does not have these and the server has not told of them.
         rule: the role of every tensor of the model.
+        fixed_sha256: of the tensors that nobody changes; empty: there are none.
         task: what the network is trained for.
         examples, targets: all those to train on, of which a client sees only its own.
         num_classes: of the experiment.
@@ -74,6 +75,7 @@ class Session:
     inputs: Inputs
     normalizer: Normalizer
     rule: FederationRule
+    fixed_sha256: str
     task: Task
     examples: Tensor
     targets: Tensor
@@ -103,6 +105,11 @@ class Session:
     def local_tensors(self) -> tuple[str, ...]:
         """The names of the model's tensors that never leave the client."""
         return tuple(name for name, role in self.rule.items() if role is TensorRole.LOCAL)
+
+
+def config_in(context: Context) -> ExperimentConfig:
+    """Return the configuration of the experiment in `context`."""
+    return _config(tuple(context.run_config.items()))
 
 
 def open_session(context: Context, content: RecordDict | None) -> tuple[Session, int]:
@@ -139,6 +146,11 @@ def open_session(context: Context, content: RecordDict | None) -> tuple[Session,
 
 # A message brings the whole run config along: resolving it would cost more than a small reply.
 @lru_cache(maxsize=1)
+def _config(run_config: tuple[tuple[str, Any], ...]) -> ExperimentConfig:
+    return ExperimentConfig.resolve(dict(run_config))
+
+
+@lru_cache(maxsize=1)
 def _session_of(
     run_config: tuple[tuple[str, Any], ...],
     nodes: int,
@@ -146,7 +158,7 @@ def _session_of(
     told: DataSummary | None,
     profile: Profile | None,
 ) -> Session:
-    config = ExperimentConfig.resolve(dict(run_config))
+    config = _config(run_config)
     if not config.partition.clients and not nodes:
         raise UserError(
             "partition.clients is 0 and the node's config has no num-partitions: set one of them"
@@ -171,6 +183,7 @@ def _session(
     wanted = (told or summary_here(asked)) if own else None
     held_by = _own_images(asked, wanted, *own) if own else _partitions(asked, told)
     model = build_model(asked, held_by.summary).to(device)
+    rule = normalizer.federation_rule(model)
     workspace, inputs = Workspace(model), inputs_of(asked, device, held_by.summary)
     examples, targets = held_by.images.to(device), held_by.labels.to(device)
     task = task_of(asked)
@@ -206,7 +219,8 @@ def _session(
         workspace=workspace,
         inputs=inputs,
         normalizer=normalizer,
-        rule=normalizer.federation_rule(model),
+        rule=rule,
+        fixed_sha256=fixed_sha256(rule, model.state_dict()),
         task=task,
         examples=examples,
         targets=targets,

@@ -72,7 +72,8 @@ class Section(BaseModel):
     def _no_boolean_as_number(cls, value: object, info: ValidationInfo) -> object:
         # Pydantic takes true for 1, also where a word may stand for a number.
         annotation = cls.model_fields[info.field_name or ""].annotation
-        number = annotation in _NUMBERS or get_origin(annotation) in (Union, UnionType)
+        choice = get_origin(annotation) in (Union, UnionType) and bool not in get_args(annotation)
+        number = annotation in _NUMBERS or choice
         if isinstance(value, bool) and number:
             raise ValueError(f"must be a number, not {str(value).lower()}")
         return value
@@ -137,17 +138,37 @@ class PartitionConfig(Section):
 class ModelConfig(Section):
     """The network, the same for every normalizer."""
 
-    name: str = Field("resnet8", description="resnet8, resnet18, knresnet18, …")
-    width: int = Field(16, ge=0, description="channels of the first stage (0: as published)")
-    final_norm: Literal["none", "kernel", "own"] = Field(
-        "kernel", description="normalization before the last pooling, for EVERY normalizer"
+    name: str = Field(
+        "resnet8", description="resnet8, resnet18, …, or your own: package.module:factory"
     )
-    low_resolution: bool = Field(True, description="stem for small images (False: for 224x224)")
+    width: int = Field(0, ge=0, description="channels of the first stage (0: as published)")
+    final_norm: Literal["none", "kernel", "own"] = Field(
+        "kernel",
+        description="normalization before the last pooling, for EVERY normalizer; a model of your "
+        "own has what it has",
+    )
+    low_resolution: bool | Literal["auto"] = Field(
+        "auto",
+        description="stem for small images (False: for 224x224; auto: by the images, small are "
+        "those of up to 64 pixels)",
+    )
     dropout_p: Annotated[float, Field(ge=0, lt=1)] | Literal["published"] = Field(
         "published", description="dropout of kernel normalization's statistics"
     )
     options: Options = Field(
         "", description="[model.options]: what a model of your own takes beside the normalizer"
+    )
+    weights: str = Field(
+        "", description="file of weights to start from: safetensors, or tensors that torch saved"
+    )
+    weights_except: str = Field(
+        "", description="tensors that are not taken from it, as 'fc.*, head.*'"
+    )
+    weights_sha256: str = Field(
+        "", description="of that file: filled in when a run begins, and another file is refused"
+    )
+    frozen: str = Field(
+        "", description="tensors that are not trained and not sent, as 'conv1.*, layer1.*'"
     )
 
 
@@ -166,7 +187,10 @@ class TaskConfig(Section):
 class NormalizerConfig(Section):
     """The normalizer: a layer and a federation rule."""
 
-    name: str = Field("kernel", description="kernel, ws_group, group, batch, none, …")
+    name: str = Field(
+        "kernel",
+        description="kernel, ws_group, group, batch, none, …, or your own: package.module:Class",
+    )
     groups: int = Field(0, ge=0, description="group, ws_group: number of groups (0: default)")
     bn_statistics: Literal["averaged", "recalibrated", "local"] = Field(
         "averaged",
@@ -175,6 +199,9 @@ class NormalizerConfig(Section):
     )
     frozen_from: int = Field(
         0, ge=0, description="fixbn: first round on frozen statistics (0: the second half)"
+    )
+    options: Options = Field(
+        "", description="[normalizer.options]: what a normalizer has beside these, as eval_mode"
     )
 
 

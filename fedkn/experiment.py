@@ -31,10 +31,12 @@ from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.split import stratified_split
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
+from fedkn.network import Network, build_network
 from fedkn.normalizers import Normalizer
 from fedkn.options import read_options
 from fedkn.tasks import Task
 from fedkn.training.inputs import Inputs
+from fedkn.training.stackable import Stacking, try_stacking
 
 __all__ = [
     "FederatedData",
@@ -45,7 +47,9 @@ __all__ = [
     "inputs_of",
     "keep_back",
     "layout_on",
+    "network_of",
     "normalizer_of",
+    "own_stacking",
     "task_of",
     "why_alone",
 ]
@@ -141,21 +145,24 @@ def build_model(config: ExperimentConfig, summary: DataSummary | None = None) ->
 
     With a `summary` of the experiment's images their source need not be here.
     """
+    return network_of(config, summary).module
+
+
+def network_of(config: ExperimentConfig, summary: DataSummary | None = None) -> Network:
+    """Return the model as `build_model` does, and how it came about."""
     if summary is None:
         source = _source(config.data)
-        classes, channels = source.num_classes, source.shape[0]
+        classes, shape = source.num_classes, source.shape
         target = tuple(source.train.targets.shape[1:])
     else:
-        classes, channels, target = (
-            len(summary.classes),
-            summary.shape[0],
-            summary.target_shape,
-        )
+        classes, shape, target = len(summary.classes), summary.shape, summary.target_shape
     normalizer, outputs = normalizer_of(config), task_of(config).outputs(classes, target)
-    model = _build(config.model, normalizer, outputs, channels, config.seed)
+    network = build_network(
+        config.model, normalizer, outputs=outputs, shape=shape, seed=config.seed
+    )
     layout = layout_on(device_of(config), normalizer)
-    model.to(memory_format=layout)  # type: ignore[call-overload]  # as torch has it
-    return model
+    network.module.to(memory_format=layout)  # type: ignore[call-overload]  # as torch has it
+    return network
 
 
 def layout_on(device: torch.device, normalizer: Normalizer) -> torch.memory_format:
@@ -197,7 +204,17 @@ def why_alone(config: ExperimentConfig) -> str:
         "train.accumulate gives a step several batches": train.accumulate > 1,
         f"they compute in float32, not in {train.precision}": train.precision == "bfloat16",
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    known = next((reason for reason, holds in reasons.items() if holds), "")
+    if known or config.model.name in models.names():
+        return known
+    return own_stacking(config).reason
+
+
+def own_stacking(config: ExperimentConfig) -> Stacking:
+    """Return whether a model of somebody's own can be trained for several clients at once."""
+    return _own_stacking(
+        config.model, config.normalizer, config.rounds, config.data, task=config.task
+    )
 
 
 def device_of(config: ExperimentConfig) -> torch.device:
@@ -220,6 +237,22 @@ def device_of(config: ExperimentConfig) -> torch.device:
     elif device.type != "cpu":
         raise UserError(f"device = '{name}': give auto, cpu, cuda or cuda:N")
     return device
+
+
+@lru_cache(maxsize=4)
+def _own_stacking(
+    model: ModelConfig,
+    normalizer: NormalizerConfig,
+    rounds: int,
+    data: DataConfig,
+    *,
+    task: TaskConfig,
+) -> Stacking:
+    config = ExperimentConfig(
+        model=model, normalizer=normalizer, rounds=rounds, data=data, task=task, device="cpu"
+    )
+    some = _split(data)[0].select(np.arange(2))
+    return try_stacking(build_model(config), inputs_of(config, torch.device("cpu"))(some.inputs))
 
 
 @lru_cache(maxsize=2)
@@ -310,22 +343,9 @@ def _normalizer(config: NormalizerConfig, rounds: int) -> Normalizer:
         "frozen_from": config.frozen_from or rounds - rounds // 2 + 1,
     }
     known = normalizers.options(config.name)
+    options = read_options(config.options)
+    if twice := options.keys() & settings.keys():
+        raise UserError(f"normalizer.options.{min(twice)} is a setting: normalizer.{min(twice)}")
     return normalizers.create(
-        config.name, **{key: value for key, value in settings.items() if key in known}
-    )
-
-
-def _build(
-    model: ModelConfig, normalizer: Normalizer, outputs: int, in_channels: int, seed: int
-) -> nn.Module:
-    return models.build(
-        model.name,
-        num_classes=outputs,
-        in_channels=in_channels,
-        normalizer=normalizer,
-        width=model.width or None,
-        final_norm=model.final_norm,
-        low_resolution=model.low_resolution,
-        dropout_p=None if model.dropout_p == "published" else model.dropout_p,
-        seed=seed,
+        config.name, **{key: value for key, value in settings.items() if key in known}, **options
     )

@@ -47,9 +47,9 @@ def federated_averaging(config: ExperimentConfig) -> dict[str, np.ndarray]:
     parameters = {name for name, _ in model.named_parameters()}
     rule = normalizer.federation_rule(model)
     stays = {name for name, role in rule.items() if role is TensorRole.LOCAL}
-    counts = {name for name, role in rule.items() if role is TensorRole.COUNTER}
+    never = {n for n, role in rule.items() if role in (TensorRole.COUNTER, TensorRole.FIXED)}
     state = workspace.state()  # views: what is loaded and trained shows in them
-    world = {n: t.numpy().copy() for n, t in state.items() if n not in stays | counts}
+    world = {n: t.numpy().copy() for n, t in state.items() if n not in stays | never}
     own = [{name: state[name].clone() for name in stays} for _ in data.parts]
 
     for round_ in range(1, config.rounds + 1):
@@ -58,7 +58,7 @@ def federated_averaging(config: ExperimentConfig) -> dict[str, np.ndarray]:
         cohort = draw.choice(len(data.parts), config.cohort, replace=False)
         for client in sorted(cohort.tolist()):
             received = {name: torch.from_numpy(value) for name, value in world.items()}
-            workspace.load(received, own[client])  # counts begin anew
+            workspace.load(received, own[client])  # counts and what is frozen begin anew
             if _local_sgd(workspace, data.client(client), config, round_, client):
                 own[client] = {name: state[name].clone() for name in stays}
                 update = {name: state[name].numpy().copy() for name in world}

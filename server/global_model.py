@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,15 @@ from fedkn.config import ExperimentConfig
 from fedkn.data.examples import Examples
 from fedkn.errors import UserError
 from fedkn.experiment import (
-    build_model,
     device_of,
     federated_data,
     inputs_of,
+    network_of,
     normalizer_of,
     task_of,
+    why_alone,
 )
-from fedkn.federation import on_the_wire
+from fedkn.federation import fixed_sha256, on_the_wire
 from fedkn.normalizers import FederationRule, TensorRole
 from fedkn.tasks import Metric
 from fedkn.training import Evaluation, Workspace, check_precision, evaluate, refuse_unprivate
@@ -37,6 +39,7 @@ class GlobalModel:
         parameters: the names of the tensors that are parameters.
         size: number of trainable parameters (elements). local_tensors: how many never leave the
             clients; the global model has them as initialised.
+        fixed_sha256: of the tensors that nobody changes and that are not sent; empty: none.
         spreads, counts: the names of buffers that hold variances or deviations, and counts of
             batches. examples: how many the experiment has to train on.
 
@@ -49,7 +52,9 @@ class GlobalModel:
         self.task = task_of(config)
         self._device = device_of(config)
         normalizer = normalizer_of(config)
-        network = build_model(config).to(self._device)
+        built = network_of(config)
+        self._record = built.record()
+        network = built.module.to(self._device)
         if config.privacy.mechanism == "example":
             refuse_unprivate(normalizer, network, config.train.precision)
             if not config.privacy.noise_multiplier:
@@ -58,11 +63,11 @@ class GlobalModel:
                     "it, or set privacy.mechanism = 'none'"
                 )
         self._normalizer = normalizer
+        rule = normalizer.federation_rule(network)
+        self.fixed_sha256 = fixed_sha256(rule, network.state_dict())
         self.parameters = [name for name, _ in network.named_parameters()]
         self.size = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        self.local_tensors = sum(
-            role is TensorRole.LOCAL for role in normalizer.federation_rule(network).values()
-        )
+        self.local_tensors = sum(role is TensorRole.LOCAL for role in rule.values())
         if self.local_tensors and not config.evaluation.client_fraction:
             raise UserError(
                 f"{config.normalizer.name} keeps tensors on the clients: set "
@@ -92,6 +97,18 @@ class GlobalModel:
     def rule(self, round_: int) -> FederationRule:
         """Return the role of every tensor in `round_` (from 1)."""
         return self._normalizer.federation_rule(self._workspace.model, round_)
+
+    def record(self) -> dict[str, Any]:
+        """Return what the run's record says of how the model came about (docs/run-folder.md)."""
+        return {**self._record, "alone": why_alone(self._config)}
+
+    @property
+    def described(self) -> str:
+        """How large the model is, in words, for the log."""
+        total = self._record["parameters"]
+        if self.size == total:
+            return f"{total:,} parameters"
+        return f"{self.size:,} of {total:,} parameters are trained"
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return the initial tensors that travel, in the order of the model's state."""

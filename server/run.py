@@ -155,7 +155,12 @@ def _run(
         _log_evaluation(log, config, config.rounds, evaluation)
     if config.evaluation.client_fraction:
         result = evaluate_clients(
-            tensors, participation, config=config, grid=grid, membership=membership
+            tensors,
+            participation,
+            config=config,
+            grid=grid,
+            membership=membership,
+            fixed_sha256=model.fixed_sha256,
         )
         _log_clients(log, config, result)
     return Outcome(tensors, weights_sha256(tensors), evaluation, config.rounds)
@@ -219,8 +224,10 @@ def _begin(
         parameters=model.size,
         tensors=len(tensors),
         local_tensors=model.local_tensors,
+        model=model.record(),
         task=_told_task(config, model.task.metric),
     )
+    _LOG.info("%s: %s", config.model.name, model.described)
     log.write("memory", **model.memory())
     _log_evaluation(log, config, 0, model.evaluate(tensors))
     return tensors, 0, begin(config.partition.clients)

@@ -30,7 +30,7 @@ def step_memory(
     statistics have seen the batch.
     """
     for parameter in model.parameters():
-        if parameter.grad is None:
+        if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
 
     def step() -> None:

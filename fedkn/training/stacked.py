@@ -34,7 +34,7 @@ from fedkn.training.rule import LocalRule
 from fedkn.training.stacked_batches import Batch, StackedBatches, StackedClient
 from fedkn.training.stacked_workspace import StackedTables, StackedWorkspace
 
-__all__ = ["train_stacked"]
+__all__ = ["forward_of", "train_stacked"]
 
 
 def train_stacked(
@@ -212,8 +212,8 @@ def _step(
     active = len(batch.keys)
     # New leaves on the same memory: only the head of the stack has a step to take.
     values = [value.detach()[:active].requires_grad_() for value in workspace.values]
-    named = dict(zip(workspace.initial, values, strict=True))
-    forward = torch.func.vmap(_forward(workspace.model))
+    named = {**workspace.shared(active), **dict(zip(workspace.initial, values, strict=True))}
+    forward = torch.func.vmap(forward_of(workspace.model))
     try:
         with StackedConvolutions():
             outputs = forward(named, batch.x, batch.keys)
@@ -258,7 +258,9 @@ def _is_random(module: nn.Module) -> bool:
     return any(word in name for word in ("dropout", "droppath", "stochasticdepth", "rrelu"))
 
 
-def _forward(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
+def forward_of(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
+    """Return one client's forward pass, as a function of its parameters, inputs and keys."""
+
     def forward(parameters: dict[str, Tensor], x: Tensor, keys: Tensor) -> Tensor:
         with dropout_keys(keys):
             out: Tensor = functional_call(model, parameters, (x,))

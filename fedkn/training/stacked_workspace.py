@@ -10,13 +10,14 @@ from torch.func import functional_call
 
 from fedkn.errors import UserError
 from fedkn.layers.kernel.dropout import dropout_stream
+from fedkn.normalizers.frozen import is_fixed
 from fedkn.training.captured import Captured
 from fedkn.training.inputs import Inputs
 from fedkn.training.recorded import Capture
 from fedkn.training.stacked_batches import Batch, StackedBatches, StackedClient
 from fedkn.training.transfer import moved
 
-__all__ = ["StackedTables", "StackedWorkspace"]
+__all__ = ["StackedTables", "StackedWorkspace", "stackable_parameters"]
 
 
 class StackedWorkspace:
@@ -27,21 +28,16 @@ class StackedWorkspace:
         size: the most clients at once.
 
     Raises:
-        UserError: if the model has tensors that are not trainable parameters, such as BatchNorm's
-            running statistics.
+        UserError: if the model has tensors that change without being trained, such as BatchNorm's
+            running statistics, or parameters in several places.
     """
 
     def __init__(self, model: nn.Module, size: int) -> None:
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if odd := sorted(model.state_dict().keys() - parameters.keys()):
-            raise UserError(
-                f"clients of a model with buffers, fixed or shared parameters ({odd[0]}, …) cannot "
-                "train together: set engine = 'inprocess'"
-            )
+        parameters, self.fixed = stackable_parameters(model)
         self.model = model
         self._kinds = _kinds(model)
         self.size = size
-        self.initial = {name: p.detach().clone().contiguous() for name, p in parameters.items()}
+        self.initial = {name: p.clone() for name, p in parameters.items()}
         self.values = [_stacked(p, size) for p in self.initial.values()]
         self.velocity = [torch.zeros_like(v) for v in self.values]
         self.begun = [torch.zeros_like(v) for v in self.values]
@@ -106,12 +102,16 @@ class StackedWorkspace:
             velocity.zero_()
         self.losses.zero_()
 
+    def shared(self, clients: int) -> dict[str, Tensor]:
+        """Return the frozen parameters, each as often as there are `clients`: views."""
+        return {name: p.expand(clients, *p.shape) for name, p in self.fixed.items()}
+
     def calls(self, client: StackedClient, inputs: Inputs) -> int:
         """Return how many dropout calls a forward pass makes."""
         if self._calls is None:
             some = inputs(client.examples[:2]).contiguous()
             with dropout_stream(0) as stream, torch.no_grad():
-                functional_call(self.model, self.initial, (some,))
+                functional_call(self.model, {**self.fixed, **self.initial}, (some,))
             self._calls = stream.calls
         return self._calls
 
@@ -123,6 +123,36 @@ class StackedWorkspace:
         values = zip(self.initial, self.values, strict=True)
         here = moved({name: value[:clients] for name, value in values}, torch.device("cpu"))
         return [{name: value[place] for name, value in here.items()} for place in range(clients)]
+
+
+def stackable_parameters(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the parameters of `model` that each client has for itself, and those of all: frozen.
+
+    Contiguous, as is what is computed on: vmap knows no other layout. Raises UserError, as
+    `StackedWorkspace`.
+    """
+    parameters: dict[str, Tensor] = {}
+    fixed: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        kind = parameters if parameter.requires_grad else fixed
+        kind[name] = parameter.detach().contiguous()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        own = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
+        if odd := [name for name in own if dot + name not in parameters]:
+            raise UserError(
+                f"clients of a model whose '{dot}{odd[0]}' is a parameter of another layer too "
+                "cannot train together: set engine = 'inprocess'"
+            )
+        kept = [name for name, buffer in module._buffers.items() if buffer is not None]
+        for name in kept:
+            passing = name in module._non_persistent_buffers_set
+            if not passing and not is_fixed(module, name):
+                raise UserError(
+                    f"clients of a model that keeps buffers cannot train together "
+                    f"({type(module).__name__} '{prefix}' keeps {name}): set engine = 'inprocess'"
+                )
+    return parameters, fixed
 
 
 class StackedTables:

@@ -18,6 +18,7 @@ from fedkn.federation import (
     DATA,
     EVALUATION_LOSS,
     EXAMPLES,
+    FIXED,
     METRICS,
     PARTITION,
     VALUE,
@@ -74,6 +75,7 @@ def evaluate_clients(
     config: ExperimentConfig,
     grid: Grid,
     membership: Membership,
+    fixed_sha256: str = "",
 ) -> ClientEvaluation:
     """Let every client that is online evaluate the global `tensors` with its own."""
     everyone = range(config.partition.clients)
@@ -83,9 +85,10 @@ def evaluate_clients(
         ARRAYS: sent_through(grid, tensors),
         DATA: data_record(data_summary(config)),
     }
+    fixed = {FIXED: fixed_sha256} if fixed_sha256 else {}
     messages = {
         partition: Message(
-            RecordDict({**content, CONFIG: ConfigRecord(dict(participation.told(partition)))}),
+            RecordDict({**content, CONFIG: ConfigRecord(fixed | participation.told(partition))}),
             dst_node_id=member.node_id,
             message_type=MessageType.EVALUATE,
         )
