@@ -39,7 +39,9 @@ __all__ = [
     "Section",
     "ServerConfig",
     "StrategyConfig",
+    "TaskConfig",
     "TrainConfig",
+    "as_named_now",
     "check_keys",
     "validated",
 ]
@@ -70,7 +72,8 @@ class Section(BaseModel):
     def _no_boolean_as_number(cls, value: object, info: ValidationInfo) -> object:
         # Pydantic takes true for 1, also where a word may stand for a number.
         annotation = cls.model_fields[info.field_name or ""].annotation
-        number = annotation in _NUMBERS or get_origin(annotation) in (Union, UnionType)
+        choice = get_origin(annotation) in (Union, UnionType) and bool not in get_args(annotation)
+        number = annotation in _NUMBERS or choice
         if isinstance(value, bool) and number:
             raise ValueError(f"must be a number, not {str(value).lower()}")
         return value
@@ -135,24 +138,59 @@ class PartitionConfig(Section):
 class ModelConfig(Section):
     """The network, the same for every normalizer."""
 
-    name: str = Field("resnet8", description="resnet8, resnet18, knresnet18, …")
-    width: int = Field(16, ge=0, description="channels of the first stage (0: as published)")
-    final_norm: Literal["none", "kernel", "own"] = Field(
-        "kernel", description="normalization before the last pooling, for EVERY normalizer"
+    name: str = Field(
+        "resnet8", description="resnet8, resnet18, …, or your own: package.module:factory"
     )
-    low_resolution: bool = Field(True, description="stem for small images (False: for 224x224)")
+    width: int = Field(0, ge=0, description="channels of the first stage (0: as published)")
+    final_norm: Literal["none", "kernel", "own"] = Field(
+        "kernel",
+        description="normalization before the last pooling, for EVERY normalizer; a model of your "
+        "own has what it has",
+    )
+    low_resolution: bool | Literal["auto"] = Field(
+        "auto",
+        description="stem for small images (False: for 224x224; auto: by the images, small are "
+        "those of up to 64 pixels)",
+    )
     dropout_p: Annotated[float, Field(ge=0, lt=1)] | Literal["published"] = Field(
         "published", description="dropout of kernel normalization's statistics"
     )
     options: Options = Field(
         "", description="[model.options]: what a model of your own takes beside the normalizer"
     )
+    weights: str = Field(
+        "", description="file of weights to start from: safetensors, or tensors that torch saved"
+    )
+    weights_except: str = Field(
+        "", description="tensors that are not taken from it, as 'fc.*, head.*'"
+    )
+    weights_sha256: str = Field(
+        "", description="of that file: filled in when a run begins, and another file is refused"
+    )
+    frozen: str = Field(
+        "", description="tensors that are not trained and not sent, as 'conv1.*, layer1.*'"
+    )
+
+
+class TaskConfig(Section):
+    """What the network is trained for: the loss, the metrics, what targets are."""
+
+    name: str = Field(
+        "classification",
+        description="classification, multilabel, regression, segmentation or package.module:Task",
+    )
+    options: Options = Field(
+        "", description="[task.options]: what the task takes, such as class_weights, loss"
+    )
 
 
 class NormalizerConfig(Section):
     """The normalizer: a layer and a federation rule."""
 
-    name: str = Field("kernel", description="kernel, ws_group, group, batch, none, …")
+    name: str = Field(
+        "kernel",
+        description="kernel, ws_group, group, batch, none, …, or your own: package.module:Class",
+    )
     groups: int = Field(0, ge=0, description="group, ws_group: number of groups (0: default)")
     bn_statistics: Literal["averaged", "recalibrated", "local"] = Field(
         "averaged",
@@ -161,6 +199,9 @@ class NormalizerConfig(Section):
     )
     frozen_from: int = Field(
         0, ge=0, description="fixbn: first round on frozen statistics (0: the second half)"
+    )
+    options: Options = Field(
+        "", description="[normalizer.options]: what a normalizer has beside these, as eval_mode"
     )
 
 
@@ -246,7 +287,11 @@ class EvaluationConfig(Section):
     split: Literal["test", "validation"] = Field("test", description="test or validation images")
     every: int = Field(1, ge=1, description="evaluate every so many rounds, and after the last")
     batch_size: int = Field(256, ge=1, description="images in an evaluation batch")
-    target_accuracy: Fraction = Field(0.8, description="for rounds to target accuracy")
+    target: Finite | Literal["auto", "none"] = Field(
+        "auto",
+        description="value of the deciding metric whose first round the report tells, in the "
+        "metric's own unit (auto: 0.8 of accuracy, none of other metrics)",
+    )
     client_fraction: Fraction = Field(
         0.0,
         description="part of its images that every client keeps from training, to evaluate its "
@@ -302,6 +347,7 @@ class ExperimentConfig(Section):
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
     normalizer: NormalizerConfig = NormalizerConfig()
     train: TrainConfig = TrainConfig()
     strategy: StrategyConfig = StrategyConfig()
@@ -320,7 +366,7 @@ class ExperimentConfig(Section):
         flat: dict[str, Any] = {}
         tables = [*_option_tables(cls)]
         for layer in layers:
-            flat = with_options(tables, flat, layer)
+            flat = as_named_now(with_options(tables, flat, layer))
         check_keys(cls, flat)
         config = validated(cls, nest(flat))
         if config.partition.clients and config.cohort > config.partition.clients:
@@ -347,6 +393,13 @@ class ExperimentConfig(Section):
         """Return a copy with dotted keys changed; ``__`` stands for the dot in a keyword."""
         return self.resolve(self.flat(), {k.replace("__", "."): v for k, v in changes.items()})
 
+
+def as_named_now(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted settings with those under earlier names as they are called now."""
+    return {_RENAMED.get(key, key): value for key, value in flat.items()}
+
+
+_RENAMED = {"evaluation.target_accuracy": "evaluation.target"}
 
 SectionT = TypeVar("SectionT", bound=Section)
 

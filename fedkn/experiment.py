@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedkn import models, normalizers
+from fedkn import models, normalizers, tasks
 from fedkn.algorithms import rule_types
 from fedkn.config import (
     DataConfig,
@@ -21,6 +21,7 @@ from fedkn.config import (
     ModelConfig,
     NormalizerConfig,
     PartitionConfig,
+    TaskConfig,
 )
 from fedkn.data import partition as partitions
 from fedkn.data import sources
@@ -30,9 +31,12 @@ from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.split import stratified_split
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
+from fedkn.network import Network, build_network
 from fedkn.normalizers import Normalizer
 from fedkn.options import read_options
+from fedkn.tasks import Task
 from fedkn.training.inputs import Inputs
+from fedkn.training.stackable import Stacking, try_stacking
 
 __all__ = [
     "FederatedData",
@@ -43,7 +47,10 @@ __all__ = [
     "inputs_of",
     "keep_back",
     "layout_on",
+    "network_of",
     "normalizer_of",
+    "own_stacking",
+    "task_of",
     "why_alone",
 ]
 
@@ -81,9 +88,11 @@ def federated_data(config: ExperimentConfig) -> FederatedData:
     client keeps from training, a third is for choosing settings, the rest for results.
 
     Raises:
-        UserError: data missing, or a partition that cannot be made, naming the setting to change.
+        UserError: data missing or not what the task needs, or a partition that cannot be made,
+            naming the setting to change.
     """
     evaluation = config.evaluation
+    _check_targets(config.data, config.task)
     return _federated_data(
         config.data, config.partition, config.seed, evaluation.client_fraction, evaluation.split
     )
@@ -109,6 +118,15 @@ def normalizer_of(config: ExperimentConfig) -> Normalizer:
     return _normalizer(config.normalizer, config.rounds)
 
 
+def task_of(config: ExperimentConfig) -> Task:
+    """Return what the network is trained for.
+
+    Raises:
+        UserError: there is no such task, or it does not take the options given.
+    """
+    return _task(config.task)
+
+
 def data_summary(config: ExperimentConfig) -> DataSummary:
     """Return what clients must know of the experiment's images, and what a run records of them.
 
@@ -127,16 +145,24 @@ def build_model(config: ExperimentConfig, summary: DataSummary | None = None) ->
 
     With a `summary` of the experiment's images their source need not be here.
     """
+    return network_of(config, summary).module
+
+
+def network_of(config: ExperimentConfig, summary: DataSummary | None = None) -> Network:
+    """Return the model as `build_model` does, and how it came about."""
     if summary is None:
         source = _source(config.data)
-        classes, channels = source.num_classes, source.shape[0]
+        classes, shape = source.num_classes, source.shape
+        target = tuple(source.train.targets.shape[1:])
     else:
-        classes, channels = len(summary.classes), summary.shape[0]
-    normalizer = normalizer_of(config)
-    model = _build(config.model, normalizer, classes, channels, config.seed)
+        classes, shape, target = len(summary.classes), summary.shape, summary.target_shape
+    normalizer, outputs = normalizer_of(config), task_of(config).outputs(classes, target)
+    network = build_network(
+        config.model, normalizer, outputs=outputs, shape=shape, seed=config.seed
+    )
     layout = layout_on(device_of(config), normalizer)
-    model.to(memory_format=layout)  # type: ignore[call-overload]  # as torch has it
-    return model
+    network.module.to(memory_format=layout)  # type: ignore[call-overload]  # as torch has it
+    return network
 
 
 def layout_on(device: torch.device, normalizer: Normalizer) -> torch.memory_format:
@@ -178,7 +204,17 @@ def why_alone(config: ExperimentConfig) -> str:
         "train.accumulate gives a step several batches": train.accumulate > 1,
         f"they compute in float32, not in {train.precision}": train.precision == "bfloat16",
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    known = next((reason for reason, holds in reasons.items() if holds), "")
+    if known or config.model.name in models.names():
+        return known
+    return own_stacking(config).reason
+
+
+def own_stacking(config: ExperimentConfig) -> Stacking:
+    """Return whether a model of somebody's own can be trained for several clients at once."""
+    return _own_stacking(
+        config.model, config.normalizer, config.rounds, config.data, task=config.task
+    )
 
 
 def device_of(config: ExperimentConfig) -> torch.device:
@@ -201,6 +237,22 @@ def device_of(config: ExperimentConfig) -> torch.device:
     elif device.type != "cpu":
         raise UserError(f"device = '{name}': give auto, cpu, cuda or cuda:N")
     return device
+
+
+@lru_cache(maxsize=4)
+def _own_stacking(
+    model: ModelConfig,
+    normalizer: NormalizerConfig,
+    rounds: int,
+    data: DataConfig,
+    *,
+    task: TaskConfig,
+) -> Stacking:
+    config = ExperimentConfig(
+        model=model, normalizer=normalizer, rounds=rounds, data=data, task=task, device="cpu"
+    )
+    some = _split(data)[0].select(np.arange(2))
+    return try_stacking(build_model(config), inputs_of(config, torch.device("cpu"))(some.inputs))
 
 
 @lru_cache(maxsize=2)
@@ -271,6 +323,18 @@ def _fingerprint(data: DataConfig) -> Fingerprint:
     return Fingerprint.of(*_split(data))
 
 
+@lru_cache(maxsize=4)
+def _check_targets(data: DataConfig, config: TaskConfig) -> None:
+    task = _task(config)
+    for part in _split(data):
+        task.check(part.targets, part.classes)
+
+
+@lru_cache(maxsize=4)
+def _task(config: TaskConfig) -> Task:
+    return tasks.create(config.name, **read_options(config.options))
+
+
 def _normalizer(config: NormalizerConfig, rounds: int) -> Normalizer:
     settings = {
         "groups": config.groups,
@@ -279,22 +343,9 @@ def _normalizer(config: NormalizerConfig, rounds: int) -> Normalizer:
         "frozen_from": config.frozen_from or rounds - rounds // 2 + 1,
     }
     known = normalizers.options(config.name)
+    options = read_options(config.options)
+    if twice := options.keys() & settings.keys():
+        raise UserError(f"normalizer.options.{min(twice)} is a setting: normalizer.{min(twice)}")
     return normalizers.create(
-        config.name, **{key: value for key, value in settings.items() if key in known}
-    )
-
-
-def _build(
-    model: ModelConfig, normalizer: Normalizer, num_classes: int, in_channels: int, seed: int
-) -> nn.Module:
-    return models.build(
-        model.name,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        normalizer=normalizer,
-        width=model.width or None,
-        final_norm=model.final_norm,
-        low_resolution=model.low_resolution,
-        dropout_p=None if model.dropout_p == "published" else model.dropout_p,
-        seed=seed,
+        config.name, **{key: value for key, value in settings.items() if key in known}, **options
     )
