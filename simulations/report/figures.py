@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedkn import normalizers
 from fedkn.text import printable
-from simulations.runs.records import PartitionRecord
+from simulations.runs.records import EXAMPLES, PartitionRecord
 from simulations.runs.statistics import mean_interval
 
 __all__ = [
@@ -121,6 +121,9 @@ def swatch(normalizer: str, others: Sequence[str], place: str) -> str:
         return _svg(figure, "", salt=f"{place} {normalizer}")
 
 
+_MOST_NAMED = 40
+
+
 def partition_picture(table: PartitionRecord) -> str:
     """Return client x label: the darker, the more images; above it the images of each client."""
     counts = np.array(table.counts, dtype=float).T
@@ -139,9 +142,13 @@ def partition_picture(table: PartitionRecord) -> str:
         grid.imshow(image, aspect="auto", interpolation="none")
         shown = range(0, labels, max(1, math.ceil(labels / 20)))
         grid.set_yticks(list(shown), [printable(table.classes[i], 14) for i in shown])
-        grid.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if table.names and clients <= _MOST_NAMED:
+            names = [printable(name, 14) for name in table.names]
+            grid.set_xticks(range(clients), names, rotation=90)
+        else:
+            grid.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         grid.set_xlabel("client")
-        grid.set_ylabel("label")
+        grid.set_ylabel("" if table.classes == [EXAMPLES] else "label")
         return _svg(figure, f"images by client and label, {table.partition}, seed {table.seed}")
 
 
