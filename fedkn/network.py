@@ -21,7 +21,7 @@ from fedkn.models import own
 from fedkn.models.catalog import ARCHITECTURES
 from fedkn.models.conversion import Conversion
 from fedkn.models.spec import Architecture
-from fedkn.models.weights import load_weights
+from fedkn.models.weights import file_sha256, load_weights
 from fedkn.normalizers import Normalizer
 from fedkn.normalizers.frozen import freeze, patterns
 from fedkn.options import read_options
@@ -29,7 +29,7 @@ from fedkn.references import find
 from fedkn.seeds import derive
 from fedkn.training.draws import own_draws
 
-__all__ = ["Network", "build_network"]
+__all__ = ["Network", "build_network", "pinned_weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +135,24 @@ def build_network(
         before = [*made.module.state_dict()]
         module, conversion = models.convert(made.module, normalizer)
     return _finished(model, Network(module.train(), conversion, (), *loaded), before)
+
+
+def pinned_weights(model: ModelConfig) -> dict[str, str]:
+    """Return what a run begins with instead of the settings of ``model.weights``, by dotted key.
+
+    The path in full and the file's hash, so that whoever goes on with the run, wherever it is
+    started, starts from the same weights. Nothing where there are none.
+
+    Raises:
+        UserError: the file cannot be read, or has another hash than ``model.weights_sha256``.
+    """
+    if not model.weights:
+        return {}
+    path = expanded(model.weights).resolve()
+    found = file_sha256(path)
+    if model.weights_sha256 not in ("", found):
+        raise UserError(f"'{path}' has the SHA-256 {found}, not model.weights_sha256")
+    return {"model.weights": str(path), "model.weights_sha256": found}
 
 
 _MOST = 200

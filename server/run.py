@@ -19,6 +19,7 @@ from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError
 from fedkn.experiment import data_summary, task_of
 from fedkn.locks import Taken, held
+from fedkn.network import pinned_weights
 from fedkn.tasks import Metric
 from fedkn.text import printable
 from fedkn.training import Evaluation
@@ -74,6 +75,8 @@ def run_server(grid: Grid, config: ExperimentConfig, advice: str = "") -> Outcom
             checkpoint, or a configuration that differs from the one which the folder's
             checkpoints were written with.
     """
+    if weights := pinned_weights(config.model):
+        config = config.resolve(config.flat(), weights)
     with ExitStack() as stack:
         folder = Path(config.checkpoint.folder)
 

@@ -86,9 +86,10 @@ def evaluate_clients(
         DATA: data_record(data_summary(config)),
     }
     fixed = {FIXED: fixed_sha256} if fixed_sha256 else {}
+    told = participation.told
     messages = {
         partition: Message(
-            RecordDict({**content, CONFIG: ConfigRecord(fixed | participation.told(partition))}),
+            RecordDict({**content, CONFIG: ConfigRecord({**fixed, **told(partition)})}),
             dst_node_id=member.node_id,
             message_type=MessageType.EVALUATE,
         )
