@@ -200,7 +200,7 @@ def test_outputs_of_another_shape_are_named(source: str) -> None:
 
 
 def test_targets_of_another_task_are_named() -> None:
-    with pytest.raises(UserError, match="set task.name to what the data are for"):
+    with pytest.raises(UserError, match=r"set task\.name to what the data are for"):
         run_experiment(experiment("numbers", "classification"))
 
 
