@@ -87,6 +87,8 @@ class Session:
     def label_counts(self, partition: int) -> list[int]:
         """Return how many images of each class client `partition` trains on."""
         classes = self.num_classes
+        if not classes or self.targets.is_floating_point() or self.targets.ndim > 1:
+            return []
         return self.targets[self.parts[partition]].bincount(minlength=classes).tolist()
 
     def client_data(self, partition: int) -> tuple[Tensor, Tensor]:
@@ -276,7 +278,7 @@ def _own_images(
     _LOG.info("this device's own data: %s", describe(images))
     evaluation = config.evaluation
     used, kept = keep_back(
-        images.targets.numpy(),
+        images.strata.numpy(),
         partition,
         config.seed,
         evaluation.client_fraction,

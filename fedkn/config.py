@@ -88,40 +88,51 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which images, and how a batch of them reaches the model."""
+    """Which examples, and how a batch of them reaches the model."""
 
-    source: str = Field("digits", description="data set: digits, mnist, cifar10, image_folder, …")
+    source: str = Field(
+        "digits",
+        description="package.module:function, or data set: digits, mnist, image_folder, arrays, …",
+    )
     root: str = Field("", description="folder (or .npz file) that holds the data")
+    options: Options = Field(
+        "", description="[data.options]: what a source of your own, or huggingface, is told"
+    )
     download: bool = Field(False, description="let torchvision download the data into root")
-    image_size: int = Field(0, ge=0, description="resize image folders to this size (0: as is)")
+    image_size: int = Field(0, ge=0, description="resize folders of images to this size (0: as is)")
     skip_damaged: bool = Field(
         False, description="leave out files of image folders that cannot be used (False: refuse)"
     )
-    scaling: Literal["unit", "centered", "standardized", "published"] = Field(
+    scaling: Literal["unit", "centered", "standardized", "published", "none"] = Field(
         "standardized",
         description="pixel scaling: unit [0,1], centered [-1,1], standardized by the training "
-        "images' mean and deviation, published (what the normalizer's paper used)",
+        "images' mean and deviation, published (what the normalizer's paper used), none (numbers "
+        "as they are)",
     )
     flip: bool = Field(False, description="flip training images left-right at random")
     crop_padding: int = Field(0, ge=0, description="random crop after padding by so many pixels")
     validation_fraction: Fraction = Field(
         0.15, description="part of the training images kept by the server to choose settings on"
     )
-    train_limit: int = Field(0, ge=0, description="use so many training images (0: all)")
-    test_limit: int = Field(0, ge=0, description="use so many test images (0: all)")
+    train_limit: int = Field(0, ge=0, description="use so many training examples (0: all)")
+    test_limit: int = Field(0, ge=0, description="use so many test examples (0: all)")
 
 
 class PartitionConfig(Section):
-    """How the training images are divided among the clients."""
+    """How the training examples are divided among the clients."""
 
-    scheme: str = Field("dirichlet", description="iid, dirichlet, shards or quantity")
+    scheme: str = Field(
+        "dirichlet",
+        description="iid, dirichlet, shards, quantity, labels, natural or domains",
+    )
     clients: int = Field(
         20, ge=0, description="number of clients (0, with flwr run: as many as SuperNodes)"
     )
     alpha: Positive = Field(0.3, description="dirichlet: concentration, smaller is more skewed")
     shards_per_client: int = Field(2, ge=1, description="shards: label shards for each client")
+    labels_per_client: int = Field(2, ge=1, description="labels: labels of each client")
     sigma: NonNegative = Field(1.0, description="quantity: deviation of the log-normal sizes")
-    minimum: int = Field(8, ge=1, description="every client has at least so many images")
+    minimum: int = Field(8, ge=1, description="every client has at least so many examples")
 
 
 class ModelConfig(Section):

@@ -6,7 +6,7 @@ function of the configuration and is kept in memory, because one process simulat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -25,7 +25,7 @@ from fedkn.config import (
 )
 from fedkn.data import partition as partitions
 from fedkn.data import sources
-from fedkn.data.augmentation import channel_statistics
+from fedkn.data.augmentation import channel_statistics, check_augmentation, check_scaling
 from fedkn.data.examples import Examples, Source
 from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.split import stratified_split
@@ -135,7 +135,9 @@ def data_summary(config: ExperimentConfig) -> DataSummary:
     Raises:
         UserError: the experiment's source cannot be read here.
     """
-    return _summary(config.data, _scaling(config) == "standardized")
+    summary = _summary(config.data, _scaling(config) == "standardized")
+    check_scaling(_scaling(config), getattr(torch, summary.dtype))
+    return summary
 
 
 def build_model(config: ExperimentConfig, summary: DataSummary | None = None) -> nn.Module:
@@ -150,10 +152,10 @@ def network_of(config: ExperimentConfig, summary: DataSummary | None = None) -> 
     """Return the model as `build_model` does, and how it came about."""
     if summary is None:
         source = _source(config.data)
-        classes, shape = source.num_classes, (source.in_channels, *source.train.image_size)
+        classes, shape = source.num_classes, source.shape
         target = tuple(source.train.targets.shape[1:])
     else:
-        classes, shape, target = len(summary.classes), summary.shape, ()
+        classes, shape, target = len(summary.classes), summary.shape, summary.target_shape
     normalizer, outputs = normalizer_of(config), task_of(config).outputs(classes, target)
     network = build_network(
         config.model, normalizer, outputs=outputs, shape=shape, seed=config.seed
@@ -179,11 +181,13 @@ def inputs_of(
     With a `summary` of the experiment's images their source need not be here.
     """
     data, scaling = config.data, _scaling(config)
+    told = summary or data_summary(config)
+    check_scaling(scaling, getattr(torch, told.dtype))
+    dtype = torch.float32 if told.dtype == "uint8" else torch.float64
     mean = deviation = None
     if scaling == "standardized":
-        told = summary or data_summary(config)
         mean, deviation = (
-            torch.tensor(v, dtype=torch.float32, device=device) for v in (told.mean, told.deviation)
+            torch.tensor(v, dtype=dtype, device=device) for v in (told.mean, told.deviation)
         )
     layout = layout_on(device, normalizer_of(config))
     return Inputs(scaling, mean, deviation, data.flip, data.crop_padding, layout)
@@ -258,6 +262,7 @@ def _source(data: DataConfig) -> Source:
         data.root,
         data.download,
         data.image_size,
+        options=read_options(data.options),
         train_limit=data.train_limit,
         test_limit=data.test_limit,
         skip_damaged=data.skip_damaged,
@@ -267,7 +272,8 @@ def _source(data: DataConfig) -> Source:
 @lru_cache(maxsize=2)
 def _split(data: DataConfig) -> tuple[Examples, Examples, Examples]:
     source = _source(data)
-    kept, held = stratified_split(source.train.targets, data.validation_fraction, 0, "validation")
+    check_augmentation(source.train, flip=data.flip, crop_padding=data.crop_padding)
+    kept, held = stratified_split(source.train.strata, data.validation_fraction, 0, "validation")
     return source.train.select(kept), source.train.select(held), source.test
 
 
@@ -276,17 +282,21 @@ def _federated_data(
     data: DataConfig, scheme: PartitionConfig, seed: int, kept_back: float, split: str
 ) -> FederatedData:
     train, validation, test = _split(data)
+    # By class, because a client's examples are all of one origin or mixed on purpose.
+    labels = replace(train, origins=None).strata.numpy()
     parts = partitions.partition(
-        train.targets.numpy(),
+        labels,
         scheme.scheme,
+        classed=train.labels is not None,
+        origins=train.origins,
         clients=scheme.clients,
         seed=seed,
         alpha=scheme.alpha,
         shards_per_client=scheme.shards_per_client,
+        labels_per_client=scheme.labels_per_client,
         sigma=scheme.sigma,
         minimum=scheme.minimum,
     )
-    labels = train.targets.numpy()
     own, held = [], []
     for client, part in enumerate(parts):
         used, kept = keep_back(labels[part], client, seed, kept_back, split)
@@ -304,12 +314,8 @@ def _scaling(config: ExperimentConfig) -> str:
 @lru_cache(maxsize=4)
 def _summary(data: DataConfig, standardized: bool) -> DataSummary:
     train = _split(data)[0]
-    shape, fingerprint = (train.in_channels, *train.image_size), _fingerprint(data)
-    if not standardized:
-        return DataSummary(train.classes, shape, fingerprint=fingerprint)
-    mean, deviation = (tuple(figures.tolist()) for figures in channel_statistics(train))
-    # Floats hold float32 numbers exactly.
-    return DataSummary(train.classes, shape, mean, deviation, fingerprint)
+    figures = channel_statistics(train) if standardized else None
+    return DataSummary.of(train, figures, _fingerprint(data))
 
 
 @lru_cache(maxsize=2)

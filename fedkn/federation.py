@@ -298,9 +298,9 @@ def data_record(summary: DataSummary) -> ConfigRecord:
     """Return `summary` as the record `DATA` of a message."""
     record = summary.to_record()
     fingerprint = record.pop(_FINGERPRINT)
-    lists = {key: list(value) for key, value in record.items() if value}
+    own = {k: v if isinstance(v, str) else list(v) for k, v in record.items() if v}
     told = {_FINGERPRINT: json.dumps(fingerprint)} if fingerprint else {}
-    return ConfigRecord({**lists, **told})
+    return ConfigRecord({**own, **told})
 
 
 def told_data(content: RecordDict) -> DataSummary:

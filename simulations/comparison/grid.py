@@ -279,6 +279,7 @@ def _slug(partition: PartitionConfig, own: PartitionConfig) -> str:
     setting = {
         "dirichlet": f"{partition.alpha:g}",
         "shards": str(partition.shards_per_client),
+        "labels": str(partition.labels_per_client),
         "quantity": f"{partition.sigma:g}",
     }
     slug = partition.scheme + setting.get(partition.scheme, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Literal
 
@@ -34,8 +35,8 @@ def engine_of(config: ExperimentConfig) -> str:
     if why_alone(config):
         return "inprocess"
     if config.model.name in ARCHITECTURES:
-        _, _, height, width = federated_data(config).train.inputs.shape
-        numbers = config.train.batch_size * _width(config) * height * width
+        sides = federated_data(config).train.shape[1:]
+        numbers = config.train.batch_size * _width(config) * math.prod(sides)
     else:
         numbers = config.train.batch_size * own_stacking(config).numbers
     one_by_one_is_fast = normalizer_of(config).memory_format is torch.channels_last

@@ -11,10 +11,13 @@ from fedkn.tasks.metric import ACCURACY, Metric
 from simulations.runs.model_record import ModelRecord
 from simulations.runs.results import ClientEvaluation, Evaluation, Holding, Round
 
-__all__ = ["DEPLOYED", "CellRecord", "GridRecord", "PartitionRecord", "partition_label"]
+__all__ = ["DEPLOYED", "EXAMPLES", "CellRecord", "GridRecord", "PartitionRecord", "partition_label"]
 
 DEPLOYED = "fedkn deploy run"
 """How the command begins that trains on a fleet's devices."""
+
+EXAMPLES = "examples"
+"""The one column of a partition's table where examples have no classes."""
 
 Purpose = Literal["search", "result"]
 
@@ -49,7 +52,9 @@ class GridRecord:
 class PartitionRecord:
     """One table of partition.json: `counts[client][label]` images for one partition and seed.
 
-    `notes`: what of the data was left out, passed over or has no image, in sentences.
+    Of examples without classes there is one column, `EXAMPLES`. `notes`: what of the data was left
+    out, passed over or has no example, in sentences. `names`: of each client, whose examples it has
+    or of which domain; empty where the data do not say.
     """
 
     partition: str
@@ -57,6 +62,7 @@ class PartitionRecord:
     classes: list[str]
     counts: list[list[int]]
     notes: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -123,6 +129,7 @@ def partition_label(partition: PartitionConfig) -> str:
     setting = {
         "dirichlet": f" {partition.alpha:g}",
         "shards": f" of {partition.shards_per_client}",
+        "labels": f" of {partition.labels_per_client}",
         "quantity": f" {partition.sigma:g}",
     }.get(partition.scheme, "")
     label = f"{partition.scheme}{setting}, {partition.clients} clients"
