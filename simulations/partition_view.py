@@ -39,7 +39,8 @@ def partition_table(record: PartitionRecord) -> Table:
     largest = counts.max()
     table.add_column("client", justify="right", footer="all")
     if record.names:
-        table.add_column("whose")
+        longest = max(len(printable(name, 40)) for name in record.names)
+        table.add_column("whose", no_wrap=True, min_width=min(longest, 16))
     for name, total in zip(record.classes, counts.sum(axis=0), strict=True):
         # Text, because a bracket in a class's name is not markup.
         table.add_column(Text(printable(name, 40)), justify="right", footer=str(total))

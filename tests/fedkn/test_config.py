@@ -335,7 +335,8 @@ def test_every_setting_is_described():
 def test_a_setting_that_takes_a_name_lists_valid_ones(key, names):
     description = _described(ExperimentConfig)[key]
     assert description is not None
-    listed = [name.strip() for name in description.split(":")[-1].replace(" or ", ",").split(",")]
+    ours = description.split("or your own")[0].strip(" ,").split(": ")[-1]
+    listed = [name.strip() for name in ours.replace(" or ", ",").split(",")]
     assert listed
     assert set(listed) - {"…"} <= set(names)
     assert "…" in listed or set(listed) == set(names)
