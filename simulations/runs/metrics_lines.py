@@ -40,8 +40,9 @@ def parsed(text: bytes) -> dict[str, Any] | None:
     checks = {**required, **optional}
     if not all(check(line[name]) for name, check in checks.items() if name in line):
         return None
-    if "error" in line:
-        line["error"] = printable(line["error"], _LONGEST)
+    for name in ("error", "text"):
+        if name in line:
+            line[name] = printable(line[name], _LONGEST)
     for loss in (*line.get("refused", ()), *line.get("failed", ())):
         loss["reason"] = printable(loss["reason"], _LONGEST)
     return line
@@ -197,6 +198,7 @@ _KINDS: dict[str, tuple[_Checks, _Checks]] = {
         {"round": _is_count, "clients": _list_of(_is_count), "seconds": _is_amount},
         {"heartbeats": _by_client(_is_amount)},
     ),
+    "warning": ({"text": _is_text}, {}),
     "memory": ({"peak_bytes": _is_count}, {}),
     "resume": ({"round": _is_count}, {}),
     "end": (
