@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedkn.errors import UserError
+from fedkn.errors import UserError, unknown_name
+from fedkn.files import write_atomically
 from simulations.report.summary import summarize
 from simulations.runs.folder import RunFolder
 from simulations.runs.records import CellRecord
@@ -13,7 +17,7 @@ from simulations.runs.records import CellRecord
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["TABLES", "cells", "learning_rates", "rounds", "tests"]
+__all__ = ["TABLES", "cells", "export", "learning_rates", "rounds", "tests"]
 
 
 def cells(run: RunFolder) -> DataFrame:
@@ -87,6 +91,36 @@ TABLES = {"cells": cells, "rounds": rounds, "tests": tests, "learning_rates": le
 """The tables by name."""
 
 
+def export(run: RunFolder, to: str, folder: Path) -> list[Path]:
+    """Write every table as a file of format `to` into `folder`, and return the paths."""
+    if to not in _FORMATS:
+        raise unknown_name("format", to, _FORMATS)
+    if to == "parquet" and find_spec("pyarrow") is None:
+        raise UserError("parquet needs pyarrow: pip install 'fedkn[parquet]'")
+    written = []
+    for name, table in TABLES.items():
+        frame, path = table(run), folder / f"{name}.{to}"
+        content = BytesIO()
+        _FORMATS[to](frame, content)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content.getvalue())
+        except OSError as error:
+            raise UserError(f"cannot write '{path}': {error.strerror or error}") from None
+        written.append(path)
+    return written
+
+
+# Floats in full: what is read back is what was written.
+_FORMATS: dict[str, Callable[[DataFrame, BytesIO], None]] = {
+    "csv": lambda frame, file: frame.to_csv(file, index=False),
+    "json": lambda frame, file: frame.to_json(
+        file, orient="records", double_precision=15, indent=1
+    ),
+    "parquet": lambda frame, file: frame.to_parquet(file, index=False),
+}
+
+
 def _frame(columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> DataFrame:
     """Return the rows as a table, whose columns are there also where no row is."""
     try:
@@ -102,7 +136,7 @@ def _frame(columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> DataFrame:
 _WHICH = ("cell", "purpose", "normalizer", "batch_size", "partition", "seed")
 _CELL = (
     *_WHICH,
-    *("learning_rate", "status", "rounds", "split", "accuracy", "loss"),
+    *("learning_rate", "status", "rounds", "best_round", "split", "accuracy", "loss"),
     *("own_mean", "own_worst_tenth", "own_deviation", "parameters", "local_tensors"),
     *("peak_bytes", "seconds", "resumes", "weights_sha256", "error"),
 )
@@ -121,7 +155,16 @@ _RATE = (
     *("cells", "chosen", "own"),
 )
 _COUNTS = {
-    *("parameters", "local_tensors", "peak_bytes", "evaluated", "clients", "updates", "refused"),
+    *(
+        "best_round",
+        "parameters",
+        "local_tensors",
+        "peak_bytes",
+        "evaluated",
+        "clients",
+        "updates",
+        "refused",
+    ),
     *("failed", "late", "examples", "steps", "bytes_down", "bytes_up"),
 }
 
@@ -139,14 +182,16 @@ def _which(cell: CellRecord) -> dict[str, Any]:
 
 def _cell_row(cell: CellRecord) -> dict[str, Any]:
     split = cell.config.evaluation.split
-    evaluations = [e for e in cell.evaluations if e.split == split]
-    last = evaluations[-1] if evaluations else None
+    evaluations = {e.round: e for e in cell.evaluations if e.split == split}
+    # Of a cell that is not at its end the last that is known.
+    last = evaluations.get(cell.result_round, next(reversed(evaluations.values()), None))
     own = cell.client_evaluation
     return {
         **_which(cell),
         "learning_rate": cell.config.train.learning_rate,
         "status": cell.status,
         "rounds": cell.rounds[-1].round if cell.rounds else 0,
+        "best_round": cell.best_round,
         "split": split,
         "accuracy": None if last is None else last.accuracy,
         "loss": None if last is None else last.loss,

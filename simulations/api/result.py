@@ -90,6 +90,18 @@ class Result:
         """Build the report from the folder, and return the path of the page."""
         return build_report(self._run)
 
+    def export(self, to: str, folder: str | PathLike[str] | None = None) -> list[Path]:
+        """Write the four tables as files, and return their paths, as ``fedkn export-table`` does.
+
+        Args:
+            to: ``csv``, ``json`` (a list of rows) or ``parquet``.
+            folder: where the files go; by default ``tables`` in the run folder.
+
+        Raises:
+            UserError: no such format, an extra that is not installed, or the disk.
+        """
+        return frames.export(self._run, to, Path(folder) if folder else self.folder / "tables")
+
     def summary(self) -> dict[str, Any]:
         """Return what ``--json`` prints: every entry of the table, tests and verdicts."""
         return summary_dict(self._run)

@@ -73,7 +73,7 @@ class Progress:
                 named = {loss["client"] for loss in (*line["refused"], *line["failed"])}
                 for client in named - {None}:
                     self.missing.setdefault(client, []).append(line["round"])
-            case "evaluation":
+            case "evaluation" if line["split"] == "test":
                 self.accuracy = number(line["accuracy"])
             case "end":
                 self.completed = line["status"] == "completed"
@@ -207,7 +207,14 @@ def _tell(line: Mapping[str, Any], config: ExperimentConfig, say: Say) -> None:
         case "evaluation":
             accuracy, loss = number(line["accuracy"]), number(line["loss"])
             shown = "not finite" if math.isnan(loss) else f"{loss:.4f}"
-            say(f"round {line['round']}/{config.rounds}: accuracy {accuracy:.4f}, loss {shown}")
+            where = (
+                "" if line["split"] == config.evaluation.split else f" on {line['split']} images"
+            )
+            say(
+                f"round {line['round']}/{config.rounds}: accuracy {accuracy:.4f}, loss {shown}{where}"
+            )
+        case "warning":
+            say(line["text"])
 
 
 def _waiting(line: Mapping[str, Any]) -> str:

@@ -203,7 +203,12 @@ _KINDS: dict[str, tuple[_Checks, _Checks]] = {
     "resume": ({"round": _is_count}, {}),
     "end": (
         {"status": _one_of("completed", "failed", "untrainable")},
-        {"seconds": _is_number, "weights_sha256": _is_hash, "error": _is_text},
+        {
+            **dict.fromkeys(("seconds", "best_value"), _is_number),
+            **dict.fromkeys(("rounds", "best_round"), _is_count),
+            "weights_sha256": _is_hash,
+            "error": _is_text,
+        },
     ),
 }
 """By kind the fields that a line must have, and those that it may have, each with its check."""

@@ -128,6 +128,47 @@ def test_a_result_is_shown_with_its_verdict(result: fedkn.Result) -> None:
     assert result.failed == 0
 
 
+@pytest.mark.parametrize("to", ["csv", "json", "parquet"])
+def test_tables_are_exported_and_read_back(
+    result: fedkn.Result, to: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from simulations import cli
+
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export-table", str(result.folder), "--to", to, "--out", str(tmp_path)])
+    assert not stop.value.code
+    names = ["cells", "rounds", "tests", "learning_rates"]
+    files = [tmp_path / f"{name}.{to}" for name in names]
+    assert capfd.readouterr().out.split() == [str(file) for file in files]
+    for name, file in zip(names, files, strict=True):
+        expected = getattr(result, name)
+        found = getattr(pd, f"read_{to}")(file)
+        assert list(found.columns) == list(expected.columns)
+        for column in expected:
+            values, read = expected[column].tolist(), found[column].tolist()
+            assert len(values) == len(read)
+            for one, other in zip(values, read, strict=True):
+                if pd.isna(one):
+                    assert pd.isna(other)
+                elif to == "json" and isinstance(one, float):
+                    assert other == pytest.approx(one, rel=1e-14)
+                else:
+                    assert other == one
+
+
+def test_an_export_that_cannot_be_is_one_line(
+    result: fedkn.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="did you mean 'csv'"):
+        result.export("cvs")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        result.export("csv", tmp_path / "file")
+    monkeypatch.setattr("simulations.api.frames.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"fedkn\[parquet\]"):
+        result.export("parquet")
+
+
 def test_a_run_that_was_made_elsewhere_is_loaded(result: fedkn.Result) -> None:
     again = fedkn.load(str(result.folder))
     pd.testing.assert_frame_equal(again.rounds, result.rounds)
