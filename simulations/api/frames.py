@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from io import BytesIO
@@ -114,11 +115,14 @@ def export(run: RunFolder, to: str, folder: Path) -> list[Path]:
 # Floats in full: what is read back is what was written.
 _FORMATS: dict[str, Callable[[DataFrame, BytesIO], None]] = {
     "csv": lambda frame, file: frame.to_csv(file, index=False),
-    "json": lambda frame, file: frame.to_json(
-        file, orient="records", double_precision=15, indent=1
-    ),
+    "json": lambda frame, file: file.write(_json(frame)) and None,
     "parquet": lambda frame, file: frame.to_parquet(file, index=False),
 }
+
+
+def _json(frame: DataFrame) -> bytes:
+    rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return (json.dumps(rows, indent=1) + "\n").encode()
 
 
 def _frame(columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> DataFrame:

@@ -207,12 +207,9 @@ def _tell(line: Mapping[str, Any], config: ExperimentConfig, say: Say) -> None:
         case "evaluation":
             accuracy, loss = number(line["accuracy"]), number(line["loss"])
             shown = "not finite" if math.isnan(loss) else f"{loss:.4f}"
-            where = (
-                "" if line["split"] == config.evaluation.split else f" on {line['split']} images"
-            )
-            say(
-                f"round {line['round']}/{config.rounds}: accuracy {accuracy:.4f}, loss {shown}{where}"
-            )
+            where = "" if line["split"] == config.evaluation.split else f" ({line['split']} images)"
+            said = f"accuracy {accuracy:.4f}, loss {shown}{where}"
+            say(f"round {line['round']}/{config.rounds}: {said}")
         case "warning":
             say(line["text"])
 
