@@ -64,6 +64,11 @@ class Checkpoint:
         """The global tensors of the best round where they are kept, else of this one."""
         return (self.choice and self.choice.tensors) or self.tensors
 
+    @property
+    def result_round(self) -> int:
+        """The round that made them."""
+        return self.choice.round_ if self.choice and self.choice.tensors else self.round_
+
 
 class CheckpointStore:
     """The checkpoints of one cell, in its folder, and the configuration that they belong to.
