@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,17 +112,26 @@ def records(content: bytes) -> Iterator[bytes]:
             record = b""
 
 
+def wandb_records(file: Path) -> list[Any]:
+    """Return the records of a finished run, which its own service writes in its own time."""
+    from wandb.proto import wandb_internal_pb2
+
+    for _ in range(300):
+        found = [wandb_internal_pb2.Record.FromString(data) for data in records(file.read_bytes())]
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.1)
+    raise AssertionError("Weights & Biases did not write the end of the run")
+
+
 def test_weights_and_biases(tmp_path: Path, untracked: str) -> None:
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
-    from wandb.proto import wandb_internal_pb2
 
     folder = tracked(tmp_path, "wandb", untracked)
     (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     written: dict[str, dict[int, float]] = {}
     config: dict[str, object] = {}
-    for data in records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in wandb_records(file):
         for update in record.run.config.update:
             config[update.key] = json.loads(update.value_json)
         items = {
