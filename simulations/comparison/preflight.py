@@ -8,6 +8,7 @@ from fedkn.errors import UserError
 from fedkn.experiment import build_model, device_of, federated_data, normalizer_of
 from fedkn.normalizers import TensorRole
 from fedkn.training import refuse_unprivate
+from server.observers import check_observers
 from server.strategies.registry import create_strategy
 from simulations.comparison.grid import (
     GridConfig,
@@ -36,6 +37,7 @@ def check(grid: GridConfig) -> list[PartitionRecord]:
     if all(reasons):
         raise UserError(f"nothing can be trained: {reasons[0]}; give a larger batch size")
     create_strategy(grid.experiment)
+    check_observers(grid.experiment)
     device_of(grid.experiment)
     for partition in partitions(grid):
         for seed in seeds(grid, "search") if searches(grid) else ():
