@@ -11,7 +11,7 @@ import typer
 
 from fedkn.tables import read_toml
 from simulations.commands import options as o
-from simulations.commands.options import given
+from simulations.commands.options import axes_given, given
 
 __all__ = ["compare"]
 
@@ -25,6 +25,7 @@ def compare(
     normalizer: o.Normalizers = None,
     batch_size: o.BatchSizes = None,
     partition: o.Partitions = None,
+    axis: o.AxisValues = None,
     seeds: o.Seeds = None,
     learning_rate: o.LearningRates = None,
     source: o.SourceName = None,
@@ -44,7 +45,7 @@ def compare(
 ) -> None:
     """Compare normalizers x batch sizes x partitions x seeds, and write a report.
 
-    For each normalizer, batch size and partition the learning rate is searched on validation
+    For each of these and each value of further axes the learning rate is searched on validation
     images; the results are measured on test images. Stop it with Ctrl-C, go on with fedkn resume.
 
     Examples:
@@ -53,12 +54,14 @@ def compare(
 
       fedkn compare --source mnist --root ~/data --download --partition iid,dirichlet:alpha=0.1
 
+      fedkn compare --normalizer kernel,group --axis strategy.name=fedavg,scaffold
+
       fedkn compare mine.toml --rounds 30 --set train.momentum=0.9 --name momentum
     """
     from simulations.commands import launch
     from simulations.comparison.grid import GridConfig
 
-    flags = given(
+    flags = axes_given(axis) | given(
         settings,
         compare__normalizers=normalizer,
         compare__batch_sizes=batch_size,

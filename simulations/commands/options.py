@@ -11,6 +11,7 @@ from fedkn.errors import UserError
 from fedkn.text import printable
 
 __all__ = [
+    "AxisValues",
     "BatchSizes",
     "Clients",
     "Cohort",
@@ -30,6 +31,7 @@ __all__ = [
     "Settings",
     "SourceName",
     "Workers",
+    "axes_given",
     "given",
 ]
 
@@ -64,6 +66,15 @@ Partitions = Annotated[
         metavar="SPEC,…",
         rich_help_panel=_AXES,
         help="Such as iid, dirichlet:alpha=0.3, shards:shards_per_client=2, quantity:sigma=1.",
+    ),
+]
+AxisValues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--axis",
+        metavar="KEY=VALUE,…",
+        rich_help_panel=_AXES,
+        help="Vary any other setting too, as strategy.name=fedavg,scaffold; repeatable.",
     ),
 ]
 Seeds = Annotated[
@@ -156,6 +167,27 @@ def given(settings: list[str] | None, **flags: Any) -> dict[str, Any]:
         if instead := _SET_BY_RUNS.get(key.strip()):
             raise UserError(f"--set {shown}: a run sets {key.strip()} itself ({instead})")
         keys[key.strip()] = value.strip()
+    return keys
+
+
+def axes_given(axes: list[str] | None) -> dict[str, str]:
+    """Return the dotted keys that ``--axis`` options set.
+
+    Raises UserError for one without ``=``, and for one that is given twice.
+    """
+    keys: dict[str, str] = {}
+    for axis in axes or ():
+        key, equals, values = axis.partition("=")
+        shown = printable(axis, 80)
+        if not equals:
+            raise UserError(
+                f"--axis {shown}: write KEY=VALUE,VALUE, as in --axis strategy.name=fedavg,scaffold"
+            )
+        if (name := f"compare.axes.{key.strip()}") in keys:
+            raise UserError(
+                f"--axis {shown}: {key.strip()} is given twice; give all values at once"
+            )
+        keys[name] = values
     return keys
 
 
