@@ -27,6 +27,7 @@ from simulations.runs.results import (
     client_evaluation_of,
     evaluation_of,
     holdings_of,
+    metric_of,
     round_of,
 )
 from simulations.runs.tail import MetricsTail
@@ -209,6 +210,7 @@ class RunFolder:
             id=cell,
             purpose="search" if config.evaluation.split == "validation" else "result",
             config=config,
+            metric=metric_of(start),
             parameters=start.get("parameters"),
             tensors=start.get("tensors"),
             local_tensors=start.get("local_tensors"),

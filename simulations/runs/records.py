@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fedkn.config import ExperimentConfig, PartitionConfig
+from fedkn.tasks.metric import ACCURACY, Metric
 from simulations.runs.results import ClientEvaluation, Evaluation, Holding, Round
 
 __all__ = ["DEPLOYED", "CellRecord", "GridRecord", "PartitionRecord", "partition_label"]
@@ -62,9 +63,10 @@ class PartitionRecord:
 class CellRecord:
     """One cell of the grid: what it was to do and what came of it.
 
-    `rounds` and `evaluations` are sorted by round, each round once. `status` is "unfinished" for
-    a cell that runs now or was killed: the two look alike from the outside. `local_tensors` is the
-    number of the model's tensors that never leave the clients, None where no line tells;
+    `metric` is that by which its models are judged. `rounds` and `evaluations` are sorted by round,
+    each round once. `status` is "unfinished" for a cell that runs now or was killed: the two look
+    alike from the outside. `local_tensors` is the number of the model's tensors that never leave
+    the clients, None where no line tells;
     `client_evaluation` is that of the clients' own models, if there was one; `holdings` has by
     client what it said last, on joining, that it holds.
     """
@@ -72,6 +74,7 @@ class CellRecord:
     id: str
     purpose: Purpose
     config: ExperimentConfig
+    metric: Metric = ACCURACY
     parameters: int | None = None
     tensors: int | None = None
     local_tensors: int | None = None
@@ -91,9 +94,9 @@ class CellRecord:
         """The label of the cell's partition."""
         return partition_label(self.config.partition)
 
-    def accuracies(self, split: str) -> dict[int, float]:
-        """Return accuracy by round on `split`."""
-        return {e.round: e.accuracy for e in self.evaluations if e.split == split}
+    def values(self, split: str) -> dict[int, float]:
+        """Return the metric's value by round on `split`."""
+        return {e.round: e.value for e in self.evaluations if e.split == split}
 
 
 def partition_label(partition: PartitionConfig) -> str:
