@@ -84,8 +84,8 @@ def checked_axes(experiment: ExperimentConfig, axes: Mapping[str, Any]) -> Axes:
             instead := _INSTEAD[own]
         ):
             raise UserError(f"{shown(key)} cannot be a further axis: {instead}")
-        if any(other.startswith(f"{key}.") for other in axes):
-            raise UserError(f"axis '{key}' holds another axis: give one of them, or its parts")
+        if key.endswith(".options"):
+            raise UserError(f"axis '{key}' is a table of options: give one of them, as {key}.NAME")
     return {key: _values(experiment, key, given) for key, given in axes.items()}
 
 

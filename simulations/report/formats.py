@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fedkn.tasks.metric import Metric
 from simulations.runs.statistics import Interval, RoundsToTarget
 
 __all__ = [
@@ -12,13 +13,18 @@ __all__ = [
     "NOTHING",
     "accuracy",
     "count",
+    "difference",
+    "difference_unit",
+    "difference_with_unit",
     "epsilon",
     "milliseconds",
     "p_value",
     "percent",
     "points",
     "rounds",
+    "scaled",
     "size",
+    "value",
 ]
 
 NOTHING = "–"
@@ -28,6 +34,38 @@ KEEPS_TENSORS = (
     "keeps tensors on the clients: the global model is evaluated with these as initialised, which "
     "is not what the clients get."
 )
+
+
+def value(number: float, metric: Metric) -> str:
+    """Return a value of `metric` with its unit: "94.9%", "0.123", "1,240 g"."""
+    if math.isnan(number):
+        return NOTHING
+    return f"{_plain(scaled(number, metric), metric)}{_unit(metric)}"
+
+
+def difference(number: float, metric: Metric) -> str:
+    """Return a difference of two values of `metric`, without the unit; of shares in points.
+
+    An infinite one, which the range of values does not allow, is none.
+    """
+    if math.isinf(number):
+        return "none"
+    return NOTHING if math.isnan(number) else _plain(scaled(number, metric), metric)
+
+
+def difference_unit(metric: Metric) -> str:
+    """Return the unit of differences: "points" of shares, else the metric's own."""
+    return "points" if metric.unit == "%" else metric.unit
+
+
+def difference_with_unit(number: float, metric: Metric) -> str:
+    """Return a difference of two values of `metric` with its unit: "1.2 points", "0.02 g"."""
+    return f"{difference(number, metric)} {difference_unit(metric)}".rstrip()
+
+
+def scaled(number: float, metric: Metric) -> float:
+    """Return a value as tables and axes show it: a hundred times as large where it is a share."""
+    return 100 * number if metric.unit == "%" else number
 
 
 def percent(value: float) -> str:
@@ -89,3 +127,13 @@ def count(number: int, noun: str) -> str:
 def epsilon(value: float) -> str:
     """Return an epsilon of differential privacy with three significant digits."""
     return "unbounded" if math.isinf(value) else f"{value:.3g}"
+
+
+def _plain(number: float, metric: Metric) -> str:
+    if metric.unit == "%":
+        return f"{number:.1f}"
+    return f"{number:,.0f}" if 1000 <= abs(number) < 1e6 else f"{number:.3g}"
+
+
+def _unit(metric: Metric) -> str:
+    return metric.unit if metric.unit in ("%", "") else f" {metric.unit}"

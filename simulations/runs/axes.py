@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from fedkn.config import ExperimentConfig
 from fedkn.options import read_options
 
-__all__ = ["RUN", "Point", "point_label", "point_of", "value_of", "value_text"]
+__all__ = ["RUN", "Point", "point_label", "point_of", "settings_of", "value_of", "value_text"]
 
 Point = tuple[tuple[str, str], ...]
 """Where a cell stands: of every axis its key, and the value as text, in the order of the axes."""
@@ -17,17 +17,24 @@ RUN = "run"
 """The axis along which runs are set side by side: its values are their names, it is no setting."""
 
 
+def settings_of(config: ExperimentConfig) -> dict[str, object]:
+    """Return the settings by dotted key; those of a table of options each by its own."""
+    settings: dict[str, object] = {}
+    for key, value in config.flat().items():
+        if key.endswith(".options"):
+            options = read_options(str(value))
+            settings |= {f"{key}.{name}": option for name, option in options.items()}
+        else:
+            settings[key] = value
+    return settings
+
+
 def value_of(config: ExperimentConfig, key: str) -> object:
     """Return the setting with the dotted `key`, an option of a table of options among them.
 
     None where an experiment has no such setting.
     """
-    flat = config.flat()
-    if key in flat:
-        return flat[key]
-    table, _, option = key.rpartition(".")
-    held = flat.get(table)
-    return read_options(held).get(option) if isinstance(held, str) else None
+    return settings_of(config).get(key)
 
 
 def value_text(value: object) -> str:

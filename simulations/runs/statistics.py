@@ -165,8 +165,11 @@ def summarize_rounds(rounds: Sequence[int | None]) -> RoundsToTarget:
     return RoundsToTarget((low + high) / 2, sum(map(math.isfinite, values)), len(values))
 
 
-def paired_p(differences: Sequence[float]) -> float:
+def paired_p(differences: Sequence[float], scale: float = 1.0) -> float:
     """Return the two-sided p-value of the paired t-test that the mean difference is zero.
+
+    `scale` is the size of the values that were subtracted: what is less than 1e-12 of it is their
+    rounding.
 
     NaN below `FEWEST_SEEDS` differences; 1 if all are zero. Differences that are all the same and
     not zero have no spread to judge by: the exact sign-flip test's p-value, which is larger,
@@ -175,9 +178,9 @@ def paired_p(differences: Sequence[float]) -> float:
     n = len(differences)
     if n < FEWEST_SEEDS:
         return math.nan
-    mean, deviation = float(np.mean(differences)), _deviation(differences)
+    mean, deviation = float(np.mean(differences)), _deviation(differences, scale)
     if deviation == 0:
-        return 1.0 if abs(mean) < _ROUNDING else smallest_exact_p(n)
+        return 1.0 if abs(mean) <= _ROUNDING * scale else smallest_exact_p(n)
     return float(2 * stats.t.sf(abs(mean) / deviation * math.sqrt(n), n - 1))
 
 
@@ -224,23 +227,22 @@ def compare_all_pairs(
     group what its scores are; without it they are accuracies.
     """
     pairs = [
-        (group, first, second, _differences(scores[first], scores[second]))
+        (group, first, second, *_differences(scores[first], scores[second]))
         for group, scores in groups.items()
         for first, second in combinations(scores, 2)
     ]
-    p_values = [paired_p(differences) for *_, differences in pairs]
+    p_values = [paired_p(differences, scale) for *_, differences, scale in pairs]
     tested = sum(not math.isnan(p) for p in p_values)
     known = metrics or {}
     return [
         _comparison(
             group,
             (first, second),
-            differences,
+            (differences, scale),
             (p, p_holm),
-            ALPHA / max(tested, 1),
-            known.get(group, ACCURACY),
+            (known.get(group, ACCURACY), ALPHA / max(tested, 1)),
         )
-        for (group, first, second, differences), p, p_holm in zip(
+        for (group, first, second, differences, scale), p, p_holm in zip(
             pairs, p_values, holm(p_values), strict=True
         )
     ]
@@ -250,27 +252,37 @@ def compare_all_pairs(
 _ROUNDING = 1e-12
 
 
-def _deviation(differences: Sequence[float]) -> float:
+def _deviation(differences: Sequence[float], scale: float) -> float:
     """The standard deviation, exactly 0 where only rounding is left of it; NaN below two."""
     if len(differences) < 2:
         return math.nan
     deviation = float(np.std(differences, ddof=1))
-    return deviation if deviation > _ROUNDING else 0.0
+    return deviation if deviation > _ROUNDING * scale else 0.0
 
 
-def _differences(first: Mapping[int, float], second: Mapping[int, float]) -> list[float]:
-    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+def _differences(
+    first: Mapping[int, float], second: Mapping[int, float]
+) -> tuple[list[float], float]:
+    """The differences by common seed, and the size of the largest value among them."""
+    seeds = sorted(first.keys() & second.keys())
+    scale = max((abs(of[seed]) for seed in seeds for of in (first, second)), default=1.0)
+    return [first[seed] - second[seed] for seed in seeds], scale
 
 
 def _comparison(
     group: Group,
     names: tuple[str, str],
-    differences: list[float],
+    paired: tuple[list[float], float],
     p_values: tuple[float, float],
-    level: float,
-    metric: Metric,
+    judged: tuple[Metric, float],
 ) -> Comparison:
+    """The comparison of paired differences of a scale, with p-values before and after correction.
+
+    It is by a metric, and judged at a level.
+    """
     first, second = names
+    differences, scale = paired
+    metric, level = judged
     if len(differences) and metric.sign * float(np.mean(differences)) < 0:
         first, second = second, first
         differences = [-value for value in differences]
@@ -278,7 +290,7 @@ def _comparison(
     advantages = [metric.sign * value for value in differences]
     width = metric.highest - metric.lowest
     interval = mean_interval(advantages, -width, width)
-    detectable = detectable_difference(_deviation(advantages), interval.n, level)
+    detectable = detectable_difference(_deviation(advantages, scale), interval.n, level)
     return Comparison(
         group=group,
         first=first,
