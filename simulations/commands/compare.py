@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from fedkn.tables import read_toml
 from simulations.commands import options as o
 from simulations.commands.options import axes_given, given
 
@@ -58,27 +57,32 @@ def compare(
 
       fedkn compare mine.toml --rounds 30 --set train.momentum=0.9 --name momentum
     """
-    from simulations.commands import launch
-    from simulations.comparison.grid import GridConfig
+    from simulations.api import running
+    from simulations.commands.launch import carry_out, repeat_command
 
-    flags = axes_given(axis) | given(
-        settings,
-        compare__normalizers=normalizer,
-        compare__batch_sizes=batch_size,
-        compare__partitions=partition,
-        compare__seeds=seeds,
-        compare__learning_rates=learning_rate,
-        compare__workers=workers,
-        compare__name=name,
-        data__source=source,
-        data__root=None if root is None else str(root),
-        data__download=download or None,
-        partition__clients=clients,
-        cohort=cohort,
-        rounds=rounds,
-        model__name=model,
-        seed=seed,
+    exact = axes_given(axis) | given(settings)
+    carry_out(
+        lambda: running.compare(
+            file,
+            normalizer=normalizer,
+            batch_size=batch_size,
+            partition=partition,
+            seeds=seeds,
+            learning_rate=learning_rate,
+            source=source,
+            root=root,
+            download=download or None,
+            clients=clients,
+            cohort=cohort,
+            rounds=rounds,
+            model=model,
+            seed=seed,
+            workers=workers,
+            name=name,
+            settings=exact,
+            out=out,
+            progress=not as_json,
+            command=repeat_command(),
+        ),
+        as_json=as_json,
     )
-    grid = GridConfig.resolve(read_toml(file) if file else {}, flags)
-    grid, run = launch.created(grid, "compare", out)
-    launch.execute(grid, run, as_json=as_json)

@@ -9,6 +9,7 @@ import typer
 
 from fedkn.errors import UserError
 from fedkn.text import printable
+from simulations.api.settings import refuse_set_by_runs
 
 __all__ = [
     "AxisValues",
@@ -164,8 +165,7 @@ def given(settings: list[str] | None, **flags: Any) -> dict[str, Any]:
         shown = printable(setting, 80)
         if not equals:
             raise UserError(f"--set {shown}: write KEY=VALUE, as in --set train.momentum=0.9")
-        if instead := _SET_BY_RUNS.get(key.strip()):
-            raise UserError(f"--set {shown}: a run sets {key.strip()} itself ({instead})")
+        refuse_set_by_runs(key.strip())
         keys[key.strip()] = value.strip()
     return keys
 
@@ -189,10 +189,3 @@ def axes_given(axes: list[str] | None) -> dict[str, str]:
             )
         keys[name] = values
     return keys
-
-
-_SET_BY_RUNS = {
-    "checkpoint.folder": "the run folder: --out",
-    "checkpoint.cell": "from its settings",
-    "evaluation.split": "rates are chosen on validation images, results are on test images",
-}

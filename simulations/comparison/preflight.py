@@ -11,6 +11,7 @@ from fedkn.errors import UserError
 from fedkn.experiment import build_model, device_of, federated_data, normalizer_of
 from fedkn.normalizers import TensorRole
 from fedkn.training import refuse_unprivate
+from server.observers import check_observers
 from server.strategies.registry import create_strategy
 from simulations.comparison.axes import Settings, point_at
 from simulations.comparison.grid import (
@@ -44,6 +45,7 @@ def check(grid: GridConfig) -> list[PartitionRecord]:
     for settings, experiment in experiments(grid).items():
         with _at(settings):
             create_strategy(experiment)
+            check_observers(experiment)
             device_of(experiment)
     for settings, experiment in _data_of(grid).items():
         with _at(settings):

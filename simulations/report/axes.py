@@ -16,7 +16,19 @@ from simulations.report.verdict import Contest
 from simulations.runs.axes import RUN, Point, point_label
 from simulations.runs.statistics import FEWEST_SEEDS, Comparison, Interval
 
-__all__ = ["AxisContest", "Held", "Spot", "axis_contests", "axis_verdicts", "fields_of"]
+__all__ = [
+    "NORMALIZER",
+    "AxisContest",
+    "Held",
+    "Spot",
+    "axis_contests",
+    "axis_verdicts",
+    "fields_of",
+]
+
+
+NORMALIZER = "normalizer"
+"""What is varied where normalizers are compared."""
 
 
 class Spot(NamedTuple):
@@ -30,10 +42,11 @@ class Spot(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What is equal for all values of an axis that are compared: a family's group.
+    """What is equal for all that are compared: the group of a comparison.
 
-    `point` is without the axis; `run` is empty where runs are compared. `basis` is what they must
-    share to be compared at all: the metric and the test examples.
+    `axis` is what is varied: `NORMALIZER`, the key of a further axis, or the runs. `point` is
+    without it; `run` is empty where runs are compared, and `normalizer` where normalizers are.
+    `basis` is what values must share to be compared at all: the metric and the test examples.
     """
 
     axis: str
@@ -48,7 +61,7 @@ class Held(NamedTuple):
     def label(self) -> str:
         """All that is equal, in words."""
         parts = (
-            f"{self.normalizer} at batch size {self.batch_size}",
+            f"{self.normalizer} at batch size {self.batch_size}".lstrip(),
             self.partition,
             point_label(self.point),
             self.run,

@@ -135,7 +135,7 @@ def entry_of(
     for cell in cells:
         curve = cell.values(cell.config.evaluation.split)
         # Not the last that is found: a log may have lost lines.
-        last = curve.get(cell.config.rounds, math.nan)
+        last = curve.get(cell.result_round, math.nan)
         if cell.status == "completed" and math.isfinite(last):
             final[cell.config.seed] = last
         if cell.status in ("completed", "failed"):

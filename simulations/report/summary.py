@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 from fedkn.errors import UserError
 from fedkn.tasks.metric import Metric
 from simulations.report.axes import (
+    NORMALIZER,
     AxisContest,
     Held,
     Spot,
@@ -297,8 +298,8 @@ def _tests(
     return _Tests(compare_all_pairs(groups, metrics), fields)
 
 
-def _group(spot: Spot) -> object:
-    return spot.run, spot.partition, spot.point, spot.batch_size
+def _group(spot: Spot) -> Held:
+    return Held(NORMALIZER, spot.run, spot.partition, spot.point, "", spot.batch_size)
 
 
 def _interval(entry: Entry) -> Interval:
