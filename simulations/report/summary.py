@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fedkn.errors import UserError
+from fedkn.tasks.metric import ACCURACY, Metric
 from simulations.report.entries import Entry, entry_of
 from simulations.report.holdings import ClientTable, client_tables
 from simulations.report.trials import Trial, trials_of
@@ -40,6 +41,18 @@ class Section:
     own_contests: list[Contest]
     trials: dict[tuple[str, int], list[Trial]]
     tables: list[ClientTable]
+
+    @property
+    def label(self) -> str:
+        """The partition, and whatever else tells the section from others of the run."""
+        return self.partition
+
+    @property
+    def metric(self) -> Metric:
+        """By what its cells are judged."""
+        cells = (cell for entry in self.entries.values() for cell in entry.cells)
+        # What never trained was never told.
+        return next((c.metric for c in cells if c.status != "untrainable"), ACCURACY)
 
     @property
     def verdicts(self) -> list[str]:
