@@ -29,30 +29,29 @@ def report(
       fedkn report runs/demo-20261123-064512
     """
     from fedkn.errors import UserError
-    from simulations.report import build_report, summary_dict, summary_table
-    from simulations.runs.flower_runs import open_run
+    from simulations.api.result import load
     from simulations.terminal import terminal
 
-    runs = [open_run(folder) for folder in folders]
+    runs = [load(folder) for folder in folders]
     written: list[Path | None] = []
     problem = None
     for run in runs:
         try:
-            written.append(build_report(run))
+            written.append(run.report())
         except UserError as error:
             # The numbers can be shown all the same.
             written.append(None)
             problem = problem or error
     if as_json:
         summaries = [
-            {"run": str(run.path), "report": path and str(path), **summary_dict(run)}
+            {"report": path and str(path), **run.summary()}
             for run, path in zip(runs, written, strict=True)
         ]
         sys.stdout.write(json.dumps({"runs": summaries}) + "\n")
     else:
         console = terminal()
         for run, path in zip(runs, written, strict=True):
-            console.print(summary_table(run))
+            console.print(run.table())
             if path:
                 console.print(f"Report:  {path}", soft_wrap=True)
     if problem:

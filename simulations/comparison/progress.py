@@ -16,6 +16,7 @@ from rich.text import Text
 from simulations.comparison.estimate import Estimator
 from simulations.comparison.grid import Cell
 from simulations.comparison.scheduler import Board, Watcher
+from simulations.runs.axes import point_label
 from simulations.runs.history import History
 
 __all__ = ["RoundLines", "duration", "shown_progress"]
@@ -128,7 +129,7 @@ class _LiveTable(_Notices):
                 cell.group.normalizer,
                 _what(cell),
                 str(cell.group.batch_size),
-                cell.group.id.split("-", 2)[2],
+                cell.group.place,
                 f"{record.round}/{cell.config.rounds}",
                 _value(cell, board.history) or "…",
             )
@@ -156,10 +157,14 @@ def _what(cell: Cell) -> str:
     return f"seed {cell.config.seed}"
 
 
+def _where(cell: Cell) -> str:
+    return ", ".join(filter(None, (point_label(cell.group.point), _what(cell))))
+
+
 def _brief(cell: Cell, history: History) -> str:
     value = _value(cell, history)
     return (
-        f"{cell.group.normalizer} batch {cell.group.batch_size} ({_what(cell)}) "
+        f"{cell.group.normalizer} batch {cell.group.batch_size} ({_where(cell)}) "
         f"round {history[cell.id].round}/{cell.config.rounds}"
         + (f" {history[cell.id].metric.name} {value}" if value else "")
     )

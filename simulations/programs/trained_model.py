@@ -32,7 +32,7 @@ from simulations.runs.flower_runs import open_run
 from simulations.runs.folder import RunFolder
 from simulations.runs.records import CellRecord
 
-__all__ = ["SomeImages", "TrainedModel", "load_trained_model"]
+__all__ = ["SomeImages", "TrainedModel", "load_trained_model", "trained_network"]
 
 _IMAGES = 256
 
@@ -138,6 +138,18 @@ def load_trained_model(path: Path, cell: str | None) -> TrainedModel:
         rounds=config.rounds,
         damaged=damaged,
     )
+
+
+def trained_network(path: Path, cell: str | None) -> nn.Module:
+    """Return the network of the newest good checkpoint of `cell` in the run folder `path`.
+
+    It is on the CPU, in evaluation mode. Cells are chosen, and errors raised, as by
+    `load_trained_model`.
+    """
+    record = _chosen(open_run(path), cell)
+    checkpoint, _ = _checkpoint(path / "cells" / record.id)
+    config = record.config.overlay(device="cpu", data__download=False)
+    return _network(config, checkpoint.data or data_summary(config), checkpoint).eval()
 
 
 def _chosen(run: RunFolder, cell: str | None) -> CellRecord:

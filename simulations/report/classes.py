@@ -63,9 +63,9 @@ def other_metrics(entry: Entry) -> dict[str, Interval]:
 
 
 def final_evaluation(cell: CellRecord) -> Evaluation | None:
-    """Return the evaluation after the last round of a completed cell."""
-    last = (cell.config.rounds, cell.config.evaluation.split)
-    found = (e for e in cell.evaluations if (e.round, e.split) == last)
+    """Return the evaluation of a completed cell's result: of its last round, or its best."""
+    wanted = (cell.result_round, cell.config.evaluation.split)
+    found = (e for e in cell.evaluations if (e.round, e.split) == wanted)
     return next(found, None) if cell.status == "completed" else None
 
 

@@ -77,13 +77,12 @@ def curve_of(seeds: Sequence[Mapping[int, float]], metric: Metric) -> Curve:
     """Return what is drawn of one curve by round for each seed; NaN and infinity are no value."""
     rounds = sorted({number for curve in seeds for number in curve})
     values = [[c[r] for c in seeds if math.isfinite(c.get(r, math.nan))] for r in rounds]
-    intervals = [mean_interval(of_round) for of_round in values]
-    ends = [formats.bounds(interval, metric) for interval in intervals]
+    intervals = [mean_interval(of, metric.lowest, metric.highest) for of in values]
     return Curve(
         rounds,
         [interval.mean for interval in intervals],
-        [low for low, _ in ends],
-        [high for _, high in ends],
+        [interval.low for interval in intervals],
+        [interval.high for interval in intervals],
         values,
     )
 
@@ -120,7 +119,7 @@ def learning_curves(
 def final_limits(finals: Sequence[Finals], metric: Metric) -> tuple[float, float]:
     """Return the limits for panels that show all of `finals`: every seed and every interval."""
     values = [value for of in finals for value in of.by_seed.values()]
-    values += [end for of in finals for end in formats.bounds(of.interval, metric)]
+    values += [end for of in finals for end in (of.interval.low, of.interval.high)]
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(known), max(known)
     margin = max(0.04 * (high - low), 0.004 * max(abs(low), abs(high)), 1e-9)
@@ -150,7 +149,7 @@ def final_values(
         middle = top + row * (place + 0.5)
         style = style_index(of.name, others)
         canvas.text(left, middle + 4, of.label, "end", within=left - 8)
-        low, high = (formats.scaled(v, metric) for v in formats.bounds(of.interval, metric))
+        low, high = (formats.scaled(end, metric) for end in (of.interval.low, of.interval.high))
         if math.isfinite(low):
             canvas.rule(x(low), middle, x(high), middle, f"interval k{style % COLOURS}")
             for end in (low, high):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 
 from fedkn.tasks.metric import Metric
-from simulations.runs.statistics import Interval, RoundsToTarget
+from simulations.runs.statistics import Comparison, Interval, RoundsToTarget
 
 __all__ = [
     "KEEPS",
     "KEEPS_TENSORS",
     "NOTHING",
-    "bounds",
     "count",
     "difference",
     "difference_unit",
+    "difference_with_unit",
     "epsilon",
     "half_width",
     "interval",
@@ -44,13 +44,23 @@ def value(number: float, metric: Metric) -> str:
 
 
 def difference(number: float, metric: Metric) -> str:
-    """Return a difference of two values of `metric`, without the unit; of shares in points."""
+    """Return a difference of two values of `metric`, without the unit; of shares in points.
+
+    An infinite one, which the range of values does not allow, is none.
+    """
+    if math.isinf(number):
+        return "none"
     return NOTHING if math.isnan(number) else _plain(scaled(number, metric), metric)
 
 
 def difference_unit(metric: Metric) -> str:
     """Return the unit of differences: "points" of shares, else the metric's own."""
     return "points" if metric.unit == "%" else metric.unit
+
+
+def difference_with_unit(number: float, metric: Metric) -> str:
+    """Return a difference of two values of `metric` with its unit: "1.2 points", "0.02 g"."""
+    return f"{difference(number, metric)} {difference_unit(metric)}".rstrip()
 
 
 def interval(of: Interval, metric: Metric) -> str:
@@ -63,20 +73,11 @@ def interval(of: Interval, metric: Metric) -> str:
     return f"{value(of.mean, metric)} {half_width(of, metric)}"
 
 
-def half_width(of: Interval, metric: Metric) -> str:
-    """Return what stands behind the mean of an interval: "± 1.6" or "(96.1 to 100.0)"."""
-    low, high = bounds(of, metric)
-    if of.mean - of.half_width < low or of.mean + of.half_width > high:
-        return f"({difference(low, metric)} to {difference(high, metric)})"
+def half_width(of: Interval | Comparison, metric: Metric) -> str:
+    """Return what stands behind a mean or difference: "± 1.6" or "(96.1 to 100.0)"."""
+    if of.cut:
+        return f"({difference(of.low, metric)} to {difference(of.high, metric)})"
     return f"± {difference(of.half_width, metric)}"
-
-
-def bounds(of: Interval, metric: Metric) -> tuple[float, float]:
-    """Return the ends of an interval, within the values that `metric` can have; NaN of one seed."""
-    if math.isnan(of.half_width):
-        return math.nan, math.nan
-    low, high = of.mean - of.half_width, of.mean + of.half_width
-    return max(metric.lowest, low), min(metric.highest, high)
 
 
 def scaled(number: float, metric: Metric) -> float:

@@ -1,0 +1,140 @@
+"""What the trackers wrote, read back by the libraries themselves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.server.fake_grid import run, small
+
+
+def numbers(folder: Path) -> dict[str, dict[int, float]]:
+    """Return by name and step what the trackers are to keep, read off the log by hand."""
+    found: dict[str, dict[int, float]] = {}
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        if line["kind"] == "round":
+            for name in ("train_loss", "learning_rate", "updates", "examples", "bytes_up"):
+                found.setdefault(f"round/{name}", {})[line["round"]] = line[name]
+            for name in ("refused", "failed"):
+                found.setdefault(f"round/{name}", {})[line["round"]] = len(line[name])
+        elif line["kind"] == "evaluation":
+            for name in ("accuracy", "loss"):
+                found.setdefault(f"{line['split']}/{name}", {})[line["round"]] = line[name]
+        elif line["kind"] == "client_evaluation":
+            for name in ("mean", "worst_tenth", "deviation", "loss"):
+                found.setdefault(f"clients/{name}", {})[line["round"]] = line[name]
+    assert len(found["test/accuracy"]) == 4
+    assert len(found["clients/mean"]) == 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def untracked() -> str:
+    return run(small(rounds=3, evaluation__client_fraction=0.2)).weights_sha256
+
+
+def tracked(tmp_path: Path, name: str, untracked: str, **options: str) -> Path:
+    """Run with a tracker; return the run folder."""
+    folder = tmp_path / "run"
+    config = small(
+        rounds=3,
+        evaluation__client_fraction=0.2,
+        observers__names=name,
+        observers__options=json.dumps(options),
+        checkpoint__folder=str(folder),
+    )
+    assert run(config).weights_sha256 == untracked
+    kinds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in kinds if line["kind"] == "warning"] == []
+    return folder
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_tensorboard(tmp_path: Path, untracked: str, elsewhere: bool) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"folder": str(tmp_path / "boards")} if elsewhere else {}
+    folder = tracked(tmp_path, "tensorboard", untracked, **options)
+    base = tmp_path / "boards" if elsewhere else folder / "tensorboard"
+    assert (folder / "tensorboard").exists() is not elsewhere
+    events = EventAccumulator(str(base / "experiment"))
+    events.Reload()
+    for name, by_step in numbers(folder).items():
+        written = {event.step: event.value for event in events.Scalars(name)}
+        assert written == pytest.approx(by_step, rel=1e-6)  # TensorBoard keeps float32
+    settings = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "normalizer.name = 'group'" in settings
+    status = events.Tensors("status/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert status == "completed"
+
+
+def test_mlflow(tmp_path: Path, untracked: str) -> None:
+    pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
+    from mlflow.tracking import MlflowClient
+
+    folder = tracked(tmp_path, "mlflow", untracked, experiment="digits")
+    client = MlflowClient(tracking_uri=(folder / "mlflow").as_uri())
+    experiment = client.get_experiment_by_name("digits")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "experiment"
+    assert found.data.params["normalizer.name"] == "group"
+    for name, by_step in numbers(folder).items():
+        history = client.get_metric_history(found.info.run_id, name)
+        assert {metric.step: metric.value for metric in history} == by_step
+
+
+def test_weights_and_biases(tmp_path: Path, untracked: str) -> None:
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    folder = tracked(tmp_path, "wandb", untracked)
+    (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    written: dict[str, dict[int, float]] = {}
+    config: dict[str, object] = {}
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for update in record.run.config.update:
+            config[update.key] = json.loads(update.value_json)
+        items = {
+            item.key or ".".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for name, value in items.items():
+            if not name.startswith("_"):
+                written.setdefault(name, {})[items["_step"]] = value
+    expected = numbers(folder)
+    assert {name: written[name] for name in expected} == expected
+    assert config["normalizer.name"] == "group"
+
+
+def test_a_number_that_is_none_is_left_out(tmp_path: Path) -> None:
+    from fedkn.observer import Event
+    from server.observers.tracker import Tracker
+
+    kept: list[dict[str, float]] = []
+
+    class Kept(Tracker):
+        name = "kept"
+
+        def open(self, folder, event):  # type: ignore[no-untyped-def]
+            pass
+
+        def record(self, step, numbers):  # type: ignore[no-untyped-def]
+            kept.append(dict(numbers))
+
+        def close(self, status):  # type: ignore[no-untyped-def]
+            pass
+
+    fields = {"round": 1, "split": "test", "loss": math.nan, "accuracy": 0.5}
+    metrics = {"accuracy": 0.5, "f1": None}
+    Kept().evaluation(Event("evaluation", "c", None, small(), fields | {"metrics": metrics}))
+    (numbers_,) = kept
+    assert numbers_.keys() == {"test/accuracy", "test/loss"}
