@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedkn.tasks.metric import Metric
 from simulations.report.entries import Entry
 from simulations.runs.records import CellRecord
 from simulations.runs.results import Evaluation
@@ -20,15 +21,16 @@ __all__ = ["ClassResults", "class_results", "final_evaluation", "other_metrics"]
 class ClassResults:
     """What one normalizer does with each class at one batch size.
 
-    `by_class` has by metric one interval over seeds for each class; `confusion` are examples by
-    true class (rows) and predicted class (columns), summed over the seeds, empty where there are
-    none.
+    `by_class` has by metric one interval over seeds for each class, `metrics` what is known of
+    these metrics; `confusion` are examples by true class (rows) and predicted class (columns),
+    summed over the seeds, empty where there are none.
     """
 
     normalizer: str
     batch_size: int
     seeds: int
     by_class: Mapping[str, list[Interval]]
+    metrics: Mapping[str, Metric]
     confusion: list[list[int]]
 
 
@@ -39,14 +41,20 @@ def class_results(entry: Entry) -> ClassResults | None:
     if not per_seed:
         return None
     # Cells that were written by different versions may tell of different metrics.
-    metrics = [name for name in per_seed[0] if all(name in of for of in per_seed)]
+    values = {
+        name: [of[name] for of in per_seed]
+        for name in per_seed[0]
+        if all(name in of for of in per_seed)
+    }
+    metrics = {name: _class_metric(name, of, entry.metric) for name, of in values.items()}
     confusions = [np.array(of.confusion) for of in finals if of.confusion]
     alike = len({table.shape for table in confusions}) == 1
     return ClassResults(
         normalizer=entry.normalizer,
         batch_size=entry.batch_size,
         seeds=len(per_seed),
-        by_class={name: _intervals([of[name] for of in per_seed]) for name in metrics},
+        by_class={name: _intervals(of, metrics[name]) for name, of in values.items()},
+        metrics=metrics,
         confusion=np.sum(confusions, axis=0).tolist() if alike else [],
     )
 
@@ -79,7 +87,15 @@ def _by_class(evaluation: Evaluation) -> dict[str, Sequence[float]]:
     return {"accuracy": [right / of_class if of_class else math.nan for right, of_class in rows]}
 
 
-def _intervals(seeds: Sequence[Sequence[float]]) -> list[Interval]:
-    classes = min(map(len, seeds))
-    by_class = ([of[place] for of in seeds] for place in range(classes))
-    return [mean_interval([v for v in values if math.isfinite(v)]) for values in by_class]
+def _class_metric(name: str, seeds: Sequence[Sequence[float]], decides: Metric) -> Metric:
+    """What is known of a metric by class: a share, where what decides is one and values allow."""
+    values = [value for of in seeds for value in of if math.isfinite(value)]
+    if decides.unit == "%" and all(0 <= value <= 1 for value in values):
+        return Metric(name, lowest=0.0, highest=1.0, unit="%")
+    return Metric(name)
+
+
+def _intervals(seeds: Sequence[Sequence[float]], metric: Metric) -> list[Interval]:
+    by_class = ([of[place] for of in seeds] for place in range(min(map(len, seeds))))
+    known = ([value for value in values if math.isfinite(value)] for values in by_class)
+    return [mean_interval(values, metric.lowest, metric.highest) for values in known]

@@ -20,7 +20,8 @@ from simulations.report.facts import facts, judged_by
 from simulations.report.losses import DIVIDED, LossLine, losses
 from simulations.report.section import section_view
 from simulations.report.settings import held_equal, normalizer_notes, unequal
-from simulations.report.summary import RunSummary, summarize
+from simulations.report.standings import fields
+from simulations.report.summary import Digest, RunSummary, digest
 from simulations.report.verdict import what_own_models_show, what_the_seeds_show
 from simulations.runs.folder import RunFolder
 from simulations.runs.statistics import FEWEST_SEEDS
@@ -53,12 +54,12 @@ def build_report(runs: RunFolder | Sequence[RunFolder], to: Path | None = None) 
     damaged or the file cannot be written; an old report is then left as it was.
     """
     runs = [runs] if isinstance(runs, RunFolder) else list(runs)
-    summaries = summarize(runs)
+    digested = digest(runs)
     if to is None and len(runs) == 1:
         to = runs[0].path / "report.html"
     elif to is None:
         to = runs[0].path.parent / f"report-{'-'.join(run.path.name for run in runs)}.html"
-    page = _environment().get_template("report.html.jinja").render(_context(summaries))
+    page = _environment().get_template("report.html.jinja").render(_context(digested))
     try:
         write_atomically(to, page.encode())
     except OSError as error:
@@ -80,7 +81,6 @@ def _environment() -> Environment:
     environment.globals["version"] = fedkn.__version__
     # Of metrics that decide nothing no more is known than that they are numbers.
     environment.globals["number"] = Metric("number")
-    environment.globals["share"] = Metric("share", lowest=0, highest=1, unit="%")
     environment.globals["fewest_seeds"] = FEWEST_SEEDS
     environment.globals["keeps_tensors"] = f"{formats.KEEPS} {formats.KEEPS_TENSORS}"
     for name in _FORMATS:
@@ -95,7 +95,8 @@ def _visible(value: object) -> str:
     return text if isinstance(text, Markup) or text.isprintable() else printable(text, _LONGEST)
 
 
-def _context(summaries: Sequence[RunSummary]) -> dict[str, Any]:
+def _context(digested: Digest) -> dict[str, Any]:
+    summaries = digested.runs
     unknown = [name for summary in summaries for s in summary.sections for name in s.normalizers]
     runs = [_run(summary, unknown) for summary in summaries]
     sections = [section for run in runs for section in run["sections"]]
@@ -103,6 +104,10 @@ def _context(summaries: Sequence[RunSummary]) -> dict[str, Any]:
         "title": " and ".join(summary.label for summary in summaries),
         "runs": runs,
         "sections": sections,
+        "verdicts": digested.verdicts,
+        "beside": digested.beside,
+        "fields": fields(digested.contests),
+        "own_fields": fields(digested.own_contests),
         "side_by_side": _side_by_side(sections) if len(sections) > 1 else [],
     }
 
@@ -122,7 +127,9 @@ def _run(summary: RunSummary, unknown: Sequence[str]) -> dict[str, Any]:
         "search_losses": losses([c for c in summary.cells if c.purpose == "search"], 0),
         "notes": normalizer_notes(names, groups.pop() if len(groups) == 1 else 0),
         "equal": held_equal(summary.results),
-        "unequal": unequal(summary.results),
+        "unequal": unequal(summary.results, summary.grid.axes),
+        "fields": fields(summary.axis_contests),
+        "own_fields": fields(summary.own_axis_contests),
         "environment": _flat(summary.folder.environment()),
         "facts": facts(summary),
         "judged_by": judged_by(summary.results),

@@ -51,25 +51,31 @@ def partition_picture(table: PartitionRecord) -> str:
 
 
 def class_picture(
-    values: NDArray[np.float64], normalizers_: Sequence[str], classes: Sequence[str], label: str
+    values: NDArray[np.float64],
+    normalizers: Sequence[str],
+    classes: Sequence[str],
+    label: str,
+    *,
+    shares: bool = True,
 ) -> str:
-    """Return normalizer x class: the stronger, the higher the share; NaN is left white.
+    """Return normalizer x class: the stronger, the higher the value; NaN is left white.
 
     Args:
-        values: (normalizers, classes), 0 to 1. label: read out by screen readers.
+        values: (normalizers, classes). label: read out by screen readers. shares: whether the
+            values are those from 0 to 1; others are drawn from the least to the largest of them.
     """
-    left, width = 14 + min(170.0, max(map(text_width, normalizers_))), 740.0
+    left, width = 14 + min(170.0, max(map(text_width, normalizers))), 740.0
     names = _thinned([printable(name, 14) for name in classes], _NAMED)
     row, top = 18.0, 4.0
-    bottom = top + row * len(normalizers_)
+    bottom = top + row * len(normalizers)
     tall = 8 + 0.75 * max(text_width(name) for _, name in names)
     canvas = Canvas(width, bottom + tall + 14)
     x = Scale(0, len(classes), left + 6, width - 24)
-    canvas.image(values, x.start, top, x.end - x.start, bottom - top)
+    canvas.image(values if shares else _spread(values), x.start, top, x.end - x.start, bottom - top)
     canvas.path("frame", f"M{x.start:.1f} {top}H{x.end:.1f}V{bottom:.1f}H{x.start:.1f}Z")
     if len(classes) <= _NUMBERED:
-        _numbers(canvas, values, x, (top, row))
-    for place, name in enumerate(normalizers_):
+        _numbers(canvas, _texts(values, shares=shares), x, (top, row))
+    for place, name in enumerate(normalizers):
         at = top + row * (place + 0.5) + 4
         canvas.text(left, at, name, "end", within=left - 8)
     for place, name in names:
@@ -97,7 +103,9 @@ def confusion_picture(counts: Sequence[Sequence[int]], classes: Sequence[str], l
     canvas.image(np.sqrt(shares), x.start, top, side, side)
     canvas.path("frame", f"M{x.start:.1f} {top}H{x.end:.1f}V{top + side:.1f}H{x.start:.1f}Z")
     if len(classes) <= _NUMBERED:
-        _numbers(canvas, shares, x, (top, row), least=0.005)
+        _numbers(
+            canvas, _texts(np.where(shares < 0.005, np.nan, shares), shares=True), x, (top, row)
+        )
     _names_beside(canvas, names, left, top, row)
     canvas.text(2, 11, "true class")
     for place, name in names:
@@ -107,19 +115,28 @@ def confusion_picture(counts: Sequence[Sequence[int]], classes: Sequence[str], l
 
 
 def _numbers(
-    canvas: Canvas,
-    shares: NDArray[np.float64],
-    x: Scale,
-    rows: tuple[float, float],
-    least: float = 0.0,
+    canvas: Canvas, texts: Sequence[Sequence[str]], x: Scale, rows: tuple[float, float]
 ) -> None:
-    """Write shares of at least `least` in per cent; `rows`: where they begin, and their height."""
+    """Write texts into the cells of a picture; `rows`: where they begin, and their height."""
     top, row = rows
-    for line, of_line in enumerate(shares):
-        for place, share in enumerate(of_line):
-            if share >= least:
-                at = top + row * (line + 0.5) + 4
-                canvas.text(x(place + 0.5), at, f"{100 * share:.0f}", "middle")
+    for line, of_line in enumerate(texts):
+        for place, text in enumerate(of_line):
+            if text:
+                canvas.text(x(place + 0.5), top + row * (line + 0.5) + 4, text, "middle")
+
+
+def _texts(values: NDArray[np.float64], *, shares: bool) -> list[list[str]]:
+    """Shares in per cent, other values with three digits; nothing for NaN."""
+    scale, digits = (100, ".0f") if shares else (1, ".3g")
+    return [["" if np.isnan(v) else f"{scale * v:{digits}}" for v in line] for line in values]
+
+
+def _spread(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The values from 0, the least of them, to 1, the largest."""
+    if np.isnan(values).all():
+        return values
+    low, high = np.nanmin(values), np.nanmax(values)
+    return (values - low) / (high - low if high > low else 1.0)
 
 
 def _names_beside(

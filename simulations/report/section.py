@@ -18,6 +18,7 @@ from simulations.report.csv_tables import section_links
 from simulations.report.curves import loss_limits, losses_by_round, value_limits
 from simulations.report.settings import display_name
 from simulations.report.shades import shades
+from simulations.report.standings import standing
 from simulations.report.summary import RunSummary, Section
 from simulations.report.tables import group_counts
 from simulations.report.trials import Trial
@@ -53,10 +54,10 @@ def section_view(run: RunSummary, section: Section, unknown: Sequence[str]) -> d
         "styles": {
             name: figures.style_index(name, unknown) % COLOURS for name in section.normalizers
         },
-        "shades": shades(section.contests, metric),
+        "shades": shades(section.contests),
         "order": _order(section, metric),
-        "standing": _standings(section.contests, metric),
-        "own_standing": _standings(section.own_contests, metric),
+        "standing": _standings(section.contests),
+        "own_standing": _standings(section.own_contests),
         "own_order": [(c.batch_size, _own_order(section, c, metric)) for c in section.own_contests],
         "privacy": [entry for entry in section.entries.values() if entry.privacy],
         "legend": [(_name(section, n), Markup(figures.swatch(n, unknown))) for n in names],
@@ -115,25 +116,12 @@ def _own_order(section: Section, contest: Contest, metric: Metric) -> list[str]:
     return sorted(section.normalizers, key=place)
 
 
-def _standings(contests: Sequence[Contest], metric: Metric) -> dict[tuple[str, int], str]:
+def _standings(contests: Sequence[Contest]) -> dict[tuple[str, int], str]:
     return {
-        (name, contest.batch_size): _standing(contest, name, metric)
+        (name, contest.batch_size): standing(contest, name)
         for contest in contests
         for name in contest.means
     }
-
-
-def _standing(contest: Contest, name: str, metric: Metric) -> str:
-    """How a normalizer stands to the best mean, in words."""
-    if name == contest.winner:
-        return "best mean" if len(contest.means) > 1 else ""
-    difference = contest.means[name] - contest.means[contest.winner]
-    sign = "−" if difference < 0 else "+"
-    unit = formats.difference_unit(metric)
-    text = f"{sign}{formats.difference(abs(difference), metric)} {unit}".rstrip()
-    if name in contest.behind():
-        return text
-    return f"{text}, not told apart" if contest.tested else text
 
 
 def _finals(
@@ -293,17 +281,15 @@ def _class_picture(
     names: Sequence[str],
     label: str,
 ) -> str:
-    values = np.array(
-        [
-            [interval.mean for interval in of.by_class[metric][: len(names)]]
-            for of in results
-            if metric in of.by_class
-        ]
-    )
-    rows = [_name(section, of.normalizer) for of in results if metric in of.by_class]
-    size = results[0].batch_size
+    having = [of for of in results if metric in of.by_class]
+    values = np.array([[i.mean for i in of.by_class[metric][: len(names)]] for of in having])
+    shares = all(of.metrics[metric].unit == "%" for of in having)
     return pictures.class_picture(
-        values, rows, names, f"{metric} by normalizer and class at batch size {size}, {label}"
+        values,
+        [_name(section, of.normalizer) for of in having],
+        names,
+        f"{metric} by normalizer and class at batch size {results[0].batch_size}, {label}",
+        shares=shares,
     )
 
 

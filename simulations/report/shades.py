@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from fedkn.tasks.metric import Metric
 from simulations.report.verdict import Contest
 
 __all__ = ["SHADES", "shades"]
@@ -14,7 +13,7 @@ SHADES = 5
 """Number of ``.shade-N`` in report.css, from the best on."""
 
 
-def shades(contests: Sequence[Contest], metric: Metric) -> dict[tuple[str, int], int]:
+def shades(contests: Sequence[Contest]) -> dict[tuple[str, int], int]:
     """Return the shade of each normalizer and batch size with a result; 0 is the best.
 
     Within a batch size two normalizers have the same shade if no test tells them apart, or if they
@@ -24,7 +23,7 @@ def shades(contests: Sequence[Contest], metric: Metric) -> dict[tuple[str, int],
     """
     found: dict[tuple[str, int], int] = {}
     for contest in contests:
-        groups = sorted(_groups(contest), key=partial(_best, contest, metric), reverse=True)
+        groups = sorted(_groups(contest), key=partial(_best, contest), reverse=True)
         if len(groups) > 1:
             found |= {
                 (name, contest.batch_size): min(place, SHADES - 1)
@@ -34,8 +33,8 @@ def shades(contests: Sequence[Contest], metric: Metric) -> dict[tuple[str, int],
     return found
 
 
-def _best(contest: Contest, metric: Metric, names: Sequence[str]) -> float:
-    return max(metric.sign * contest.means[name] for name in names)
+def _best(contest: Contest, names: Sequence[str]) -> float:
+    return max(contest.metric.sign * contest.means[name] for name in names)
 
 
 def _groups(contest: Contest) -> list[list[str]]:

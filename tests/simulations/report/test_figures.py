@@ -31,7 +31,7 @@ def titles(root: ET.Element) -> list[str]:
 
 
 def final(name: str, by_seed: Mapping[int, float]) -> figures.Finals:
-    return figures.Finals(name, name, by_seed, mean_interval(list(by_seed.values())))
+    return figures.Finals(name, name, by_seed, mean_interval(list(by_seed.values()), 0, 1))
 
 
 def test_a_curve_has_every_seed_its_mean_and_its_interval_within_the_possible() -> None:
