@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 
 from fedkn.tasks.metric import Metric
-from simulations.runs.statistics import Interval, RoundsToTarget
+from simulations.runs.statistics import Comparison, Interval, RoundsToTarget
 
 __all__ = [
     "KEEPS",
     "KEEPS_TENSORS",
     "NOTHING",
-    "accuracy",
     "count",
     "difference",
     "difference_unit",
     "difference_with_unit",
     "epsilon",
+    "half_width",
+    "interval",
     "milliseconds",
     "p_value",
-    "percent",
-    "points",
     "rounds",
     "scaled",
     "size",
+    "target",
     "value",
 ]
 
@@ -63,26 +63,31 @@ def difference_with_unit(number: float, metric: Metric) -> str:
     return f"{difference(number, metric)} {difference_unit(metric)}".rstrip()
 
 
+def interval(of: Interval, metric: Metric) -> str:
+    """Return "94.9% ± 1.6", or "98.9% (96.1 to 100.0)" where ± would leave the possible range.
+
+    Without the interval where there is a single seed.
+    """
+    if math.isnan(of.half_width):
+        return value(of.mean, metric)
+    return f"{value(of.mean, metric)} {half_width(of, metric)}"
+
+
+def half_width(of: Interval | Comparison, metric: Metric) -> str:
+    """Return what stands behind a mean or difference: "± 1.6" or "(96.1 to 100.0)"."""
+    if of.cut:
+        return f"({difference(of.low, metric)} to {difference(of.high, metric)})"
+    return f"± {difference(of.half_width, metric)}"
+
+
 def scaled(number: float, metric: Metric) -> float:
     """Return a value as tables and axes show it: a hundred times as large where it is a share."""
     return 100 * number if metric.unit == "%" else number
 
 
-def percent(value: float) -> str:
-    """Return an accuracy (0 to 1) as "94.9%"."""
-    return NOTHING if math.isnan(value) else f"{100 * value:.1f}%"
-
-
-def points(value: float) -> str:
-    """Return a difference of accuracies (0 to 1) in percentage points, without the unit."""
-    return NOTHING if math.isnan(value) else f"{100 * value:.1f}"
-
-
-def accuracy(interval: Interval) -> str:
-    """Return "94.9% ± 1.6"; without the interval where there is a single seed."""
-    if math.isnan(interval.half_width):
-        return percent(interval.mean)
-    return f"{percent(interval.mean)} ± {points(interval.half_width)}"
+def target(number: float, metric: Metric) -> str:
+    """Return a value that was asked for, with as many digits as it was given."""
+    return f"{scaled(number, metric):g}{_unit(metric)}"
 
 
 def rounds(summary: RoundsToTarget) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from fedkn import normalizers
 from fedkn.normalizers.group import GroupNormalizer
@@ -41,6 +42,7 @@ class NormalizerNote:
     paper: str
 
 
+@cache
 def display_name(name: str, groups: int = 0) -> str:
     """Return the name with its group count: figures of other counts are not comparable."""
     if name not in normalizers.names():

@@ -1,4 +1,4 @@
-"""The summary of a run for the terminal, and for machines."""
+"""The summary of a run for machines."""
 
 from __future__ import annotations
 
@@ -6,63 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
-from fedkn.text import printable
-from simulations.report import formats
 from simulations.report.entries import Entry, OwnModels, PrivacySpent
-from simulations.report.settings import display_name
-from simulations.report.summary import RunSummary, Section, summarize
+from simulations.report.summary import Section, summarize
 from simulations.report.verdict import Contest
 from simulations.runs.folder import RunFolder
 
-__all__ = ["group_counts", "summary_dict", "summary_table"]
-
-
-def summary_table(run: RunFolder) -> Table:
-    """Return the table normalizer x batch size of a run; one block per partition and batch size."""
-    (summary,) = summarize([run])
-    # No lines between columns: a run of one partition then fits 80 columns.
-    table = Table(
-        title=Text(
-            f"{printable(summary.grid.name)}: test accuracy after the last round, "
-            "mean ± 95% interval",
-            style="table.title",
-        ),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    several = len(summary.sections) > 1
-    if several:
-        table.add_column("partition")
-    table.add_column("batch", justify="right", no_wrap=True)
-    table.add_column("normalizer", no_wrap=True)
-    # Where there would be no room for them, costs are left to the report.
-    columns = _OWN_COLUMNS if _has_own(summary) else _COLUMNS
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=name in ("accuracy", "own models"))
-    for section in summary.sections:
-        for batch_size in section.batch_sizes:
-            table.add_section()
-            for entry in section.ranked(batch_size):
-                row = [_text(section.partition)] if several else []
-                mark = formats.KEEPS if entry.normalizer in section.keepers else ""
-                figures = _figures(entry)
-                table.add_row(
-                    *row,
-                    str(batch_size),
-                    _text(entry.normalizer + mark),
-                    *(figures.get(name, formats.NOTHING) for name in columns),
-                )
-    caption = "\n".join(printable(line, 1000) for line in _caption(summary))
-    table.caption = Text(caption, style="table.caption")
-    return table
+__all__ = ["group_counts", "summary_dict"]
 
 
 def summary_dict(run: RunFolder) -> dict[str, Any]:
@@ -88,62 +37,6 @@ def summary_dict(run: RunFolder) -> dict[str, Any]:
 def group_counts(entry: Entry) -> int:
     """Return the number of groups that was asked for in the entry's cells (0: the default rule)."""
     return entry.cells[0].config.normalizer.groups if entry.cells else 0
-
-
-_COLUMNS = ("accuracy", "seeds", "rounds to target", "ms/step", "bytes/round")
-_OWN_COLUMNS = ("accuracy", "own models", "worst tenth", "spread", "seeds", "rounds to target")
-
-
-def _text(outside: str) -> Text:
-    """Text, because a bracket in a name of the run folder is not markup."""
-    return Text(printable(outside))
-
-
-def _has_own(summary: RunSummary) -> bool:
-    return any(section.own_contests for section in summary.sections)
-
-
-def _caption(summary: RunSummary) -> list[str]:
-    targets = {section.target for section in summary.sections if not math.isnan(section.target)}
-    entries = [entry for section in summary.sections for entry in section.entries.values()]
-    names = {display_name(entry.normalizer, group_counts(entry)): entry for entry in entries}
-    grouped = [name for name, entry in names.items() if name != entry.normalizer]
-    lines = [f"Target accuracy: {', '.join(f'{100 * target:g}%' for target in sorted(targets))}."]
-    if not targets:
-        lines = []
-    engines = sorted({entry.engine for entry in entries if entry.engine})
-    if len(engines) > 1 and not _has_own(summary):
-        lines.append(f"ms/step: {' and '.join(engines)} trained some each; do not compare across.")
-    if grouped:
-        lines.append(f"Built as {', '.join(grouped)}.")
-    if _has_own(summary):
-        lines.append(
-            "Own models: every client's own model on its own images; mean over clients, worst "
-            "tenth of them, deviation between them."
-        )
-    if any(section.keepers for section in summary.sections):
-        lines.append(f"{formats.KEEPS} {formats.KEEPS_TENSORS}")
-    return [*lines, summary.partial] if summary.partial else lines
-
-
-def _figures(entry: Entry) -> dict[str, str]:
-    """The texts of an entry's row by the name of the column."""
-    if entry.untrainable and not entry.final:
-        return {"accuracy": "untrainable", "seeds": f"0/{entry.planned}"}
-    figures = {
-        "accuracy": formats.accuracy(entry.accuracy),
-        "seeds": f"{entry.accuracy.n}/{entry.planned}",
-        "rounds to target": formats.rounds(entry.rounds),
-        "ms/step": formats.milliseconds(entry.ms_per_step),
-        "bytes/round": formats.size(entry.bytes_per_round),
-    }
-    if entry.own:
-        figures |= {
-            "own models": formats.accuracy(entry.own.accuracy),
-            "worst tenth": formats.percent(entry.own.worst_tenth),
-            "spread": formats.points(entry.own.spread),
-        }
-    return figures
 
 
 def _section_dict(section: Section) -> dict[str, Any]:

@@ -123,6 +123,12 @@ class Comparison:
     high: float = math.nan
 
     @property
+    def cut(self) -> bool:
+        """Whether the range of possible differences cuts off a part of the interval."""
+        whole = self.difference - self.half_width, self.difference + self.half_width
+        return self.n > 1 and (self.low, self.high) != whole
+
+    @property
     def significant(self) -> bool:
         """Whether the difference is told apart from zero at 5% after the correction."""
         return self.p_holm < ALPHA
