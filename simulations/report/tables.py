@@ -6,23 +6,55 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fedkn.tasks.metric import Metric
+from simulations.report.axes import AxisContest
 from simulations.report.entries import Entry, OwnModels, PrivacySpent
-from simulations.report.summary import Section, summarize
+from simulations.report.summary import RunSummary, Section, digest, summarize
 from simulations.report.verdict import Contest
 from simulations.runs.folder import RunFolder
+from simulations.runs.statistics import Comparison
 
-__all__ = ["group_counts", "summary_dict"]
+__all__ = ["digest_dict", "group_counts", "summary_dict"]
 
 
 def summary_dict(run: RunFolder) -> dict[str, Any]:
     """Return the summary of a run as JSON can hold it: NaN and infinity become None.
 
-    Accuracies are fractions, times milliseconds, sizes bytes; `differences` are those to the
-    highest mean of the same partition and batch size, and others that are shown, without the
-    normalizers that keep tensors on the clients; `own_differences` are the same for the clients'
-    own models, of all normalizers.
+    `accuracy` is the value of the section's `metric`, whatever that is, shares as fractions; times
+    are milliseconds, sizes bytes. `differences` are those to the best mean of the same section and
+    batch size, and others that are shown, without the normalizers that keep tensors on the clients;
+    `own_differences` are the same for the clients' own models, of all normalizers. A section is a
+    partition at one point of the further `axes`, along which `axis_differences` are all pairs.
     """
     (summary,) = summarize([run])
+    return _run_dict(summary)
+
+
+def digest_dict(runs: Sequence[RunFolder]) -> dict[str, Any]:
+    """Return the summary of several runs in one report: each, and what they show side by side.
+
+    In `beside`, `common` counts result cells that all runs have, `settings` are those beyond the
+    axes in which cells that are common differ, `untested` says why runs are not tested against each
+    other, and `differences` are all pairs of runs, all else being equal.
+    """
+    digested = digest(runs)
+    beside = digested.beside
+    return {
+        "runs": [_run_dict(summary) for summary in digested.runs],
+        "beside": beside
+        and {
+            "common": beside.common,
+            "settings": {of.key: dict(of.values) for of in beside.differences},
+            "untested": beside.untested,
+            "verdicts": digested.verdicts,
+            "differences": _axis_differences(digested.contests),
+            "own_differences": _axis_differences(digested.own_contests),
+        },
+    }
+
+
+def _run_dict(summary: RunSummary) -> dict[str, Any]:
+    run = summary.folder
     return {
         "run": str(run.path),
         "name": summary.grid.name,
@@ -30,7 +62,11 @@ def summary_dict(run: RunFolder) -> dict[str, Any]:
         "complete": not summary.partial,
         "data": [{**entry.settings, "fingerprint": entry.summary.identity} for entry in run.data()],
         "cells": {"planned": summary.planned, "ended": summary.ended},
+        "axes": summary.grid.axes,
         "partitions": [_section_dict(section) for section in summary.sections],
+        "axis_verdicts": summary.axis_verdicts,
+        "axis_differences": _axis_differences(summary.axis_contests),
+        "own_axis_differences": _axis_differences(summary.own_axis_contests),
     }
 
 
@@ -42,6 +78,8 @@ def group_counts(entry: Entry) -> int:
 def _section_dict(section: Section) -> dict[str, Any]:
     return {
         "partition": section.partition,
+        "axes": dict(section.point),
+        "metric": _metric_dict(section.metric),
         "verdict": section.verdict,
         "target_accuracy": _finite(section.target),
         "entries": [_entry_dict(entry) for entry in section.entries.values()],
@@ -51,19 +89,49 @@ def _section_dict(section: Section) -> dict[str, Any]:
     }
 
 
-def _differences(contests: Sequence[Contest]) -> list[dict[str, Any]]:
+def _metric_dict(metric: Metric) -> dict[str, Any]:
+    return {
+        "name": metric.name,
+        "higher_is_better": metric.higher_is_better,
+        "lowest": _finite(metric.lowest),
+        "highest": _finite(metric.highest),
+        "unit": metric.unit,
+    }
+
+
+def _axis_differences(contests: Sequence[AxisContest]) -> list[dict[str, Any]]:
     return [
         {
-            "batch_size": contest.batch_size,
-            "ahead": comparison.first,
-            "behind": comparison.second,
-            "seeds": comparison.n,
-            "difference": _finite(comparison.difference),
-            "half_width": _finite(comparison.half_width),
-            "p": _finite(comparison.p),
-            "p_holm": _finite(comparison.p_holm),
-            "detectable": _finite(comparison.detectable),
+            "axis": of.axis,
+            "normalizer": of.held.normalizer,
+            "partition": of.held.partition,
+            "axes": dict(of.held.point),
+            "batch_size": of.held.batch_size,
+            **_comparison_dict(comparison),
         }
+        for of in contests
+        for comparison in of.contest.comparisons
+    ]
+
+
+def _comparison_dict(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "ahead": comparison.first,
+        "behind": comparison.second,
+        "seeds": comparison.n,
+        "difference": _finite(comparison.difference),
+        "half_width": _finite(comparison.half_width),
+        "low": _finite(comparison.low),
+        "high": _finite(comparison.high),
+        "p": _finite(comparison.p),
+        "p_holm": _finite(comparison.p_holm),
+        "detectable": _finite(comparison.detectable),
+    }
+
+
+def _differences(contests: Sequence[Contest]) -> list[dict[str, Any]]:
+    return [
+        {"batch_size": contest.batch_size, **_comparison_dict(comparison)}
         for contest in contests
         for comparison in (*contest.against_winner(), *contest.apart())
     ]
@@ -76,6 +144,8 @@ def _entry_dict(entry: Entry) -> dict[str, Any]:
         "batch_size": entry.batch_size,
         "accuracy": _finite(entry.accuracy.mean),
         "half_width": _finite(entry.accuracy.half_width),
+        "low": _finite(entry.accuracy.low),
+        "high": _finite(entry.accuracy.high),
         "accuracy_by_seed": {str(seed): value for seed, value in sorted(entry.final.items())},
         "seeds": entry.accuracy.n,
         "planned": entry.planned,
