@@ -6,7 +6,17 @@ What is public is what `__all__` names; docs/api.md shows its use.
 from importlib import import_module
 from typing import Any
 
-__all__ = ["Result", "__version__", "compare", "convert", "load", "resume", "run"]
+__all__ = [
+    "Event",
+    "Observer",
+    "Result",
+    "__version__",
+    "compare",
+    "convert",
+    "load",
+    "resume",
+    "run",
+]
 
 __version__ = "0.1.0"
 
@@ -14,6 +24,8 @@ __version__ = "0.1.0"
 # text, because what runs experiments stands above this package, which imports nothing of it: a
 # device has the library alone. For type checkers and editors the names stand in __init__.pyi.
 _WHERE = {
+    "Event": "fedkn.observer",
+    "Observer": "fedkn.observer",
     "Result": "simulations.api.result",
     "compare": "simulations.api.running",
     "convert": "fedkn.models",

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fedkn.config import ExperimentConfig
+from fedkn.config import ExperimentConfig, as_named_now
 from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError, UserError
 from fedkn.files import write_atomically
@@ -29,8 +29,8 @@ __all__ = ["Checkpoint", "CheckpointNotWritten", "CheckpointStore", "weights_sha
 
 _LOG = logging.getLogger("flwr")
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
-_DEFAULTS = ExperimentConfig().flat()
 _FIELDS = ("round", "names", "config", "versions", "token", "data", "choice")
+_DEFAULTS = ExperimentConfig().flat()
 _VERSIONS = {"torch": torch.__version__, "numpy": np.__version__, "flwr": flwr.__version__}
 
 
@@ -63,6 +63,11 @@ class Checkpoint:
     def result(self) -> Mapping[str, np.ndarray]:
         """The global tensors of the best round where they are kept, else of this one."""
         return (self.choice and self.choice.tensors) or self.tensors
+
+    @property
+    def result_round(self) -> int:
+        """The round that made them."""
+        return self.choice.round_ if self.choice and self.choice.tensors else self.round_
 
 
 class CheckpointStore:
@@ -158,10 +163,10 @@ class CheckpointStore:
         rounds = {path: int(match[1]) for path, match in found.items() if match}
         return sorted(rounds, key=lambda path: rounds[path], reverse=True)
 
-    def _refuse_other(self, then: Mapping[str, Any]) -> None:
-        # A key that an earlier fedkn did not have: what it did is the default.
-        then = {key: value for key, value in _DEFAULTS.items() if key in self._config} | dict(then)
-        for key in sorted(self._config.keys() | then.keys()):
+    def _refuse_other(self, recorded: Mapping[str, Any]) -> None:
+        # What there was no setting for was done as it is by default.
+        then = {**_DEFAULTS, **as_named_now(recorded)}
+        for key in sorted(self._config.keys() | as_named_now(recorded).keys()):
             if self._config.get(key) != then.get(key):
                 raise UserError(
                     f"{self._folder} was begun with {key} = {then.get(key)!r}, not "

@@ -19,7 +19,9 @@ from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError
 from fedkn.experiment import data_summary
 from fedkn.locks import Taken, held
-from fedkn.tasks.metric import ACCURACY
+from fedkn.network import pinned_weights
+from fedkn.tasks import Metric
+from fedkn.text import printable
 from fedkn.training import Evaluation
 from server.checkpoints import (
     Checkpoint,
@@ -77,6 +79,8 @@ def run_server(grid: Grid, config: ExperimentConfig, advice: str = "") -> Outcom
             checkpoint, or a configuration that differs from the one which the folder's
             checkpoints were written with.
     """
+    if weights := pinned_weights(config.model):
+        config = config.resolve(config.flat(), weights)
     with ExitStack() as stack:
         folder = Path(config.checkpoint.folder)
 
@@ -159,7 +163,7 @@ def _run(grid: Grid, config: ExperimentConfig, log: Audience, hold: Callable[[],
         tensors, report = run_round(round_, tensors, participation, federation)
         participation = participation.after(round_, [u.partition for u in report.updates])
         failed_rounds = 0 if report.updates else failed_rounds + 1
-        log.write("round", tensors=tensors, **report.fields())
+        log.write("round", state=tensors, **report.fields())
         last = round_ == config.rounds
         evaluates = last or round_ % config.evaluation.every == 0
         # A round that brought nothing is no reason to go on, or to stop.
@@ -168,7 +172,9 @@ def _run(grid: Grid, config: ExperimentConfig, log: Audience, hold: Callable[[],
             last = last or _is_over(config, choice)
         if evaluates:
             evaluation = model.evaluate(tensors)
-            _log_evaluation(log, round_, evaluation, config.evaluation.split, tensors)
+            _log_evaluation(
+                log, round_, evaluation, config.evaluation.split, tensors=tensors, whole=last
+            )
         # Nor is it in a checkpoint: a resume tries it again.
         made = round_ - failed_rounds
         if store and made and (last or round_ % config.checkpoint.every == 0):
@@ -182,10 +188,17 @@ def _run(grid: Grid, config: ExperimentConfig, log: Audience, hold: Callable[[],
     if evaluation is None or chosen != finished:
         # Of another round; or resumed after the last one, whose evaluation the log may have lost.
         evaluation = model.evaluate(tensors)
-        _log_evaluation(log, chosen, evaluation, config.evaluation.split, tensors)
+        _log_evaluation(
+            log, chosen, evaluation, config.evaluation.split, tensors=tensors, whole=True
+        )
     if config.evaluation.client_fraction:
         result = evaluate_clients(
-            tensors, participation, config=config, grid=grid, membership=membership
+            tensors,
+            participation,
+            config=config,
+            grid=grid,
+            membership=membership,
+            fixed_sha256=model.fixed_sha256,
         )
         _log_clients(log, finished, config.evaluation.split, result)
     return Outcome(tensors, weights_sha256(tensors), evaluation, finished, choice)
@@ -209,9 +222,9 @@ def _choice_after(
     """Return the choice after `round_`, judged by validation images."""
     judged = model.evaluate(tensors, "validation")
     if config.evaluation.split != "validation":
-        _log_evaluation(log, round_, judged, "validation", tensors)
+        _log_evaluation(log, round_, judged, "validation", tensors=tensors)
     keep = config.checkpoint.best
-    return choice.after(round_, judged.accuracy, tensors, metric=ACCURACY, keep=keep)
+    return choice.after(round_, judged.value, tensors, metric=model.task.metric, keep=keep)
 
 
 def _store(config: ExperimentConfig) -> CheckpointStore | None:
@@ -260,7 +273,8 @@ def _begin(
     restored = store.load_newest(data) if store else None
     if restored is not None:
         aggregator.load_state(restored.strategy)
-        log.write("resume", round=restored.round_, time=time.time())
+        task = _told_task(config, model.task.metric)
+        log.write("resume", round=restored.round_, time=time.time(), task=task)
         return restored.tensors, restored.round_, restored.participation, restored.choice
     tensors = model.tensors()
     log.write(
@@ -271,9 +285,12 @@ def _begin(
         parameters=model.size,
         tensors=len(tensors),
         local_tensors=model.local_tensors,
+        model=model.record(),
+        task=_told_task(config, model.task.metric),
     )
+    _LOG.info("%s: %s", config.model.name, model.described)
     log.write("memory", **model.memory())
-    _log_evaluation(log, 0, model.evaluate(tensors), config.evaluation.split, tensors)
+    _log_evaluation(log, 0, model.evaluate(tensors), config.evaluation.split, tensors=tensors)
     choice = Choice() if config.chooses else None
     return tensors, 0, begin(config.partition.clients), choice
 
@@ -307,17 +324,37 @@ def _log_evaluation(
     round_: int,
     evaluation: Evaluation,
     split: str,
+    *,
     tensors: dict[str, np.ndarray],
+    whole: bool = False,
 ) -> None:
+    """Write an evaluation, `whole` with what it says of every class."""
+    # Of every round they would be most of the log.
+    by_class = {"by_class": evaluation.by_class} if whole and evaluation.by_class else {}
+    confusion = {"confusion": evaluation.confusion} if whole and evaluation.confusion else {}
     log.write(
         "evaluation",
-        tensors=tensors,
+        state=tensors,
         round=round_,
         split=split,
-        accuracy=evaluation.accuracy,
+        metrics=evaluation.metrics,
         loss=evaluation.loss,
         examples=evaluation.examples,
+        **by_class,
+        **confusion,
     )
+
+
+def _told_task(config: ExperimentConfig, metric: Metric) -> dict[str, Any]:
+    """Return what the log says of the task; a bound that there is not is written as null."""
+    return {
+        "name": printable(config.task.name),
+        "metric": metric.name,
+        "higher_is_better": metric.higher_is_better,
+        "lowest": metric.lowest,
+        "highest": metric.highest,
+        "unit": metric.unit,
+    }
 
 
 def _no_valid(reasons: Sequence[dict[str, Any]], rounds: int) -> str:

@@ -48,16 +48,18 @@ class Audience:
         self._observers = list(observers)
 
     def write(
-        self, kind: str, *, tensors: Mapping[str, np.ndarray] | None = None, **fields: Any
+        self, kind: str, *, state: Mapping[str, np.ndarray] | None = None, **fields: Any
     ) -> None:
         """Write a line of `kind` to the log, and tell the observers if it is one of theirs.
+
+        `state`: the global tensors, which are not written.
 
         Raises:
             LogNotWritten: the log cannot be written.
         """
         self._log.write(kind, **fields)
         if kind in _CALLS:
-            self._tell(_CALLS[kind], kind, tensors or {}, fields)
+            self._tell(_CALLS[kind], kind, state or {}, fields)
 
     def close(self) -> None:
         """Tell the observers that this was all."""

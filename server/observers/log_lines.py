@@ -14,8 +14,11 @@ _LOG = logging.getLogger("flwr")
 class LogLines(Observer):
     """A line for every round and every evaluation."""
 
+    _metric = "value"
+
     def run_begins(self, event: Event) -> None:
-        """Say from where a run goes on."""
+        """Say from where a run goes on, and learn what its evaluations say."""
+        self._metric = event["task"]["metric"]
         if event.kind == "resume":
             _LOG.info("resuming after round %d", event["round"])
 
@@ -30,14 +33,14 @@ class LogLines(Observer):
     def evaluation(self, event: Event) -> None:
         """Say how good the global model is."""
         _LOG.info(
-            "round %d: accuracy %.4f on %s images",
-            *(event["round"], event["accuracy"], event["split"]),
+            "round %d: %s %.4f on %s examples",
+            *(event["round"], self._metric, event["metrics"][self._metric], event["split"]),
         )
 
     def client_evaluation(self, event: Event) -> None:
         """Say how good the clients' own models are."""
         if event["clients"]:
             _LOG.info(
-                "clients' own models on their own images: accuracy %.4f, worst tenth %.4f",
-                *(event["mean"], event["worst_tenth"]),
+                "clients' own models on their own examples: %s %.4f, worst tenth %.4f",
+                *(self._metric, event["mean"], event["worst_tenth"]),
             )

@@ -83,7 +83,7 @@ def _with_options(
 def _factory(name: str) -> Callable[..., object]:
     with untouched():
         found = find("observer", name, TRACKERS)
-        if isinstance(found, str):
+        if name in TRACKERS:
             found = _ours(name, found)
     if not callable(found):
         raise UserError(f"observer '{printable(name, 120)}' is no class and no function")

@@ -60,8 +60,7 @@ class Tracker(Observer):
 
     def evaluation(self, event: Event) -> None:
         """Keep the global model's metrics and its loss."""
-        metrics = event.fields.get("metrics") or {"accuracy": event["accuracy"]}
-        named = {f"{event['split']}/{key}": value for key, value in metrics.items()}
+        named = {f"{event['split']}/{key}": value for key, value in event["metrics"].items()}
         self._record(event, named | {f"{event['split']}/loss": event["loss"]})
 
     def client_evaluation(self, event: Event) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from fedkn.errors import UserError
 from fedkn.experiment import data_summary
 from fedkn.files import expanded
+from fedkn.network import pinned_weights
 from server.run_data import hold_to_data
 from simulations.comparison.grid import GridConfig, experiments, partitions, seeds
 from simulations.comparison.preflight import check
@@ -39,6 +40,8 @@ def created(
             "searches on validation images, by itself: leave it out"
         )
     grid = _with_whole_paths(grid)
+    if weights := pinned_weights(grid.model):
+        grid = grid.resolve(grid.flat(), weights)
     name = grid.compare.name or f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     path = out or _RUNS / name
     if not RunFolder.may_begin(path):

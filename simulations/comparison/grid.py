@@ -20,6 +20,8 @@ learning-rate search and one result cell for each seed.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -38,7 +40,9 @@ from fedkn.config import (
     check_keys,
     validated,
 )
-from fedkn.errors import UserError
+from fedkn.errors import UserError, unknown_name
+from fedkn.options import read_options
+from fedkn.references import is_reference
 from fedkn.tables import nest, shown
 from simulations.comparison.axes import (
     Settings,
@@ -191,7 +195,7 @@ class Group:
     @property
     def place(self) -> str:
         """The partition and the point in words, short: ``dirichlet0.3, strategy.name scaffold``."""
-        partition = self.id.removeprefix(f"{self.normalizer}-b{self.batch_size}-")
+        partition = self.id.removeprefix(f"{_stem(self.normalizer, self.batch_size)}-")
         partition = partition.removesuffix(f"-{slug(self.settings)}")
         return ", ".join(filter(None, (partition, point_label(self.point))))
 
@@ -211,17 +215,31 @@ class Cell:
             raise ValueError(f"a {self.purpose} cell must be evaluated on the {expected} split")
 
 
+def file_name(normalizer: str) -> str:
+    """Return the name of a normalizer as part of a file's: ``mypackage.norms-Mine`` if it is own.
+
+    Different names stay different.
+    """
+    if is_reference(normalizer):
+        return normalizer.replace(":", "-")  # which no other part of it holds
+    plain = re.sub(r"[^A-Za-z0-9_.+]", "_", normalizer)
+    if plain == normalizer:
+        return plain
+    digest = hashlib.sha256(normalizer.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{plain[:60]}-{digest[:10]}"
+
+
 def groups(grid: GridConfig) -> tuple[Group, ...]:
     """Return the groups of `grid`, in the order of its axes."""
     return tuple(
         Group(
-            "-".join(filter(None, (f"{normalizer}-b{batch_size}-{name}", slug(settings)))),
+            "-".join(filter(None, (_stem(normalizer, batch_size), name, slug(settings)))),
             normalizer,
             batch_size,
             partition,
             settings,
         )
-        for settings, experiment in experiments(grid).items()
+        for settings in combinations(grid.compare.axes)
         for name, partition in _partitions(grid).items()
         for normalizer in grid.compare.normalizers
         for batch_size in grid.compare.batch_sizes
@@ -324,6 +342,10 @@ def _check_experiment(grid: GridConfig, experiment: ExperimentConfig) -> None:
             "data.validation_fraction = 0 leaves no images to search a learning rate on: "
             "raise it, or give a single compare.learning_rates"
         )
+    options = read_options(experiment.normalizer.options)
+    known = {name for each in grid.compare.normalizers for name in normalizers.options(each)}
+    for option in options.keys() - known if options else ():
+        raise unknown_name("option of these normalizers", option, known)
     for spec in grid.compare.partitions:
         partition = _partition(grid.partition, spec)
         if experiment.cohort > partition.clients:
@@ -331,6 +353,10 @@ def _check_experiment(grid: GridConfig, experiment: ExperimentConfig) -> None:
                 f"cohort ({experiment.cohort}) is larger than the {partition.clients} clients of "
                 f"partition '{spec}': lower cohort"
             )
+
+
+def _stem(normalizer: str, batch_size: int) -> str:
+    return f"{file_name(normalizer)}-b{batch_size}"
 
 
 def _partitions(grid: GridConfig) -> dict[str, PartitionConfig]:
@@ -344,6 +370,7 @@ def _slug(partition: PartitionConfig, own: PartitionConfig) -> str:
     setting = {
         "dirichlet": f"{partition.alpha:g}",
         "shards": str(partition.shards_per_client),
+        "labels": str(partition.labels_per_client),
         "quantity": f"{partition.sigma:g}",
     }
     slug = partition.scheme + setting.get(partition.scheme, "")
@@ -386,8 +413,14 @@ def _cell(
         },
         own,
     ]
-    if "normalizer.groups" not in dict(group.settings) and "groups" not in normalizers.options(
-        group.normalizer
-    ):
+    known, axes = normalizers.options(group.normalizer), dict(group.settings)
+    if "groups" not in known and "normalizer.groups" not in axes:
         layers.append({"normalizer.groups": 0})
+    options = read_options(ExperimentConfig.resolve(*layers).normalizer.options)
+    own_options = {
+        key: value
+        for key, value in options.items()
+        if key in known or f"normalizer.options.{key}" in axes
+    }
+    layers.append({"normalizer.options": json.dumps(own_options) if own_options else ""})
     return Cell(name, purpose, group, ExperimentConfig.resolve(*layers))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fedkn.config import ExperimentConfig, PartitionConfig
-from fedkn.data.partition import label_counts
+from fedkn.data.partition import client_names, label_counts
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, device_of, federated_data, normalizer_of
 from fedkn.normalizers import TensorRole
@@ -25,7 +25,7 @@ from simulations.comparison.grid import (
     untrainable,
 )
 from simulations.runs.axes import point_label
-from simulations.runs.records import PartitionRecord, partition_label
+from simulations.runs.records import EXAMPLES, PartitionRecord, partition_label
 
 __all__ = ["check", "count_labels"]
 
@@ -99,10 +99,14 @@ def _data_of(grid: GridConfig) -> dict[Settings, ExperimentConfig]:
 def _count(experiment: ExperimentConfig, partition: PartitionConfig, seed: int) -> PartitionRecord:
     config = experiment.model_copy(update={"partition": partition, "seed": seed})
     data = federated_data(config)
-    counts = label_counts(data.train.targets, data.parts, data.train.num_classes)
+    train, notes = data.train, list(data.notes)
     label = partition_label(partition)
-    classes, notes = list(data.train.classes), list(data.notes)
-    return PartitionRecord(label, seed, classes, counts.tolist(), notes)
+    names = list(client_names(partition.scheme, partition.clients, train.origins))
+    if train.labels is None:
+        sizes = [[len(part)] for part in data.parts]
+        return PartitionRecord(label, seed, [EXAMPLES], sizes, notes, names)
+    counts = label_counts(train.labels, data.parts, train.num_classes)
+    return PartitionRecord(label, seed, list(train.classes), counts.tolist(), notes, names)
 
 
 def _check_models(grid: GridConfig) -> None:

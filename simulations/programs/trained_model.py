@@ -123,8 +123,8 @@ def load_trained_model(path: Path, cell: str | None) -> TrainedModel:
         deviation=_numbers(program.deviation),
         run=path.resolve().name,
         cell=record.id,
-        round=checkpoint.round_,
-        weights_sha256=weights_sha256(checkpoint.tensors),
+        round=checkpoint.result_round,
+        weights_sha256=weights_sha256(checkpoint.result),
         model=config.model.name,
         normalizer=config.normalizer.name,
         fedkn=__version__,
@@ -208,14 +208,14 @@ def _network(config: ExperimentConfig, data: DataSummary, checkpoint: Checkpoint
         )
     state = network.state_dict()
     expected = {name: tuple(state[name].shape) for name in on_the_wire(rule)}
-    found = {name: value.shape for name, value in checkpoint.tensors.items()}
+    found = {name: value.shape for name, value in checkpoint.result.items()}
     if found != expected:
         odd = sorted(dict(set(found.items()) ^ set(expected.items())))
         raise UserError(
             f"the checkpoint of cell '{config.checkpoint.cell}' does not fit its model "
             f"({', '.join(odd[:3])}): it was written by another fedkn"
         )
-    loaded = {name: torch.from_numpy(value) for name, value in checkpoint.tensors.items()}
+    loaded = {name: torch.from_numpy(value) for name, value in checkpoint.result.items()}
     network.load_state_dict(state | loaded)
     return network
 

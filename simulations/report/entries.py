@@ -138,9 +138,8 @@ def entry_of(
         last = curve.get(cell.result_round, math.nan)
         if cell.status == "completed" and math.isfinite(last):
             final[cell.config.seed] = last
-        if cell.status in ("completed", "failed"):
-            target = cell.config.evaluation.target_accuracy
-            reached[cell.config.seed] = rounds_to_target(curve, target, metric)
+        if cell.status in ("completed", "failed") and not math.isnan(cell.target):
+            reached[cell.config.seed] = rounds_to_target(curve, cell.target, metric)
     timed = [cell for cell in cells if sum(r.steps for r in cell.rounds)]
     rounds = [entry for cell in cells for entry in cell.rounds]
     return Entry(

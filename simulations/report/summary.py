@@ -381,7 +381,7 @@ def _section(
         for cell in run.cells
         if cell.partition == partition and point_of(cell.config, run.grid.axes) == point
     ]
-    targets = [cell.config.evaluation.target_accuracy for cell in here]
+    targets = [cell.target for cell in here]
     by_size = {size: [e for (_, of), e in entries.items() if of == size] for size in sizes}
     groups = {size: _group(spots[names[0], size]) for size in sizes}
     of_global, of_own = (

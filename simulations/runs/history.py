@@ -85,8 +85,8 @@ class History:
                 case "start":
                     cell.begun = True
                     cell.status = cell.error = ""
-                    cell.metric = metric_of(line)
                     cell.split = {"search": "validation", "result": "test"}[line["purpose"]]
+                    cell.metric = metric_of(line)
                     cell.keeps_tensors = bool(line.get("local_tensors"))
                 case "resume":
                     cell.begun = True

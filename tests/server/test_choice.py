@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.tasks.metric import ACCURACY, Metric
-from server.checkpoints import weights_sha256
+from server.checkpoints import Checkpoint, _read, weights_sha256
 from server.choice import Choice
 from server.global_model import GlobalModel
 from tests.server.fake_grid import run, small
@@ -51,77 +52,82 @@ def test_the_best_is_the_first_that_none_is_better_than(
     assert again.value == choice.value or math.isnan(choice.value)
 
 
-def validated(config: ExperimentConfig, folder: Path) -> dict[int, float]:
-    """Return accuracy on validation images by round, from the checkpoints of a plain run."""
-    from server.checkpoints import _read
-
-    plain = config.overlay(
-        checkpoint__folder=str(folder),
-        checkpoint__keep=100,
-        checkpoint__best=False,
-        evaluation__patience=0,
-    )
-    run(plain)
-    judge = GlobalModel(plain.overlay(evaluation__split="validation"))
-    files = sorted((folder / "cells" / "experiment").glob("checkpoint-*"))
-    assert len(files) == config.rounds
-    return {c.round_: judge.evaluate(c.tensors).accuracy for c, _ in map(_read, files)}
-
-
-# Steps so large that the accuracy goes up and down.
-RESTLESS: dict[str, Any] = {
-    "rounds": 6,
-    "train__learning_rate": 0.3,
-    "train__local_steps": 6,
-    "model__final_norm": "kernel",
-}
+SIX: dict[str, Any] = {"rounds": 6, "checkpoint__keep": 100}
+JUDGED = {1: 0.2, 2: 0.5, 3: 0.3, 4: 0.5, 5: 0.4, 6: 0.1}
+"""What the validation images are made to say of each round."""
 
 
 @pytest.fixture(scope="module")
-def restless(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], Path]:
-    folder = tmp_path_factory.mktemp("restless")
-    return validated(small(**RESTLESS), folder), folder
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, Checkpoint], Path]:
+    """A run in which nothing chooses: its checkpoints by round, and its folder."""
+    folder = tmp_path_factory.mktemp("plain")
+    run(small(**SIX, checkpoint__folder=str(folder)))
+    read = [_read(path)[0] for path in (folder / "cells" / "experiment").glob("checkpoint-*")]
+    assert len(read) == 6
+    return {checkpoint.round_: checkpoint for checkpoint in read}, folder
 
 
-def test_the_result_is_the_best_round_on_validation_images(restless, tmp_path):
-    by_round, plain = restless
-    best = max(by_round, key=lambda round_: (by_round[round_], -round_))
-    assert best != 6, "the last round is the best: this shows nothing"
-    config = small(**RESTLESS, checkpoint__best=True, checkpoint__folder=str(tmp_path))
+@pytest.fixture
+def judged(plain, monkeypatch):
+    """Let the validation images say what is in `JUDGED`, whatever the accuracy is."""
+    rounds = {weights_sha256(of.tensors): round_ for round_, of in plain[0].items()}
+    evaluate = GlobalModel.evaluate
+
+    def judge(self: GlobalModel, tensors: Any, split: str = "") -> Any:
+        evaluation = evaluate(self, tensors, split)
+        if split == "validation":
+            return replace(evaluation, accuracy=JUDGED[rounds[weights_sha256(tensors)]])
+        return evaluation
+
+    monkeypatch.setattr(GlobalModel, "evaluate", judge)
+
+
+@pytest.mark.usefixtures("judged")
+def test_the_result_is_the_best_round_on_validation_images(plain, tmp_path):
+    checkpoints, folder = plain
+    config = small(**SIX, checkpoint__best=True, checkpoint__folder=str(tmp_path))
     outcome = run(config)
     (end,) = log_of(tmp_path, "end")
-    assert (end["best_round"], end["rounds"]) == (best, 6)
-    assert end["best_value"] == pytest.approx(by_round[best])
-    from server.checkpoints import _read
-
-    kept, _ = _read(plain / "cells" / "experiment" / f"checkpoint-{best:06d}.safetensors")
-    assert outcome.weights_sha256 == end["weights_sha256"] == weights_sha256(kept.tensors)
+    assert (end["best_round"], end["best_value"], end["rounds"]) == (2, 0.5, 6)
+    assert outcome.weights_sha256 == weights_sha256(checkpoints[2].tensors)
+    assert end["weights_sha256"] == outcome.weights_sha256
+    newest, _ = _read(tmp_path / "cells" / "experiment" / "checkpoint-000006.safetensors")
+    assert weights_sha256(newest.result) == outcome.weights_sha256
+    assert weights_sha256(newest.tensors) == weights_sha256(checkpoints[6].tensors)
+    # The result is told of on test images, as where nothing chooses.
     lines = {(e["split"], e["round"]): e for e in log_of(tmp_path, "evaluation")}
-    for round_, value in by_round.items():
-        assert lines["validation", round_]["accuracy"] == value
-    # The result is told of on test images, as without a choice.
-    without = {e["round"]: e for e in log_of(plain, "evaluation")}
+    without = {e["round"]: e for e in log_of(folder, "evaluation")}
     assert {k[1]: e for k, e in lines.items() if k[0] == "test"} == without
-    assert outcome.evaluation.accuracy == without[best]["accuracy"]
+    assert outcome.evaluation.accuracy == without[2]["accuracy"]
+    # A run that is complete says the same again.
+    again = run(config)
+    assert (again.weights_sha256, again.evaluation) == (outcome.weights_sha256, outcome.evaluation)
 
 
-def test_a_run_stops_when_none_was_better_for_long(restless, tmp_path):
-    by_round, plain = restless
-    waited, best, stop = 0, -1.0, 0
-    for round_, value in by_round.items():
-        waited, best = (0, value) if value > best else (waited + 1, best)
-        if waited == 1:
-            stop = round_
-            break
-    assert 0 < stop < 6, "it is never worse than before: this shows nothing"
-    config = small(**RESTLESS, evaluation__patience=1, checkpoint__folder=str(tmp_path))
+def test_the_validation_images_are_looked_at_after_every_evaluated_round(plain, tmp_path):
+    checkpoints, _ = plain
+    run(small(**SIX, evaluation__patience=99, checkpoint__folder=str(tmp_path)))
+    lines = [e for e in log_of(tmp_path, "evaluation") if e["split"] == "validation"]
+    assert [line["round"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    judge = GlobalModel(small(**SIX, evaluation__split="validation"))
+    for line in lines:
+        expected = judge.evaluate(checkpoints[line["round"]].tensors)
+        assert (line["accuracy"], line["loss"]) == (expected.accuracy, expected.loss)
+        assert line["examples"] == expected.examples
+    # And nothing of the training changes.
+    (end,) = log_of(tmp_path, "end")
+    assert end["weights_sha256"] == weights_sha256(checkpoints[6].tensors)
+
+
+@pytest.mark.usefixtures("judged")
+@pytest.mark.parametrize(("patience", "stop"), [(1, 3), (3, 5), (5, 6)])
+def test_a_run_stops_when_none_was_better_for_long(patience, stop, plain, tmp_path):
+    checkpoints, _ = plain
+    config = small(**SIX, evaluation__patience=patience, checkpoint__folder=str(tmp_path))
     outcome = run(config)
     assert outcome.rounds == stop
     assert [line["round"] for line in log_of(tmp_path, "round")] == [*range(1, stop + 1)]
-    from server.checkpoints import _read
-
-    kept, _ = _read(plain / "cells" / "experiment" / f"checkpoint-{stop:06d}.safetensors")
-    assert outcome.weights_sha256 == weights_sha256(kept.tensors)
+    assert outcome.weights_sha256 == weights_sha256(checkpoints[stop].tensors)
     # Resumed, it is over: nothing is trained, and the outcome is the same.
     again = run(config)
     assert (again.rounds, again.weights_sha256) == (stop, outcome.weights_sha256)
@@ -129,37 +135,32 @@ def test_a_run_stops_when_none_was_better_for_long(restless, tmp_path):
     assert len(log_of(tmp_path, "round")) == stop
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_a_run_that_was_stopped_chooses_as_one_that_was_not(every, tmp_path, monkeypatch):
-    settings = RESTLESS | {"checkpoint__best": True, "checkpoint__every": every}
-    settings |= {"evaluation__patience": 3}
-    whole = run(small(**settings, checkpoint__folder=str(tmp_path / "whole")))
+@pytest.mark.usefixtures("judged")
+def test_a_run_that_was_stopped_chooses_as_one_that_was_not(plain, tmp_path):
+    checkpoints, _ = plain
+    config = small(
+        **SIX,
+        checkpoint__best=True,
+        checkpoint__every=2,
+        evaluation__patience=3,
+        checkpoint__folder=str(tmp_path),
+    )
 
     class Stop(Exception):
         pass
 
-    folder = tmp_path / "stopped"
-    config = small(**settings, checkpoint__folder=str(folder))
-    for round_ in (3, 4):
+    def tamper(round_, partition, sent, reply):
+        if round_ == 4:
+            raise Stop
+        return [reply]
 
-        def tamper(at, partition, sent, reply, limit=round_):
-            if at == limit:
-                raise Stop
-            return [reply]
-
-        with pytest.raises(Stop):
-            run(config, tamper)
+    with pytest.raises(Stop):
+        run(config, tamper)
     resumed = run(config)
-    assert resumed.weights_sha256 == whole.weights_sha256
-    ends = [log_of(of, "end")[-1] for of in (folder, tmp_path / "whole")]
-    assert ends[0]["best_round"] == ends[1]["best_round"]
-    assert ends[0]["rounds"] == ends[1]["rounds"]
-
-
-def test_choosing_changes_nothing_of_the_training(restless):
-    _, plain = restless
-    (end,) = log_of(plain, "end")
-    assert run(small(**RESTLESS, evaluation__patience=99)).weights_sha256 == end["weights_sha256"]
+    assert [line["round"] for line in log_of(tmp_path, "resume")] == [2]
+    assert resumed.rounds == 5
+    assert resumed.weights_sha256 == weights_sha256(checkpoints[2].tensors)
+    assert log_of(tmp_path, "end")[-1]["best_round"] == 2
 
 
 @pytest.mark.parametrize("key", [{"evaluation.patience": 2}, {"checkpoint.best": True}])

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,20 +91,47 @@ def test_mlflow(tmp_path: Path, untracked: str) -> None:
         assert {metric.step: metric.value for metric in history} == by_step
 
 
+def records(content: bytes) -> Iterator[bytes]:
+    """Yield the records of a log of LevelDB's format, as Weights & Biases writes it.
+
+    After seven bytes of its own: blocks of 32 KiB, of parts with checksum, length and type (1: a
+    whole record; 2, 3, 4: its first, middle and last part).
+    """
+    assert content[:4] == b":W&B"
+    place, record = 7, b""
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def wandb_records(file: Path) -> list[Any]:
+    """Return the records of a finished run, which its own service writes in its own time."""
+    from wandb.proto import wandb_internal_pb2
+
+    for _ in range(300):
+        found = [wandb_internal_pb2.Record.FromString(data) for data in records(file.read_bytes())]
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.1)
+    raise AssertionError("Weights & Biases did not write the end of the run")
+
+
 def test_weights_and_biases(tmp_path: Path, untracked: str) -> None:
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     folder = tracked(tmp_path, "wandb", untracked)
     (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(file))
     written: dict[str, dict[int, float]] = {}
     config: dict[str, object] = {}
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in wandb_records(file):
         for update in record.run.config.update:
             config[update.key] = json.loads(update.value_json)
         items = {
