@@ -20,6 +20,7 @@ from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.files import write_atomically
 from server.run_data import Recorded, recorded_data
+from simulations.runs.model_record import model_of
 from simulations.runs.records import CellRecord, GridRecord, PartitionRecord
 from simulations.runs.results import (
     Evaluation,
@@ -214,6 +215,7 @@ class RunFolder:
             parameters=start.get("parameters"),
             tensors=start.get("tensors"),
             local_tensors=start.get("local_tensors"),
+            model=model_of(start),
         )
         rounds: dict[int, Round] = {}
         evaluated: dict[tuple[int, str], Evaluation] = {}

@@ -15,6 +15,7 @@ from typing import Any
 
 from fedkn.tasks.metric import ACCURACY, Metric
 from fedkn.text import printable
+from simulations.runs.model_record import is_model
 from simulations.runs.results import LARGEST_NUMBER, metric_of, number
 
 __all__ = ["parsed"]
@@ -243,6 +244,7 @@ _KINDS: dict[str, tuple[_Checks, _Checks]] = {
         {
             **dict.fromkeys(("parameters", "tensors", "local_tensors"), _is_count),
             "task": _is_task,
+            "model": is_model,
         },
     ),
     "joined": ({"clients": _list_of(_is_holding)}, {"round": _is_count}),

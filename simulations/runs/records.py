@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fedkn.config import ExperimentConfig, PartitionConfig
 from fedkn.tasks.metric import ACCURACY, Metric
+from simulations.runs.model_record import ModelRecord
 from simulations.runs.results import ClientEvaluation, Evaluation, Holding, Round
 
 __all__ = ["DEPLOYED", "CellRecord", "GridRecord", "PartitionRecord", "partition_label"]
@@ -80,6 +81,7 @@ class CellRecord:
     parameters: int | None = None
     tensors: int | None = None
     local_tensors: int | None = None
+    model: ModelRecord | None = None
     rounds: list[Round] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     client_evaluation: ClientEvaluation | None = None
