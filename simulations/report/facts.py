@@ -28,7 +28,7 @@ def facts(summary: RunSummary) -> list[Fact]:
     found = [
         *_data(summary),
         _model(configs),
-        Fact("parameters", _parameters(cells)),
+        Fact("parameters", _parameters(cells), _untrained(cells)),
         Fact("clients", _listed(config.partition.clients for config in configs), _schemes(summary)),
         Fact("cohort", f"{_listed(config.cohort for config in configs)} a round"),
         Fact("rounds", _listed(config.rounds for config in configs), _local_work(configs)),
@@ -71,9 +71,19 @@ def _model(configs: Sequence[ExperimentConfig]) -> Fact:
 
 def _parameters(cells: Sequence[CellRecord]) -> str:
     counts = sorted({cell.parameters for cell in cells if cell.parameters is not None})
-    if not counts:
-        return ""
-    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    return _range(counts) if counts else ""
+
+
+def _range(ordered: Sequence[int]) -> str:
+    first, last = ordered[0], ordered[-1]
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
+
+
+def _untrained(cells: Sequence[CellRecord]) -> str:
+    """How many parameters there are where not all of them are trained."""
+    wholes = sorted({of.parameters for cell in cells if (of := cell.model) is not None})
+    partly = any(of.trained < of.parameters for cell in cells if (of := cell.model) is not None)
+    return f"trained, of {_range(wholes)}" if partly else ""
 
 
 def _schemes(summary: RunSummary) -> str:

@@ -17,7 +17,8 @@ from fedkn.text import printable
 from simulations.report import formats
 from simulations.report.csv_tables import losses_link
 from simulations.report.facts import facts, judged_by
-from simulations.report.losses import DIVIDED, LossLine, losses
+from simulations.report.losses import HARMLESS, LossLine, losses
+from simulations.report.origins import origins
 from simulations.report.section import section_view
 from simulations.report.settings import held_equal, normalizer_notes, unequal
 from simulations.report.standings import fields
@@ -126,6 +127,7 @@ def _run(summary: RunSummary, unknown: Sequence[str]) -> dict[str, Any]:
         "losses_csv": losses_link(summary.label, lost),
         "search_losses": losses([c for c in summary.cells if c.purpose == "search"], 0),
         "notes": normalizer_notes(names, groups.pop() if len(groups) == 1 else 0),
+        "origins": [of for of in origins(summary.results) if of.told],
         "equal": held_equal(summary.results),
         "unequal": unequal(summary.results, summary.grid.axes),
         "fields": fields(summary.axis_contests),
@@ -143,7 +145,7 @@ def _run(summary: RunSummary, unknown: Sequence[str]) -> dict[str, Any]:
 def _alarms(summary: RunSummary) -> list[str]:
     """What the head of the page warns of: all losses but those that the verdict names itself."""
     lines = losses(summary.results, summary.damaged_lines)
-    known = ("untrainable cells", DIVIDED)
+    known = ("untrainable cells", *HARMLESS)
     return list(dict.fromkeys(line.what for line in lines if line.what not in known))
 
 

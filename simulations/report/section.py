@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +16,7 @@ from simulations.report.chart import COLOURS
 from simulations.report.classes import ClassResults, class_results, other_metrics
 from simulations.report.csv_tables import section_links
 from simulations.report.curves import loss_limits, losses_by_round, value_limits
+from simulations.report.entries import Entry
 from simulations.report.settings import display_name
 from simulations.report.shades import shades
 from simulations.report.standings import standing
@@ -65,6 +66,10 @@ def section_view(run: RunSummary, section: Section, unknown: Sequence[str]) -> d
         "curves": _curves(section, metric, label, unknown),
         "loss_curves": _loss_curves(section, label, unknown),
         "few": len(names) <= figures.FEW,
+        "ends": _ends(section),
+        "best_round": any(
+            c.config.checkpoint.best for e in section.entries.values() for c in e.cells
+        ),
         "other_metrics": _other_metrics(section),
         "classes": _classes(section, found, class_names, label),
         "csv": section_links(run, section, found, class_names),
@@ -210,6 +215,28 @@ def _loss_curves(
         for size, pair in sorted(by_size.items())
         if any(pair)
     ]
+
+
+def _ends(section: Section) -> list[tuple[Entry, str, str]]:
+    """By entry the rounds after which its cells ended, and the best ones; where any tells."""
+    told = [
+        (entry, [c for c in entry.cells if c.status == "completed" and c.last_round is not None])
+        for size in section.batch_sizes
+        for entry in section.ranked(size)
+    ]
+    return [
+        (
+            entry,
+            _listed(cell.last_round for cell in cells),
+            _listed(cell.best_round for cell in cells),
+        )
+        for entry, cells in told
+        if cells
+    ]
+
+
+def _listed(numbers: Iterable[int | None]) -> str:
+    return ", ".join("–" if number is None else str(number) for number in numbers)
 
 
 def _other_metrics(section: Section) -> dict[str, Any]:

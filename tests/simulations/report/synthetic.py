@@ -43,17 +43,20 @@ class Synthetic:
         keepers: Sequence[str] | None = None,
         metric: Metric | None = None,
         classes: int = 0,
+        model: dict[str, Any] | None = None,
         **experiment: Any,
     ) -> None:
         """`keepers` keep tensors on the clients; unless None, own models are evaluated.
 
         `metric`: what decides, beside another one, as a task writes it; its values are those of an
         accuracy, or for one of which lower is better ten times the errors. Without it the lines are
-        those from before there were tasks. `classes`: of the confusion matrices, if any.
+        those from before there were tasks. `classes`: of the confusion matrices, if any. `model`:
+        what is told of how the model came about.
         """
         self.rounds = rounds
         self.metric = metric
         self.classes = classes
+        self.model = model
         self.keepers = keepers
         self.layers = [{"partition": dict(changes)} for changes in partitions]
         self.experiment = {"rounds": rounds, **experiment}
@@ -133,6 +136,7 @@ class Synthetic:
                 "parameters": 78_042,
                 "tensors": 28,
                 **self.task(),
+                **({"model": self.model} if self.model else {}),
             }
         ]
         best, pace = SKILLS.get(name, (0.8, 4.0))

@@ -35,6 +35,9 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.rows: list[list[str]] = []
         self.words: list[str] = []
+        self.pictures: list[str] = []
+        self.regions: list[tuple[str | None, str | None]] = []
+        self.classes: list[str] = []
         self.feed(text)
         self.close()
         assert not self.open
@@ -49,6 +52,12 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+        of = dict(attrs)
+        if of.get("role") == "img":
+            self.pictures.append(of.get("aria-label") or "")
+        if of.get("role") == "region":
+            self.regions.append((of.get("tabindex"), of.get("aria-label")))
+        self.classes.extend((of.get("class") or "").split())
         for name, value in attrs:
             if name == "id":
                 self.ids[value or ""] += 1
