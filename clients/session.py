@@ -21,6 +21,7 @@ from clients.device.data import (
     summary_of,
 )
 from clients.device.profile import MIB, Profile, fitting_batch, node_profile, step_bytes
+from fedkn.algorithms import federation_rule
 from fedkn.config import ExperimentConfig, TrainConfig
 from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.summary import DataSummary
@@ -190,7 +191,7 @@ def _session(
         workspace=workspace,
         inputs=inputs,
         normalizer=normalizer,
-        rule=normalizer.federation_rule(model),
+        rule=federation_rule(config, normalizer, model),
         images=images,
         labels=held_by.labels.to(device),
         parts=tuple(torch.from_numpy(part).to(device) for part in held_by.parts),

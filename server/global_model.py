@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from fedkn.algorithms import federation_rule, keeps_model
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, device_of, federated_data, inputs_of, normalizer_of
@@ -23,8 +24,8 @@ class GlobalModel:
 
     Attributes:
         parameters: the names of the tensors that are parameters.
-        size: number of trainable parameters (elements). local_tensors: how many never leave the
-            clients; the global model has them as initialised.
+        size: number of trainable parameters (elements). local_tensors: how many clients keep of
+            their own. Where they are of the global model, it has them as initialised.
         spreads, counts: the names of buffers that hold variances or deviations, and counts of
             batches. examples: how many the experiment has to train on.
 
@@ -47,12 +48,15 @@ class GlobalModel:
         self._normalizer = normalizer
         self.parameters = [name for name, _ in network.named_parameters()]
         self.size = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        self.local_tensors = sum(
-            role is TensorRole.LOCAL for role in normalizer.federation_rule(network).values()
-        )
+        roles = federation_rule(config, normalizer, network).values()
+        self.local_tensors = sum(role is TensorRole.LOCAL for role in roles)
+        if own := keeps_model(config):
+            self.local_tensors = len(roles)
         if self.local_tensors and not config.evaluation.client_fraction:
+            normalizers_own = TensorRole.LOCAL in normalizer.federation_rule(network).values()
+            keeper = config.normalizer.name if normalizers_own else config.strategy.name
             raise UserError(
-                f"{config.normalizer.name} keeps tensors on the clients: set "
+                f"{keeper} keeps {'a model' if own else 'tensors'} on the clients: set "
                 "evaluation.client_fraction (say 0.2), so that each client's own model can be "
                 "evaluated"
             )
@@ -76,7 +80,8 @@ class GlobalModel:
 
     def rule(self, round_: int) -> FederationRule:
         """Return the role of every tensor in `round_` (from 1)."""
-        return self._normalizer.federation_rule(self._workspace.model, round_)
+        model = self._workspace.model
+        return federation_rule(self._config, self._normalizer, model, round_)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return the initial tensors that travel, in the order of the model's state."""

@@ -18,7 +18,7 @@ from fedkn.training.draws import Draws, own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.precision import computing_in, training_scores
 from fedkn.training.recorded import PlannedSteps
-from fedkn.training.rule import BegunRules, LocalRule, take_step
+from fedkn.training.rule import AsideStep, BegunRules, LocalRule, take_step, takes_aside
 from fedkn.training.step_batches import LocalBatch, step_batches
 from fedkn.training.workspace import Workspace
 
@@ -147,7 +147,8 @@ class LocalRound:
         workspace.model.train()
         normalizer.begin_training(workspace.model, task.round_)
         self._recorded = None
-        if workspace.recorder is not None:
+        self._aside = tuple(entry for entry in self._rules.acting if takes_aside(entry[0]))
+        if workspace.recorder is not None and not self._aside:
             planned = PlannedSteps(task, self._plan, images, labels, inputs, self._rules.acting)
             with computing_in(train.precision, workspace.device):
                 self._recorded = workspace.recorder.begin(planned)
@@ -207,15 +208,16 @@ class LocalRound:
 
     def _compute(self, batches: list[LocalBatch], draws: Draws) -> None:
         task, train = self._task, self._task.train
-        optimizer, model = self._workspace.optimizer, self._workspace.model
-        optimizer.zero_grad()
-        size = sum(len(batch.labels) for batch in batches)
-        for x, answers, dropout in batches:
-            with draws.seeded(dropout):
-                loss = F.cross_entropy(training_scores(model, x, train.precision), answers)
-            share = None if len(batches) == 1 else loss.new_tensor(len(answers) / size)
-            loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
-            self._total.add_(loss.detach(), alpha=len(answers))
+        optimizer = self._workspace.optimizer
+        for rule, begun in self._aside:
+            step = AsideStep(
+                optimizer,
+                train,
+                task.learning_rate,
+                lambda: _differentiate(self._workspace, batches, draws, train, None),
+            )
+            rule.aside(step, *begun)
+        _differentiate(self._workspace, batches, draws, train, self._total)
         take_step(
             optimizer, self._rules.acting, task.learning_rate, train, clip_norm=train.clip_norm
         )
@@ -223,6 +225,26 @@ class LocalRound:
     def _seed(self, purpose: str, *more: int) -> int:
         task = self._task
         return derive(task.seed, purpose, task.round_, task.client, *more)
+
+
+def _differentiate(
+    workspace: Workspace,
+    batches: list[LocalBatch],
+    draws: Draws,
+    train: TrainConfig,
+    total: Tensor | None,
+) -> None:
+    """Put the gradient over `batches` into the optimizer's; add their loss to `total`."""
+    workspace.optimizer.zero_grad()
+    size = sum(len(batch.labels) for batch in batches)
+    for x, answers, dropout in batches:
+        with draws.seeded(dropout):
+            scores = training_scores(workspace.model, x, train.precision)
+            loss = F.cross_entropy(scores, answers)
+        share = None if len(batches) == 1 else loss.new_tensor(len(answers) / size)
+        loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
+        if total is not None:
+            total.add_(loss.detach(), alpha=len(answers))
 
 
 def _pass_over(model: nn.Module, images: Tensor, inputs: Inputs) -> Forward:

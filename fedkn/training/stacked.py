@@ -281,6 +281,11 @@ def _update(
     values = [value[:active] for value in workspace.values]
     for rule in rules:
         rule.stacked(values, gradients, [begun[:active] for begun in workspace.begun])
+    for rule in rules:
+        named = (
+            dict(zip(workspace.initial, tensors, strict=True)) for tensors in (values, gradients)
+        )
+        rule.limit(*named, stacked=True)
     if train.clip_norm:
         squares = [g.flatten(1).square().sum(1) for g in gradients]
         norms = torch.stack(squares).sum(0).sqrt()
