@@ -57,7 +57,7 @@ class GhostBatchNorm2d(nn.Module):
                 "GhostBatchNorm2d cannot normalize a batch of one example: use a local batch of "
                 "at least 2"
             )
-        return torch.cat([self._normalized(ghost) for ghost in x.split(self._sizes(len(x)))])
+        return torch.cat([self._normalized(ghost) for ghost in torch.split(x, self._sizes(len(x)))])
 
     def extra_repr(self) -> str:
         """Return the settings."""

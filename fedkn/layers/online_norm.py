@@ -102,7 +102,7 @@ class _Controlled(torch.autograd.Function):
     """(x - mean) * scale, whose gradient is the control process's."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917  # autograd gives them by position
         ctx: Any,
         x: Tensor,
         mean: Tensor,
@@ -117,7 +117,7 @@ class _Controlled(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it so
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = grads
         y, scale = ctx.saved_tensors

@@ -29,6 +29,6 @@ class FedWonNormalizer(ScaledWeightStandardizationNormalizer):
     not_for: ClassVar[str] = (
         "Rates that are not tuned for it, because what a step changes is bounded by rate times "
         "`train.adaptive_clip`; deep residual networks, whose branches are not scaled (nf's are); "
-        "DP-SGD, which clips by itself."
+        "DP-SGD, under which it clips what is mostly noise."
     )
     adaptive_clip: ClassVar[float] = 0.16

@@ -42,8 +42,8 @@ class LocalRule:
     `begin`, which returns them, and are given back to whatever needs them.
 
     `gradient`, `limit`, `correct` and `stacked` change the gradients in place by operations on
-    tensors, which may be recorded into a CUDA graph: nothing else may decide what they do, and what they
-    read stays where it is and as it was.
+    tensors, which may be recorded into a CUDA graph: nothing else may decide what they do, and what
+    they read stays where it is and as it was.
     """
 
     alone: ClassVar[str] = ""

@@ -30,7 +30,7 @@ from server.strategies.base import Arrays, NoAggregate, Strategy
 
 __all__ = ["EVERY_NODE", "FlowerStrategy", "quiet_flower"]
 
-EVERY_NODE = {
+EVERY_NODE: dict[str, Any] = {
     "fraction_train": 1.0,
     "fraction_evaluate": 0.0,
     "min_train_nodes": 1,
@@ -93,8 +93,8 @@ class FlowerStrategy(Strategy):
         size = sum(sent[name].size for name in self._parameters)
         if list(record) != [_ALL] or record[_ALL].numpy().size != size:
             raise UserError(
-                f"{type(self._strategy).__name__}.aggregate_train must return an ArrayRecord of the "
-                f"one array '{_ALL}' that the updates have, of {size} numbers"
+                f"{type(self._strategy).__name__}.aggregate_train must return an ArrayRecord of "
+                f"the one array '{_ALL}' that the updates have, of {size} numbers"
             )
         return self._named(record[_ALL].numpy(), sent)
 

@@ -1,4 +1,4 @@
-"""A user's own strategy: a server half of theirs, or one of Flower's, held to what it must return."""
+"""A user's own strategy, ours or Flower's in kind, held to what it must return."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class OwnStrategy(Strategy):
 
     ``strategy.name`` names one of these, which ``strategy.options`` are given to by keyword:
 
-    - a class derived from `Strategy`, or a function that returns one: called with the configuration;
+    - a class derived from `Strategy`, or a function that returns one: called with the config;
     - a class derived from Flower's ``flwr.serverapp.strategy.Strategy``: it is given the updates of
       a round as every strategy of Flower's is here (`FlowerStrategy`). What outlives a round is
       what its ``state()`` returns and its ``load_state(arrays)`` takes, if it has them;
@@ -55,8 +55,8 @@ class OwnStrategy(Strategy):
             told = self._strategy.instructions(round_, parameters, config)
         if not isinstance(told, ConfigRecord) or any(told.get(k) != v for k, v in config.items()):
             raise UserError(
-                f"strategy '{self._name}': instructions must return a ConfigRecord with all that it "
-                "was given: ConfigRecord({**config, 'my-key': …})"
+                f"strategy '{self._name}': instructions must return a ConfigRecord with all that "
+                "it was given: ConfigRecord({**config, 'my-key': …})"
             )
         return told
 
@@ -128,8 +128,8 @@ class OwnStrategy(Strategy):
             return _FlowersOwn(made, parameters)
         if not isinstance(made, Strategy):
             raise UserError(
-                f"strategy '{self._name}' is {printable(made, 80)}: it must be a class derived from "
-                "server.strategies.base.Strategy, from flwr.serverapp.strategy.Strategy or from "
+                f"strategy '{self._name}' is {printable(made, 80)}: it must be a class derived "
+                "from server.strategies.base.Strategy, from flwr.serverapp.strategy.Strategy or from "
                 "fedkn.training.LocalRule"
             )
         return made
