@@ -129,7 +129,7 @@ class OwnStrategy(Strategy):
         if not isinstance(made, Strategy):
             raise UserError(
                 f"strategy '{self._name}' is {printable(made, 80)}: it must be a class derived "
-                "from server.strategies.base.Strategy, from flwr.serverapp.strategy.Strategy or from "
+                "from server.strategies.base.Strategy, flwr.serverapp.strategy.Strategy or "
                 "fedkn.training.LocalRule"
             )
         return made
