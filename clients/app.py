@@ -16,7 +16,7 @@ from clients.instructions import signed_by_the_server
 from clients.local_state import LocalState, local_state
 from clients.passes import own_model, prepared
 from clients.privacy_account import PrivacyAccount, privacy_account
-from clients.session import Session, open_session
+from clients.session import Session, config_in, open_session
 from clients.trainer import current_trainer
 from fedkn.algorithms import keeps_model, local_rules
 from fedkn.config import ExperimentConfig
@@ -25,6 +25,7 @@ from fedkn.federation import (
     ARRAYS,
     CONFIG,
     CONTROL,
+    FIXED,
     LEARNING_RATE,
     METRICS,
     ROUND,
@@ -90,6 +91,7 @@ def train(message: Message, context: Context) -> Message:
         given=given,
         carried={n: v for n, v in kept.items() if not n.startswith((_MODEL, OWN_MODEL))},
         largest_batch=session.largest_batch,
+        goal=session.task,
     )
     begin = prepared(session, task, {**received, **carried_part(kept, _MODEL)})
     update, state = current_trainer().train(session, task, begin)
@@ -128,27 +130,26 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate_own(message: Message, context: Context) -> Message:
-    """Evaluate the received model with the client's own tensors on the images that it keeps."""
+    """Evaluate the received model with the client's own tensors on the examples that it keeps."""
     session, partition = _opened(message, context)
     received, told = _received(message)
     own = local_state(context, partition, _told(told, RUN_TOKEN, str))
     kept, _ = own.restore(_state_round(session, (), told))
-    images, labels = session.held_data(partition)
-    if not len(labels):
+    examples, targets = session.held_data(partition)
+    if not len(targets):
         raise UserError(
-            f"client {partition} keeps no image to evaluate on: raise evaluation.client_fraction"
+            f"client {partition} keeps no example to evaluate on: raise evaluation.client_fraction"
         )
     session.workspace.load(received, carried_part(kept, _MODEL), carried_part(kept, OWN_MODEL))
     result = evaluate(
         session.workspace.model,
-        images,
-        labels,
+        examples,
+        targets,
         session.inputs,
         session.config.evaluation.batch_size,
+        goal=session.task,
     )
-    metrics = evaluation_metrics(
-        partition, result.examples, round(result.accuracy * result.examples), result.loss
-    )
+    metrics = evaluation_metrics(partition, result.examples, result.value, result.loss)
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
 
@@ -161,9 +162,15 @@ def _opened(message: Message, context: Context) -> tuple[Session, int]:
     Raises:
         UserError: they do not, or as `open_session`.
     """
-    consent = node_consent(context.node_config)
+    # Before anything of the run is done here: a model of somebody's own is somebody's code.
+    node_consent(context.node_config).allow_run(config_in(context))
     session, partition = open_session(context, message.content)
-    consent.allow_run(session.config)
+    told = message.content.config_records.get(CONFIG, ConfigRecord())
+    if told.get(FIXED, session.fixed_sha256) != session.fixed_sha256:
+        raise UserError(
+            "the tensors that model.frozen keeps as they are differ from the server's: give both "
+            "the same model, model.weights and version of PyTorch"
+        )
     return session, partition
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedkn.config import ExperimentConfig, as_named_now
 from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError, UserError
 from fedkn.files import write_atomically
@@ -28,6 +29,7 @@ __all__ = ["Checkpoint", "CheckpointNotWritten", "CheckpointStore", "weights_sha
 _LOG = logging.getLogger("flwr")
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 _FIELDS = ("round", "names", "config", "versions", "token", "data")
+_DEFAULTS = ExperimentConfig().flat()
 _VERSIONS = {"torch": torch.__version__, "numpy": np.__version__, "flwr": flwr.__version__}
 
 
@@ -144,8 +146,10 @@ class CheckpointStore:
         rounds = {path: int(match[1]) for path, match in found.items() if match}
         return sorted(rounds, key=lambda path: rounds[path], reverse=True)
 
-    def _refuse_other(self, then: Mapping[str, Any]) -> None:
-        for key in sorted(self._config.keys() | then.keys()):
+    def _refuse_other(self, recorded: Mapping[str, Any]) -> None:
+        # What there was no setting for was done as it is by default.
+        then = {**_DEFAULTS, **as_named_now(recorded)}
+        for key in sorted(self._config.keys() | as_named_now(recorded).keys()):
             if self._config.get(key) != then.get(key):
                 raise UserError(
                     f"{self._folder} was begun with {key} = {then.get(key)!r}, not "

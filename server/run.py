@@ -17,8 +17,11 @@ from flwr.serverapp import Grid
 from fedkn.config import ExperimentConfig
 from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError
-from fedkn.experiment import data_summary
+from fedkn.experiment import data_summary, task_of
 from fedkn.locks import Taken, held
+from fedkn.network import pinned_weights
+from fedkn.tasks import Metric
+from fedkn.text import printable
 from fedkn.training import Evaluation
 from server.checkpoints import (
     Checkpoint,
@@ -72,6 +75,8 @@ def run_server(grid: Grid, config: ExperimentConfig, advice: str = "") -> Outcom
             checkpoint, or a configuration that differs from the one which the folder's
             checkpoints were written with.
     """
+    if weights := pinned_weights(config.model):
+        config = config.resolve(config.flat(), weights)
     with ExitStack() as stack:
         folder = Path(config.checkpoint.folder)
 
@@ -153,7 +158,12 @@ def _run(
         _log_evaluation(log, config, config.rounds, evaluation)
     if config.evaluation.client_fraction:
         result = evaluate_clients(
-            tensors, participation, config=config, grid=grid, membership=membership
+            tensors,
+            participation,
+            config=config,
+            grid=grid,
+            membership=membership,
+            fixed_sha256=model.fixed_sha256,
         )
         _log_clients(log, config, result)
     return Outcome(tensors, weights_sha256(tensors), evaluation, config.rounds)
@@ -204,7 +214,8 @@ def _begin(
     restored = store.load_newest(data) if store else None
     if restored is not None:
         aggregator.load_state(restored.strategy)
-        log.write("resume", round=restored.round_, time=time.time())
+        task = _told_task(config, model.task.metric)
+        log.write("resume", round=restored.round_, time=time.time(), task=task)
         _LOG.info("resuming after round %d", restored.round_)
         return restored.tensors, restored.round_, restored.participation
     tensors = model.tensors()
@@ -216,7 +227,10 @@ def _begin(
         parameters=model.size,
         tensors=len(tensors),
         local_tensors=model.local_tensors,
+        model=model.record(),
+        task=_told_task(config, model.task.metric),
     )
+    _LOG.info("%s: %s", config.model.name, model.described)
     log.write("memory", **model.memory())
     _log_evaluation(log, config, 0, model.evaluate(tensors))
     return tensors, 0, begin(config.partition.clients)
@@ -229,7 +243,8 @@ def _log_clients(log: MetricsLog, config: ExperimentConfig, result: ClientEvalua
         _LOG.warning("evaluation: client %s: %s", entry["client"], entry["reason"])
     if result.clients:
         _LOG.info(
-            "clients' own models on their own images: accuracy %.4f, worst tenth %.4f",
+            "clients' own models on their own examples: %s %.4f, worst tenth %.4f",
+            result.metric.name,
             fields["mean"],
             fields["worst_tenth"],
         )
@@ -268,16 +283,34 @@ def _log_round(log: MetricsLog, config: ExperimentConfig, report: RoundReport) -
 def _log_evaluation(
     log: MetricsLog, config: ExperimentConfig, round_: int, evaluation: Evaluation
 ) -> None:
-    split = config.evaluation.split
+    split, last = config.evaluation.split, round_ == config.rounds
+    # Of every round they would be most of the log.
+    by_class = {"by_class": evaluation.by_class} if last and evaluation.by_class else {}
+    confusion = {"confusion": evaluation.confusion} if last and evaluation.confusion else {}
     log.write(
         "evaluation",
         round=round_,
         split=split,
-        accuracy=evaluation.accuracy,
+        metrics=evaluation.metrics,
         loss=evaluation.loss,
         examples=evaluation.examples,
+        **by_class,
+        **confusion,
     )
-    _LOG.info("round %d: accuracy %.4f on %s images", round_, evaluation.accuracy, split)
+    name = task_of(config).metric.name
+    _LOG.info("round %d: %s %.4f on %s examples", round_, name, evaluation.value, split)
+
+
+def _told_task(config: ExperimentConfig, metric: Metric) -> dict[str, Any]:
+    """Return what the log says of the task; a bound that there is not is written as null."""
+    return {
+        "name": printable(config.task.name),
+        "metric": metric.name,
+        "higher_is_better": metric.higher_is_better,
+        "lowest": metric.lowest,
+        "highest": metric.highest,
+        "unit": metric.unit,
+    }
 
 
 def _no_valid(reasons: Sequence[dict[str, Any]], rounds: int) -> str:

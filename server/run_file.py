@@ -85,7 +85,7 @@ _SERVER_ALONE = {
     "workers",
     "data.download",
     "evaluation.every",
-    "evaluation.target_accuracy",
+    "evaluation.target",
     # Clients keep what of theirs the server may go back to: `every`, `keep` and max_failed_rounds.
     *(f"checkpoint.{key}" for key in ("folder", "cell")),
     *(f"server.{key}" for key in ServerConfig.model_fields if key != "max_failed_rounds"),

@@ -133,7 +133,10 @@ def federation_rule(
     stays = client_half(config.strategy.name).stays(config, model)
     if not stays:
         return rule
-    roles = {n: TensorRole.LOCAL if n in stays else role for n, role in rule.items()}
+    roles = {
+        name: TensorRole.LOCAL if name in stays and role is TensorRole.SHARED else role
+        for name, role in rule.items()
+    }
     return replace(rule, roles=roles)
 
 

@@ -179,8 +179,8 @@ def _show(
     except FedknError as error:
         raise FedknError(f"{error}. Results so far: {folder.path}. Go on with: {again}") from None
     say(
-        f"accuracy {progress.accuracy:.4f} after {cell.rounds} rounds, {progress.seconds:.0f} s; "
-        f"weights {progress.weights_sha256[:16]}"
+        f"{progress.metric.name} {progress.value:.4f} after {cell.rounds} rounds, "
+        f"{progress.seconds:.0f} s; weights {progress.weights_sha256[:16]}"
     )
     if progress.missing:
         say(missing_updates(progress))

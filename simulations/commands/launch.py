@@ -18,6 +18,7 @@ from rich.text import Text
 from fedkn.errors import FedknError, UserError
 from fedkn.experiment import data_summary
 from fedkn.files import expanded
+from fedkn.network import pinned_weights
 from server.metrics_log import LogNotWritten
 from server.run_data import hold_to_data
 from simulations.comparison.grid import GridConfig, partitions, seeds
@@ -57,6 +58,8 @@ def created(grid: GridConfig, command: str, out: Path | None) -> tuple[GridConfi
     if grid.data.root:
         root = str(expanded(grid.data.root).resolve())
         grid = grid.overlay(data__root=root)
+    if weights := pinned_weights(grid.model):
+        grid = grid.resolve(grid.flat(), weights)
     name = grid.compare.name or f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
     path = out or _RUNS / name
     if not RunFolder.may_begin(path):

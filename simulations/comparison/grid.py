@@ -18,6 +18,8 @@ cell for each seed.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -34,7 +36,9 @@ from fedkn.config import (
     check_keys,
     validated,
 )
-from fedkn.errors import UserError
+from fedkn.errors import UserError, unknown_name
+from fedkn.options import read_options
+from fedkn.references import is_reference
 
 __all__ = [
     "Cell",
@@ -118,6 +122,7 @@ class GridConfig(ExperimentConfig):
                 "data.validation_fraction = 0 leaves no images to search a learning rate on: "
                 "raise it, or give a single compare.learning_rates"
             )
+        _check_options(grid)
         for spec in grid.compare.partitions:
             partition = _partition(grid.partition, spec)
             if grid.cohort > partition.clients:
@@ -171,10 +176,24 @@ class Cell:
             raise ValueError(f"a {self.purpose} cell must be evaluated on the {expected} split")
 
 
+def file_name(normalizer: str) -> str:
+    """Return the name of a normalizer as part of a file's: ``mypackage.norms-Mine`` if it is own.
+
+    Different names stay different.
+    """
+    if is_reference(normalizer):
+        return normalizer.replace(":", "-")  # which no other part of it holds
+    plain = re.sub(r"[^A-Za-z0-9_.+]", "_", normalizer)
+    if plain == normalizer:
+        return plain
+    digest = hashlib.sha256(normalizer.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{plain[:60]}-{digest[:10]}"
+
+
 def groups(grid: GridConfig) -> tuple[Group, ...]:
     """Return the groups of `grid`, in the order of its axes."""
     return tuple(
-        Group(f"{normalizer}-b{batch_size}-{slug}", normalizer, batch_size, partition)
+        Group(f"{file_name(normalizer)}-b{batch_size}-{slug}", normalizer, batch_size, partition)
         for slug, partition in _partitions(grid).items()
         for normalizer in grid.compare.normalizers
         for batch_size in grid.compare.batch_sizes
@@ -239,6 +258,16 @@ def untrainable(group: Group) -> str:
     return f"{group.normalizer} needs a local batch of at least {needed}"
 
 
+def _check_options(grid: GridConfig) -> None:
+    """Refuse an option that no normalizer of the grid has."""
+    options = read_options(grid.normalizer.options)
+    if not options:
+        return
+    known = {name for each in grid.compare.normalizers for name in normalizers.options(each)}
+    for option in options.keys() - known:
+        raise unknown_name("option of these normalizers", option, known)
+
+
 def _partitions(grid: GridConfig) -> dict[str, PartitionConfig]:
     if not grid.compare.partitions:
         return {_slug(grid.partition, grid.partition): grid.partition}
@@ -250,6 +279,7 @@ def _slug(partition: PartitionConfig, own: PartitionConfig) -> str:
     setting = {
         "dirichlet": f"{partition.alpha:g}",
         "shards": str(partition.shards_per_client),
+        "labels": str(partition.labels_per_client),
         "quantity": f"{partition.sigma:g}",
     }
     slug = partition.scheme + setting.get(partition.scheme, "")
@@ -291,6 +321,10 @@ def _cell(
         },
         own,
     ]
-    if "groups" not in normalizers.options(group.normalizer):
+    known = normalizers.options(group.normalizer)
+    if "groups" not in known:
         layers.append({"normalizer.groups": 0})
+    options = read_options(grid.normalizer.options)
+    own_options = {key: value for key, value in options.items() if key in known}
+    layers.append({"normalizer.options": json.dumps(own_options) if own_options else ""})
     return Cell(name, purpose, group, ExperimentConfig.resolve(*layers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedkn.algorithms import federation_rule, keeps_model
 from fedkn.config import PartitionConfig
-from fedkn.data.partition import label_counts
+from fedkn.data.partition import client_names, label_counts
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, device_of, federated_data, normalizer_of
 from fedkn.normalizers import TensorRole
@@ -19,7 +19,7 @@ from simulations.comparison.grid import (
     seeds,
     untrainable,
 )
-from simulations.runs.records import PartitionRecord, partition_label
+from simulations.runs.records import EXAMPLES, PartitionRecord, partition_label
 
 __all__ = ["check", "count_labels"]
 
@@ -61,10 +61,14 @@ def count_labels(grid: GridConfig) -> list[PartitionRecord]:
 def _count(grid: GridConfig, partition: PartitionConfig, seed: int) -> PartitionRecord:
     config = grid.experiment.model_copy(update={"partition": partition, "seed": seed})
     data = federated_data(config)
-    counts = label_counts(data.train.targets, data.parts, data.train.num_classes)
+    train, notes = data.train, list(data.notes)
     label = partition_label(partition)
-    classes, notes = list(data.train.classes), list(data.notes)
-    return PartitionRecord(label, seed, classes, counts.tolist(), notes)
+    names = list(client_names(partition.scheme, partition.clients, train.origins))
+    if train.labels is None:
+        sizes = [[len(part)] for part in data.parts]
+        return PartitionRecord(label, seed, [EXAMPLES], sizes, notes, names)
+    counts = label_counts(train.labels, data.parts, train.num_classes)
+    return PartitionRecord(label, seed, list(train.classes), counts.tolist(), notes, names)
 
 
 def _check_models(grid: GridConfig) -> None:

@@ -54,10 +54,10 @@ class RoundLines:
         rounds = self._cell.config.rounds
         evaluations = board.history[self._cell.id].evaluations
         for round_ in sorted(evaluations)[self._shown :]:
-            accuracy, loss = evaluations[round_]
+            value, loss = evaluations[round_]
             self._console.print(
                 f"round {round_:>{len(str(rounds))}}/{rounds}  "
-                f"accuracy {accuracy:.4f}  loss {loss:.4f}",
+                f"{board.history[self._cell.id].metric.name} {value:.4f}  loss {loss:.4f}",
                 highlight=False,
             )
         self._shown = len(evaluations)
@@ -130,7 +130,7 @@ class _LiveTable(_Notices):
                 str(cell.group.batch_size),
                 cell.group.id.split("-", 2)[2],
                 f"{record.round}/{cell.config.rounds}",
-                _accuracy(cell, board.history) or "…",
+                _value(cell, board.history) or "…",
             )
         waiting = Text(f"{len(board.waiting)} waiting", style="dim")
         return Group(head, table, waiting)
@@ -157,15 +157,15 @@ def _what(cell: Cell) -> str:
 
 
 def _brief(cell: Cell, history: History) -> str:
-    accuracy = _accuracy(cell, history)
+    value = _value(cell, history)
     return (
         f"{cell.group.normalizer} batch {cell.group.batch_size} ({_what(cell)}) "
         f"round {history[cell.id].round}/{cell.config.rounds}"
-        + (f" accuracy {accuracy}" if accuracy else "")
+        + (f" {history[cell.id].metric.name} {value}" if value else "")
     )
 
 
-def _accuracy(cell: Cell, history: History) -> str:
+def _value(cell: Cell, history: History) -> str:
     last = history[cell.id].last_evaluations(1)
     return f"{last[0][0]:.3f}" if last and not math.isnan(last[0][0]) else ""
 

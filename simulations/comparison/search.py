@@ -90,7 +90,8 @@ def _trials(
         ]
         for rate in rates
     }
-    return tuple(Trial(rate, *score) for rate, score in rate_scores(cells).items())
+    metric = history[search_cells(grid, group, rates[0])[0].id].metric
+    return tuple(Trial(rate, *score) for rate, score in rate_scores(cells, metric).items())
 
 
 def _searched(seed: int, cell: CellHistory) -> SearchedCell:

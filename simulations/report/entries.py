@@ -113,7 +113,7 @@ class Entry:
     def curves(self) -> list[dict[int, float]]:
         """Return accuracy by round of the completed cells; of the others while none is."""
         completed = [cell for cell in self.cells if cell.status == "completed"]
-        curves = (c.accuracies(c.config.evaluation.split) for c in completed or self.cells)
+        curves = (c.values(c.config.evaluation.split) for c in completed or self.cells)
         return [curve for curve in curves if curve]
 
 
@@ -121,14 +121,13 @@ def entry_of(normalizer: str, batch_size: int, planned: int, cells: list[CellRec
     """Return the entry of `cells`, of which `planned` or more are to come."""
     final, reached = {}, {}
     for cell in cells:
-        curve = cell.accuracies(cell.config.evaluation.split)
+        curve = cell.values(cell.config.evaluation.split)
         # Not the last that is found: a log may have lost lines.
         last = curve.get(cell.config.rounds, math.nan)
         if cell.status == "completed" and math.isfinite(last):
             final[cell.config.seed] = last
-        if cell.status in ("completed", "failed"):
-            target = cell.config.evaluation.target_accuracy
-            reached[cell.config.seed] = rounds_to_target(curve, target)
+        if cell.status in ("completed", "failed") and not math.isnan(cell.target):
+            reached[cell.config.seed] = rounds_to_target(curve, cell.target)
     timed = [cell for cell in cells if sum(r.steps for r in cell.rounds)]
     rounds = [entry for cell in cells for entry in cell.rounds]
     return Entry(

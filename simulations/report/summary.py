@@ -197,7 +197,7 @@ def _section(
     sizes = _union([size for _, size in entries])
     names = _union([name for name, _ in entries])
     of_partition = [cell for cell in cells if cell.partition == partition]
-    targets = [cell.config.evaluation.target_accuracy for cell in of_partition]
+    targets = [cell.target for cell in of_partition]
     by_size = {size: [e for (_, of), e in entries.items() if of == size] for size in sizes}
     of_global, of_own = (
         {size: [c for c in family if c.group == (partition, size)] for size in sizes}

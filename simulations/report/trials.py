@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedkn.tasks.metric import ACCURACY
 from simulations.report.entries import Entry
 from simulations.runs.rate_scores import LAST_EVALUATIONS, SearchedCell, rate_scores
 from simulations.runs.records import CellRecord
@@ -37,7 +38,7 @@ def trials_of(entry: Entry, cells: Sequence[CellRecord]) -> list[Trial]:
         key = (cell.config.normalizer.name, train.batch_size)
         if cell.purpose == "search" and key == (entry.normalizer, entry.batch_size):
             by_rate.setdefault(train.learning_rate, []).append(_searched(cell))
-    scores = rate_scores(by_rate)
+    scores = rate_scores(by_rate, entry.cells[0].metric if entry.cells else ACCURACY)
     chosen = {cell.config.train.learning_rate for cell in entry.cells}
     return [
         Trial(
@@ -56,7 +57,7 @@ def _searched(cell: CellRecord) -> SearchedCell:
     return SearchedCell(
         seed=cell.config.seed,
         completed=cell.status == "completed",
-        evaluations=[(e.accuracy, e.loss) for e in trained[-LAST_EVALUATIONS:]],
+        evaluations=[(e.value, e.loss) for e in trained[-LAST_EVALUATIONS:]],
         keeps_tensors=bool(cell.local_tensors),
         own=cell.client_evaluation,
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
+from fedkn.tasks.metric import ACCURACY, Metric
 from fedkn.text import printable
 from server.deployment.bundle import build_bundle
 from server.deployment.certificates import public_pem
@@ -21,7 +22,7 @@ from server.deployment.fleet import Fleet
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
 from server.rounds.identities import write_identities
-from simulations.runs.results import number
+from simulations.runs.results import metric_of, number
 from simulations.runs.tail import MetricsTail
 
 __all__ = ["Progress", "follow_run", "run_deployed", "unfinished_run"]
@@ -48,7 +49,8 @@ class Progress:
     waiting: float = 0.0
     waited_for: set[int] = field(default_factory=set)
     rounds: int = 0
-    accuracy: float = math.nan
+    metric: Metric = ACCURACY
+    value: float = math.nan
     weights_sha256: str = ""
     error: str = ""
     completed: bool = False
@@ -73,8 +75,10 @@ class Progress:
                 named = {loss["client"] for loss in (*line["refused"], *line["failed"])}
                 for client in named - {None}:
                     self.missing.setdefault(client, []).append(line["round"])
+            case "start" | "resume" if "task" in line:
+                self.metric = metric_of(line)
             case "evaluation":
-                self.accuracy = number(line["accuracy"])
+                self.value = number(line["value"])
             case "end":
                 self.completed = line["status"] == "completed"
                 self.weights_sha256 = line.get("weights_sha256", "")
@@ -135,7 +139,7 @@ def follow_run(
         state = watch.state()
         for line in tail.poll():
             progress.take(line)
-            _tell(line, config, say)
+            _tell(line, progress, config, say)
         if state is not None and state.finished:
             break
         time.sleep(_POLL_SECONDS)
@@ -186,7 +190,7 @@ class _Watch:
         return state
 
 
-def _tell(line: Mapping[str, Any], config: ExperimentConfig, say: Say) -> None:
+def _tell(line: Mapping[str, Any], progress: Progress, config: ExperimentConfig, say: Say) -> None:
     match line["kind"]:
         case "start":
             say(f"started: {line['parameters']} parameters, {config.rounds} rounds")
@@ -205,9 +209,12 @@ def _tell(line: Mapping[str, Any], config: ExperimentConfig, say: Say) -> None:
         case "waiting":
             say(f"round {line['round']}/{config.rounds}: {_waiting(line)}")
         case "evaluation":
-            accuracy, loss = number(line["accuracy"]), number(line["loss"])
+            loss = number(line["loss"])
             shown = "not finite" if math.isnan(loss) else f"{loss:.4f}"
-            say(f"round {line['round']}/{config.rounds}: accuracy {accuracy:.4f}, loss {shown}")
+            say(
+                f"round {line['round']}/{config.rounds}: "
+                f"{progress.metric.name} {progress.value:.4f}, loss {shown}"
+            )
 
 
 def _waiting(line: Mapping[str, Any]) -> str:

@@ -130,7 +130,7 @@ def test_every_client_evaluates_its_own_images(tmp_path):
     run_experiment(config(tmp_path / "run", normalizer__name="group"))
     clients = own_models(tmp_path / "run")
     assert [entry["client"] for entry in clients] == list(range(6))
-    assert all(0 <= entry["correct"] <= entry["examples"] > 0 for entry in clients)
+    assert all(0 <= entry["value"] <= 1 and entry["examples"] > 0 for entry in clients)
 
 
 def test_tensors_that_stay_need_images_to_evaluate_them_on():
