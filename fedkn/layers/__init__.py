@@ -11,10 +11,12 @@ from fedkn.layers.ghost_batch_norm import GhostBatchNorm2d
 from fedkn.layers.kernel.dropout import dropout_stream
 from fedkn.layers.kernel.explanation import explain
 from fedkn.layers.kernel.layer import KernelNorm1d, KernelNorm2d, KNConv1d, KNConv2d
+from fedkn.layers.kernel.standardized import WSKNConv2d
 from fedkn.layers.layer_norm import LayerNorm2d
 from fedkn.layers.local_context_norm import LocalContextNorm2d
 from fedkn.layers.moments import Moments
 from fedkn.layers.online_norm import OnlineNorm2d
+from fedkn.layers.proxy_norm import ProxyNorm2d
 from fedkn.layers.rms_norm import RMSNorm2d
 from fedkn.layers.scaled_ws_conv import Gain, ScaledWSConv2d
 from fedkn.layers.skip_init import SkipInit
@@ -40,11 +42,13 @@ __all__ = [
     "LocalContextNorm2d",
     "Moments",
     "OnlineNorm2d",
+    "ProxyNorm2d",
     "RMSNorm2d",
     "ScaledWSConv2d",
     "SkipInit",
     "SqueezeExcite2d",
     "WSConv2d",
+    "WSKNConv2d",
     "dropout_stream",
     "explain",
 ]

@@ -28,11 +28,13 @@ from fedkn.normalizers.lcn import LocalContextNormalizer
 from fedkn.normalizers.nf import NormalizerFreeNormalizer
 from fedkn.normalizers.none import NoNormalizer
 from fedkn.normalizers.online import OnlineNormalizer
+from fedkn.normalizers.proxy import ProxyNormalizer
 from fedkn.normalizers.rms import RMSNormalizer
 from fedkn.normalizers.rule import FederationRule, Forward, TensorRole
 from fedkn.normalizers.silobn import SiloBNNormalizer
 from fedkn.normalizers.sws import ScaledWeightStandardizationNormalizer
 from fedkn.normalizers.ws_group import WeightStandardizedGroupNormalizer
+from fedkn.normalizers.ws_kernel import WeightStandardizedKernelNormalizer
 from fedkn.references import find
 from fedkn.text import printable
 
@@ -56,12 +58,14 @@ _CLASSES: dict[str, type[Normalizer]] = {
         InstanceNormalizer,
         WeightStandardizedGroupNormalizer,
         KernelNormalizer,
+        WeightStandardizedKernelNormalizer,
         ScaledWeightStandardizationNormalizer,
         NormalizerFreeNormalizer,
         FedWonNormalizer,
         ANFRNormalizer,
         FilterResponseNormalizer,
         EvoNormSNormalizer,
+        ProxyNormalizer,
         RMSNormalizer,
         LocalContextNormalizer,
         DynamicTanhNormalizer,

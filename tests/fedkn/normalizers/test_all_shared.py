@@ -17,6 +17,8 @@ NAMES = (
     "rms",
     "lcn",
     "dyt",
+    "proxy",
+    "ws_kernel",
     "brn",
     "feature_norm",
 )

@@ -42,7 +42,7 @@ def test_needs_are_stated():
     needy = {n: smallest for n, smallest in needs.items() if smallest > 1}
     assert needy == dict.fromkeys(("batch", "brn", "ghost", "fedbn", "silobn", "fixbn"), 2)
     unit = {n for n in normalizers.names() if normalizers.create(n).published_scaling == "unit"}
-    assert unit == {"kernel"}
+    assert unit == {"kernel", "ws_kernel"}
 
 
 def test_configured_normalizers_are_values():
