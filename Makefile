@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 HERE := $(CURDIR)/$(VENV)
@@ -12,11 +13,12 @@ ENV := env FLWR_HOME="$(HERE)/flwr" MPLCONFIGDIR="$(HERE)/matplotlib" XDG_CACHE_
 	TORCH_EXTENSIONS_DIR="$(HERE)/torch-extensions" FLWR_TELEMETRY_ENABLED=0 \
 	FLWR_DISABLE_UPDATE_CHECK=1 OMP_NUM_THREADS=1
 
-.PHONY: help install requirements docs demo test test-deployment fuzz soak lint clean
+.PHONY: help install requirements docs demo test test-torch test-deployment fuzz soak lint clean
 
 help:
 	@echo "make demo     a real comparison of normalizers on embedded data, with a report"
 	@echo "make test     the whole test suite"
+	@echo "make test-torch TORCH=2.6.0   the suite with another PyTorch, in an environment of its own"
 	@echo "make test-deployment  real processes: TLS, faults, restarts (minutes)"
 	@echo "make fuzz     100,000 hostile replies and damaged files, at random (minutes)"
 	@echo "make soak     eight devices, a hundred rounds, a kill or restart in every five (most of an hour)"
@@ -29,12 +31,12 @@ help:
 install: $(INSTALLED)
 
 # The build backend is installed first, so that constraints.txt holds for it too.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fedkn needs Python 3.11 or newer, as in: make PYTHON=python3.12 …" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling editables
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) hatchling editables
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # The versions of constraints.txt with the hashes of all their files, for every platform: what the
@@ -56,6 +58,14 @@ demo: install
 test: install
 	@$(ENV) $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal \
 		--basetemp "$(HERE)/tmp"
+
+# Which versions were run, and when, is in docs/performance.md.
+test-torch:
+	@test -n "$(TORCH)" || { echo "name a version, as in: make test-torch TORCH=2.6.0" >&2; exit 1; }
+	@mkdir -p $(VENV)
+	@{ grep -vE '^(torch|torchvision)==' constraints.txt; echo "torch==$(TORCH)"; } \
+		> $(VENV)/torch-$(TORCH).txt
+	@$(MAKE) test VENV=$(VENV)/torch-$(TORCH) CONSTRAINTS=$(VENV)/torch-$(TORCH).txt
 
 # tests/test_docs.py, which make test runs, holds these pages equal to what this writes.
 docs: install
