@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -34,6 +35,7 @@ __all__ = [
     "ExperimentConfig",
     "ModelConfig",
     "NormalizerConfig",
+    "ObserversConfig",
     "PartitionConfig",
     "PrivacyConfig",
     "Section",
@@ -220,6 +222,11 @@ class TrainConfig(Section):
     momentum: Fraction = Field(0.0, description="local SGD momentum")
     weight_decay: NonNegative = Field(0.0, description="L2 penalty")
     clip_norm: NonNegative = Field(10.0, description="clip the gradient's norm (0: off)")
+    adaptive_clip: NonNegative | Literal["published"] = Field(
+        "published",
+        description="clip the gradient of every unit to this part of its weights' norm (0: off; "
+        "published: as the normalizer's paper does, which for most is off)",
+    )
     schedule: Literal["constant", "cosine", "exponential"] = Field(
         "constant", description="learning rate over the rounds"
     )
@@ -242,6 +249,21 @@ class StrategyConfig(Section):
 
     name: str = Field("fedavg", description="fedavg, fedprox, fedavgm, fedadam, fedyogi, …")
     proximal_mu: NonNegative = Field(0.01, description="fedprox: weight of the proximal term")
+    personal_weight: NonNegative = Field(
+        0.1, description="ditto: weight of the term that holds a client's own model (lambda)"
+    )
+    local_parameters: str = Field(
+        "",
+        description="fedper, fedrep: what stays on the client, as patterns of layers or parameters "
+        "divided by commas (empty: the last linear layer)",
+    )
+    head_epochs: int = Field(
+        1, ge=1, description="fedrep: passes in which the head is trained, before the body"
+    )
+    mixture: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="apfl: weight of a client's own model in its mixture, at first"
+    )
+    adaptive_mixture: bool = Field(True, description="apfl: every client learns its mixture")
     server_learning_rate: Positive | Literal["default"] = Field(
         "default",
         description="fedavgm, fedadam, fedyogi, fedadagrad, scaffold, fednova: the server's step",
@@ -255,6 +277,9 @@ class StrategyConfig(Section):
         0.2, description="fedtrimmedavg: part cut off at either end"
     )
     malicious_clients: int = Field(0, ge=0, description="krum, multikrum, bulyan: tolerated")
+    options: Options = Field(
+        "", description="[strategy.options]: what a strategy of your own takes"
+    )
 
 
 class PrivacyConfig(Section):
@@ -291,6 +316,12 @@ class EvaluationConfig(Section):
         "auto",
         description="value of the deciding metric whose first round the report tells, in the "
         "metric's own unit (auto: 0.8 of accuracy, none of other metrics)",
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="stop after so many evaluations without a better one, on validation examples "
+        "(0: never)",
     )
     client_fraction: Fraction = Field(
         0.0,
@@ -329,6 +360,31 @@ class CheckpointConfig(Section):
     cell: str = Field("experiment", description="name of this experiment in the run folder")
     every: int = Field(1, ge=1, description="checkpoint every so many rounds, and after the last")
     keep: int = Field(2, ge=1, description="number of checkpoints kept")
+    best: bool = Field(
+        False,
+        description="the result is the model of the round that is best on validation images, not "
+        "of the last",
+    )
+
+
+def _joined(value: object) -> object:
+    """Return names as one text, each once: a list of them, or a text with spaces between them."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return value
+    return ",".join(dict.fromkeys(name.strip() for name in names if name.strip()))
+
+
+class ObserversConfig(Section):
+    """What watches the run on its server; it changes nothing of the result."""
+
+    names: Annotated[str, BeforeValidator(_joined)] = Field(
+        "",
+        description="tensorboard, mlflow, wandb, or package.module:Observer; several by commas",
+    )
+    options: Options = Field(
+        "", description="[observers.options]: each goes to those of the observers that take it"
+    )
 
 
 class ExperimentConfig(Section):
@@ -355,6 +411,7 @@ class ExperimentConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     server: ServerConfig = ServerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    observers: ObserversConfig = ObserversConfig()
 
     @classmethod
     def resolve(cls, *layers: Mapping[str, Any]) -> Self:
@@ -374,7 +431,20 @@ class ExperimentConfig(Section):
                 f"cohort ({config.cohort}) is larger than partition.clients "
                 f"({config.partition.clients}): lower cohort or raise partition.clients"
             )
+        chooses = {"evaluation.patience": config.evaluation.patience}
+        chooses["checkpoint.best"] = config.checkpoint.best
+        for key, value in chooses.items():
+            if value and not config.data.validation_fraction:
+                raise UserError(
+                    f"{key} chooses on validation images, of which data.validation_fraction = 0 "
+                    "leaves none (test images must not choose): raise it"
+                )
         return config
+
+    @property
+    def chooses(self) -> bool:
+        """Whether validation images decide on the round that is the last, or the best."""
+        return self.checkpoint.best or self.evaluation.patience > 0
 
     def flat(self) -> dict[str, Scalar]:
         """Return the configuration as dotted keys: Flower's run config of this experiment."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedkn.algorithms import federation_rule, keeps_model
 from fedkn.config import ExperimentConfig
 from fedkn.data.examples import Examples
 from fedkn.errors import UserError
@@ -37,8 +38,8 @@ class GlobalModel:
     Attributes:
         task: what it is trained for.
         parameters: the names of the tensors that are parameters.
-        size: number of trainable parameters (elements). local_tensors: how many never leave the
-            clients; the global model has them as initialised.
+        size: number of trainable parameters (elements). local_tensors: how many clients keep of
+            their own. Where they are of the global model, it has them as initialised.
         fixed_sha256: of the tensors that nobody changes and that are not sent; empty: none.
         spreads, counts: the names of buffers that hold variances or deviations, and counts of
             batches. examples: how many the experiment has to train on.
@@ -63,16 +64,25 @@ class GlobalModel:
                     "it, or set privacy.mechanism = 'none'"
                 )
         self._normalizer = normalizer
-        rule = normalizer.federation_rule(network)
+        rule = federation_rule(config, normalizer, network)
         self.fixed_sha256 = fixed_sha256(rule, network.state_dict())
         self.parameters = [name for name, _ in network.named_parameters()]
         self.size = sum(p.numel() for p in network.parameters() if p.requires_grad)
         self.local_tensors = sum(role is TensorRole.LOCAL for role in rule.values())
+        if own := keeps_model(config):
+            self.local_tensors = len(rule)
         if self.local_tensors and not config.evaluation.client_fraction:
+            normalizers_own = TensorRole.LOCAL in normalizer.federation_rule(network).values()
+            keeper = config.normalizer.name if normalizers_own else config.strategy.name
             raise UserError(
-                f"{config.normalizer.name} keeps tensors on the clients: set "
+                f"{keeper} keeps {'a model' if own else 'tensors'} on the clients: set "
                 "evaluation.client_fraction (say 0.2), so that each client's own model can be "
                 "evaluated"
+            )
+        if self.local_tensors and config.chooses:
+            raise UserError(
+                f"evaluation.patience and checkpoint.best judge the global model, but "
+                f"{config.normalizer.name} keeps tensors on the clients: leave them out"
             )
         buffers = [name for name, _ in network.named_buffers()]
         self.spreads, self.counts = (
@@ -83,12 +93,15 @@ class GlobalModel:
         self._inputs = inputs_of(config, self._device)
         self._minimum_batch = normalizer.minimum_batch
         data = federated_data(config)
-        held = data.validation if config.evaluation.split == "validation" else data.test
-        if not len(held):
-            raise UserError(
-                "evaluation.split = 'validation', but data.validation_fraction is 0: raise it"
-            )
-        self._held = held.to(self._device)
+        splits = {config.evaluation.split} | ({"validation"} if config.chooses else set())
+        self._held = {}
+        for split in splits:
+            held = data.validation if split == "validation" else data.test
+            if not len(held):
+                raise UserError(
+                    "evaluation.split = 'validation', but data.validation_fraction is 0: raise it"
+                )
+            self._held[split] = held.to(self._device)
         self._sample = data.train
         self.examples = len(data.train)
         _check_target(config, self.task.metric)
@@ -96,7 +109,8 @@ class GlobalModel:
 
     def rule(self, round_: int) -> FederationRule:
         """Return the role of every tensor in `round_` (from 1)."""
-        return self._normalizer.federation_rule(self._workspace.model, round_)
+        model = self._workspace.model
+        return federation_rule(self._config, self._normalizer, model, round_)
 
     def record(self) -> dict[str, Any]:
         """Return what the run's record says of how the model came about (docs/run-folder.md)."""
@@ -116,13 +130,17 @@ class GlobalModel:
         state = self._workspace.state()
         return {name: state[name].cpu().numpy().copy() for name in on_the_wire(self.rule(1))}
 
-    def evaluate(self, tensors: Mapping[str, np.ndarray]) -> Evaluation:
-        """Evaluate the global tensors on the configured split."""
+    def evaluate(self, tensors: Mapping[str, np.ndarray], split: str = "") -> Evaluation:
+        """Evaluate the global tensors on `split`, by default the configured one.
+
+        The other one is there if it is the validation images, and they choose.
+        """
+        held = self._held[split or self._config.evaluation.split]
         self._workspace.load({name: torch.from_numpy(value) for name, value in tensors.items()})
         return evaluate(
             self._workspace.model,
-            self._held.inputs,
-            self._held.targets,
+            held.inputs,
+            held.targets,
             self._inputs,
             self._config.evaluation.batch_size,
             goal=self.task,

@@ -78,7 +78,7 @@ class Progress:
                     self.missing.setdefault(client, []).append(line["round"])
             case "start" | "resume" if "task" in line:
                 self.metric = metric_of(line)
-            case "evaluation":
+            case "evaluation" if line["split"] == "test":
                 self.value = number(line["value"])
             case "end":
                 self.completed = line["status"] == "completed"
@@ -215,10 +215,11 @@ def _tell(line: Mapping[str, Any], progress: Progress, config: ExperimentConfig,
         case "evaluation":
             loss = number(line["loss"])
             shown = "not finite" if math.isnan(loss) else f"{loss:.4f}"
-            say(
-                f"round {line['round']}/{config.rounds}: "
-                f"{progress.metric.name} {progress.value:.4f}, loss {shown}"
-            )
+            where = "" if line["split"] == config.evaluation.split else f" ({line['split']} images)"
+            said = f"{progress.metric.name} {number(line['value']):.4f}, loss {shown}{where}"
+            say(f"round {line['round']}/{config.rounds}: {said}")
+        case "warning":
+            say(line["text"])
 
 
 def _waiting(line: Mapping[str, Any]) -> str:

@@ -48,9 +48,7 @@ def test_a_run_ends_in_the_weights_of_the_simulation(fleet):
     assert (run.folder / "report.html").is_file()
 
 
-def test_a_users_own_code_is_carried_to_devices_that_do_not_have_it(
-    fleet, tmp_path, monkeypatch
-):
+def test_a_users_own_code_is_carried_to_devices_that_do_not_have_it(fleet, tmp_path, monkeypatch):
     (tmp_path / "carried_net.py").write_text(
         "from torch import nn\n"
         "from carried_parts import stem\n"

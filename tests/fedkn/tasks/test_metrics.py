@@ -22,11 +22,7 @@ IGNORED = 255
 def whole(task: Task, outputs: Tensor, targets: Tensor, cuts: list[int]) -> dict[str, Tensor]:
     """Return the sums over the parts between `cuts`, added from the last part to the first."""
     edges = [0, *sorted(cut % (len(outputs) + 1) for cut in cuts), len(outputs)]
-    parts = [
-        task.sums(outputs[a:b], targets[a:b])
-        for a, b in itertools.pairwise(edges)
-        if a < b
-    ]
+    parts = [task.sums(outputs[a:b], targets[a:b]) for a, b in itertools.pairwise(edges) if a < b]
     sums = parts[-1]
     for part in reversed(parts[:-1]):
         sums = {name: sums[name] + part[name] for name in sums}
