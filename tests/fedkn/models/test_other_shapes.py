@@ -106,7 +106,8 @@ def test_kernel_normalization_has_series_and_says_that_it_has_no_volumes():
     out = volumes.eval().norm1(x)
     assert out.shape == x.shape
     spread = out.var(1, unbiased=False)
-    torch.testing.assert_close(spread, torch.full_like(spread, float(spread.mean())), rtol=0.05, atol=0.05)
+    even = torch.full_like(spread, float(spread.mean()))
+    torch.testing.assert_close(spread, even, rtol=0.05, atol=0.05)
 
 
 def test_weight_standardization_has_neither_and_says_so():
