@@ -12,8 +12,9 @@ from fedkn.experiment import data_summary
 from fedkn.files import expanded
 from fedkn.network import pinned_weights
 from server.run_data import hold_to_data
-from simulations.comparison.grid import GridConfig, partitions, seeds
+from simulations.comparison.grid import GridConfig, experiments, partitions, seeds
 from simulations.comparison.preflight import check
+from simulations.runs.axes import value_text
 from simulations.runs.environment import describe_environment
 from simulations.runs.folder import RunFolder, write_json
 from simulations.runs.records import DEPLOYED, GridRecord, partition_label
@@ -38,9 +39,7 @@ def created(
             f"evaluation.split = {grid.evaluation.split}: a run measures on test images, and "
             "searches on validation images, by itself: leave it out"
         )
-    if grid.data.root:
-        root = str(expanded(grid.data.root).resolve())
-        grid = grid.overlay(data__root=root)
+    grid = _with_whole_paths(grid)
     if weights := pinned_weights(grid.model):
         grid = grid.resolve(grid.flat(), weights)
     name = grid.compare.name or f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -50,11 +49,12 @@ def created(
         again = how_to_resume_deployed(path) if deployed else how_to_resume(path)
         raise UserError(f"'{path}' exists already: choose another --name, or '{again}'")
     tables = check(grid)
-    data = data_summary(grid.experiment)
+    data = [(point.data, data_summary(point)) for point in experiments(grid).values()]
     record = _record(grid, path.name, command)
     with RunFolder.creating(path, record) as run:
         # Before there is anything that a resume could go on from.
-        hold_to_data(path, grid.data, data)
+        for config, summary in data:
+            hold_to_data(path, config, summary)
         write_json(path / _GRID_FILE, grid.flat())
         if not record.deployed:
             # What a fleet's devices hold, they say themselves.
@@ -78,8 +78,11 @@ def refuse_other_data(grid: GridConfig, run: RunFolder, say: Callable[[str], Non
     Where nothing was recorded to compare them with, it says so, by `say` and in log.txt.
     """
     try:
-        recorded = hold_to_data(run.path, grid.data, data_summary(grid.experiment))
-        if not recorded:
+        recorded = [
+            hold_to_data(run.path, point.data, data_summary(point))
+            for point in experiments(grid).values()
+        ]
+        if not recorded[0]:
             text = (
                 f"'{run.path}' recorded nothing of the data that it was begun with: whether these "
                 "are the same cannot be checked. From now on it can"
@@ -104,6 +107,18 @@ def how_to_resume_deployed(path: Path, fleet: Path | None = None) -> str:
     return f"{DEPLOYED} {shlex.quote(str(fleet or path.parent.parent))} --resume {path.name}"
 
 
+def _with_whole_paths(grid: GridConfig) -> GridConfig:
+    """Return `grid` with paths of data that mean the same wherever it is resumed."""
+
+    def whole(root: object) -> str:
+        return str(expanded(str(root)).resolve()) if root else ""
+
+    changes: dict[str, object] = {"data.root": whole(grid.data.root)}
+    if roots := grid.compare.axes.get("data.root"):
+        changes["compare.axes.data.root"] = [whole(root) for root in roots]
+    return GridConfig.resolve(grid.flat(), changes)
+
+
 def _record(grid: GridConfig, name: str, command: str) -> GridRecord:
     compare = grid.compare
     searched = len(compare.learning_rates) > 1
@@ -119,11 +134,12 @@ def _record(grid: GridConfig, name: str, command: str) -> GridRecord:
             "split": "validation",
             "seeds": list(seeds(grid, "search")),
             "rounds": compare.search_rounds or grid.rounds,
-            "choice": "best mean accuracy of the last 3 evaluations, of the clients' own models "
+            "choice": "best mean value of the last 3 evaluations, of the clients' own models "
             "where tensors stay on the clients; "
             "extended by up to 2 rates beyond either end while the best is there",
         }
         if searched
         else {},
         experiment=dict(grid.experiment.flat()),
+        axes={key: [value_text(v) for v in values] for key, values in compare.axes.items()},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedkn.errors import UserError, unknown_name
 from fedkn.files import write_atomically
 from simulations.report.summary import summarize
+from simulations.runs.axes import point_of
 from simulations.runs.folder import RunFolder
 from simulations.runs.records import CellRecord
 
@@ -23,7 +24,8 @@ __all__ = ["TABLES", "cells", "export", "learning_rates", "rounds", "tests"]
 
 def cells(run: RunFolder) -> DataFrame:
     """Return a row for every cell that has begun: what it was to do, and what came of it."""
-    return _frame(_CELL, (_cell_row(cell) for cell in run.cells()))
+    axes = list(run.grid.axes)
+    return _frame(_with_axes(_CELL, axes), (_cell_row(cell, axes) for cell in run.cells()))
 
 
 def rounds(run: RunFolder) -> DataFrame:
@@ -31,11 +33,17 @@ def rounds(run: RunFolder) -> DataFrame:
 
     Round 0 is the initial model, which is evaluated and not trained.
     """
-    return _frame(_ROUND, (row for cell in run.cells() for row in _round_rows(cell)))
+    axes = list(run.grid.axes)
+    return _frame(
+        _with_axes(_ROUND, axes), (row for cell in run.cells() for row in _round_rows(cell, axes))
+    )
 
 
 def tests(run: RunFolder) -> DataFrame:
-    """Return a row for every pair of normalizers that was tested on common seeds.
+    """Return a row for every pair that was tested on common seeds: normalizers, values of an axis.
+
+    `varied` is what the two differ in (``normalizer``, or the key of a further axis), `held` what
+    is equal.
 
     `models`: ``global``, or ``own`` for the clients' own models; each is a family of its own, over
     which `p_holm` is corrected.
@@ -47,8 +55,10 @@ def tests(run: RunFolder) -> DataFrame:
         (
             {
                 "models": models,
-                "partition": test.group[0],
-                "batch_size": test.group[1],
+                "partition": test.group.partition,
+                "batch_size": test.group.batch_size,
+                "varied": test.group.axis,
+                "held": test.group.label,
                 "first": test.first,
                 "second": test.second,
                 "seeds": test.n,
@@ -69,12 +79,13 @@ def learning_rates(run: RunFolder) -> DataFrame:
     """Return a row for every learning rate that was tried: its mean value in validation."""
     (summary,) = summarize([run])
     return _frame(
-        _RATE,
+        _with_axes(_RATE, run.grid.axes),
         (
             {
                 "normalizer": normalizer,
                 "batch_size": batch_size,
                 "partition": section.partition,
+                **dict(section.point),
                 "learning_rate": trial.learning_rate,
                 "value": trial.accuracy,
                 "cells": trial.cells,
@@ -156,7 +167,8 @@ _ROUND = (
     *("examples", "steps", "seconds", "train_seconds", "bytes_down", "bytes_up"),
 )
 _TEST = (
-    *("models", "partition", "batch_size", "first", "second", "seeds", "difference"),
+    *("models", "varied", "held", "partition", "batch_size", "first", "second", "seeds"),
+    "difference",
     *("half_width", "p", "p_holm", "significant", "detectable"),
 )
 _RATE = (
@@ -178,25 +190,32 @@ _COUNTS = {
 }
 
 
-def _which(cell: CellRecord) -> dict[str, Any]:
+def _with_axes(columns: Sequence[str], axes: Iterable[str]) -> tuple[str, ...]:
+    """The columns, with those of further axes behind the partition."""
+    place = columns.index("partition") + 1
+    return (*columns[:place], *axes, *columns[place:])
+
+
+def _which(cell: CellRecord, axes: Iterable[str]) -> dict[str, Any]:
     return {
         "cell": cell.id,
         "purpose": cell.purpose,
         "normalizer": cell.config.normalizer.name,
         "batch_size": cell.config.train.batch_size,
         "partition": cell.partition,
+        **dict(point_of(cell.config, axes)),
         "seed": cell.config.seed,
     }
 
 
-def _cell_row(cell: CellRecord) -> dict[str, Any]:
+def _cell_row(cell: CellRecord, axes: Iterable[str]) -> dict[str, Any]:
     split = cell.config.evaluation.split
     evaluations = {e.round: e for e in cell.evaluations if e.split == split}
     # Of a cell that is not at its end the last that is known.
     last = evaluations.get(cell.result_round, next(reversed(evaluations.values()), None))
     own = cell.client_evaluation
     return {
-        **_which(cell),
+        **_which(cell, axes),
         "learning_rate": cell.config.train.learning_rate,
         "status": cell.status,
         "rounds": cell.rounds[-1].round if cell.rounds else 0,
@@ -219,12 +238,12 @@ def _cell_row(cell: CellRecord) -> dict[str, Any]:
     }
 
 
-def _round_rows(cell: CellRecord) -> Iterable[dict[str, Any]]:
+def _round_rows(cell: CellRecord, axes: Iterable[str]) -> Iterable[dict[str, Any]]:
     trained = {entry.round: entry for entry in cell.rounds}
     evaluated = {(e.round, e.split): e for e in cell.evaluations}
     split = cell.config.evaluation.split
     for number in sorted(trained.keys() | {round_ for round_, _ in evaluated}):
-        row = {**_which(cell), "round": number}
+        row = {**_which(cell, axes), "round": number}
         if (entry := trained.get(number)) is not None:
             row |= {
                 "seconds": entry.seconds,

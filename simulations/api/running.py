@@ -20,6 +20,7 @@ from simulations.api.beginning import (
 from simulations.api.result import Result
 from simulations.api.settings import COMPARE, RUN, File, keys_of, table_of
 from simulations.comparison.grid import GridConfig, groups
+from simulations.comparison.plan import planned, told
 from simulations.comparison.preflight import check
 from simulations.comparison.progress import RoundLines, shown_progress
 from simulations.comparison.scheduler import Board, Watcher, run_grid
@@ -96,7 +97,8 @@ def compare(
         settings: keys of docs/configuration.md, dotted or nested: ``{"train.momentum": 0.9}``.
         command: what the run folder records as what repeats the run; by default this call.
         short: as for `run`; normalizer, batch_size, partition and learning_rate may be lists, and
-            seeds and workers are those of the comparison.
+            seeds and workers are those of the comparison; axes is a table of further settings and
+            the values that each is to take: ``{"strategy.name": ["fedavg", "scaffold"]}``.
 
     Raises:
         UserError: settings that cannot work; nothing was written.
@@ -107,6 +109,10 @@ def compare(
     grid = GridConfig.resolve(table_of(file), keys_of(short, COMPARE), keys_of(settings or {}, {}))
     command = command or _call("compare", file, out, settings, short)
     grid, folder = created(grid, "compare", _path(out), command)
+    if progress is True:
+        console = terminal(stderr=True)
+        for sentence in told(planned(grid, folder.partitions())):
+            console.print(sentence, soft_wrap=True, highlight=False, markup=False)
     return _carried_out(grid, folder, progress)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from simulations.commands import options as o
-from simulations.commands.options import given
+from simulations.commands.options import axes_given, given
 
 __all__ = ["compare"]
 
@@ -24,6 +24,7 @@ def compare(
     normalizer: o.Normalizers = None,
     batch_size: o.BatchSizes = None,
     partition: o.Partitions = None,
+    axis: o.AxisValues = None,
     seeds: o.Seeds = None,
     learning_rate: o.LearningRates = None,
     source: o.SourceName = None,
@@ -43,7 +44,7 @@ def compare(
 ) -> None:
     """Compare normalizers x batch sizes x partitions x seeds, and write a report.
 
-    For each normalizer, batch size and partition the learning rate is searched on validation
+    For each of these and each value of further axes the learning rate is searched on validation
     images; the results are measured on test images. Stop it with Ctrl-C, go on with fedkn resume.
 
     Examples:
@@ -52,12 +53,14 @@ def compare(
 
       fedkn compare --source mnist --root ~/data --download --partition iid,dirichlet:alpha=0.1
 
+      fedkn compare --normalizer kernel,group --axis strategy.name=fedavg,scaffold
+
       fedkn compare mine.toml --rounds 30 --set train.momentum=0.9 --name momentum
     """
     from simulations.api import running
     from simulations.commands.launch import carry_out, repeat_command
 
-    exact = given(settings)
+    exact = axes_given(axis) | given(settings)
     carry_out(
         lambda: running.compare(
             file,

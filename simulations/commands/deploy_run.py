@@ -202,7 +202,7 @@ def _grid(fleet: Fleet, table: Mapping[str, Any], flags: Mapping[str, Any]) -> G
     """Return the grid of a single cell: the experiment, on as many partitions as devices."""
     from simulations.comparison.grid import GridConfig
 
-    if "compare" in table:
+    if "compare" in table or any(key.startswith("compare.axes.") for key in flags):
         raise UserError("a comparison runs in simulation: use fedkn compare, or drop [compare]")
     base = {
         "partition.clients": fleet.clients,

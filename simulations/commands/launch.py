@@ -11,6 +11,7 @@ import click
 import typer
 from rich.text import Text
 
+from fedkn.text import printable
 from simulations.api.result import Result
 from simulations.terminal import terminal
 
@@ -34,8 +35,12 @@ def carry_out(run: Callable[[], Result], *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(summary) + "\n")
     else:
         console = terminal()
-        for partition in summary["partitions"]:
-            console.print(Text(partition["verdict"], style="bold"))
+        for section in summary["partitions"]:
+            place = ", ".join(f"{key} {value}" for key, value in section["axes"].items())
+            verdict = f"With {place}: {section['verdict']}" if place else section["verdict"]
+            console.print(Text(printable(verdict, 10_000), style="bold"))
+        for sentence in summary["axis_verdicts"]:
+            console.print(Text(printable(sentence, 10_000), style="bold"))
         console.print(result.table())
         # Paths must stay whole, to be copied.
         console.print(f"Report:  {report}", soft_wrap=True)

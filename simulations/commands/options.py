@@ -12,6 +12,7 @@ from fedkn.text import printable
 from simulations.api.settings import refuse_set_by_runs
 
 __all__ = [
+    "AxisValues",
     "BatchSizes",
     "Clients",
     "Cohort",
@@ -31,6 +32,7 @@ __all__ = [
     "Settings",
     "SourceName",
     "Workers",
+    "axes_given",
     "given",
 ]
 
@@ -65,6 +67,15 @@ Partitions = Annotated[
         metavar="SPEC,…",
         rich_help_panel=_AXES,
         help="Such as iid, dirichlet:alpha=0.3, shards:shards_per_client=2, quantity:sigma=1.",
+    ),
+]
+AxisValues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--axis",
+        metavar="KEY=VALUE,…",
+        rich_help_panel=_AXES,
+        help="Vary any other setting too, as strategy.name=fedavg,scaffold; repeatable.",
     ),
 ]
 Seeds = Annotated[
@@ -156,4 +167,25 @@ def given(settings: list[str] | None, **flags: Any) -> dict[str, Any]:
             raise UserError(f"--set {shown}: write KEY=VALUE, as in --set train.momentum=0.9")
         refuse_set_by_runs(key.strip())
         keys[key.strip()] = value.strip()
+    return keys
+
+
+def axes_given(axes: list[str] | None) -> dict[str, str]:
+    """Return the dotted keys that ``--axis`` options set.
+
+    Raises UserError for one without ``=``, and for one that is given twice.
+    """
+    keys: dict[str, str] = {}
+    for axis in axes or ():
+        key, equals, values = axis.partition("=")
+        shown = printable(axis, 80)
+        if not equals:
+            raise UserError(
+                f"--axis {shown}: write KEY=VALUE,VALUE, as in --axis strategy.name=fedavg,scaffold"
+            )
+        if (name := f"compare.axes.{key.strip()}") in keys:
+            raise UserError(
+                f"--axis {shown}: {key.strip()} is given twice; give all values at once"
+            )
+        keys[name] = values
     return keys

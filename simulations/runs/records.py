@@ -29,7 +29,8 @@ class GridRecord:
     """experiment.json: the resolved grid and the command that repeats it.
 
     `partitions` holds labels (see `partition_label`); `search` says how learning rates were
-    searched (free form, shown in the report); `experiment` is the base experiment's dotted keys.
+    searched (free form, shown in the report); `experiment` is the base experiment's dotted keys;
+    `axes` has the values, as texts, of every setting that is varied further.
     """
 
     name: str
@@ -41,6 +42,7 @@ class GridRecord:
     learning_rates: list[float]
     search: dict[str, Any]
     experiment: dict[str, Any]
+    axes: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def deployed(self) -> bool:
