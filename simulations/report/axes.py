@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 from simulations.report import formats
@@ -96,7 +97,7 @@ def fields_of(
     """Return what competes along each of `axes`: by what is equal, the entry of each value.
 
     Only those with a result, as `final` gives it, and with the same `basis`; those groups alone
-    that have two or more.
+    in which two have a seed in common.
     """
     found: dict[Held, dict[str, Spot]] = {}
     for axis in axes:
@@ -112,7 +113,14 @@ def fields_of(
                 axis, run, spot.partition, others, spot.normalizer, spot.batch_size, basis(spot)
             )
             found.setdefault(held, {})[value] = spot
-    return {held: spots for held, spots in found.items() if len(spots) > 1}
+    return {
+        held: spots
+        for held, spots in found.items()
+        if any(
+            final(entries[one]).keys() & final(entries[other]).keys()
+            for one, other in combinations(spots.values(), 2)
+        )
+    }
 
 
 def axis_contests(
