@@ -60,12 +60,11 @@ class Held(NamedTuple):
 
     @property
     def label(self) -> str:
-        """All that is equal, in words."""
+        """All that is equal within a run, in words."""
         parts = (
             f"{self.normalizer} at batch size {self.batch_size}".lstrip(),
             self.partition,
             point_label(self.point),
-            self.run,
         )
         return ", ".join(filter(None, parts))
 
@@ -171,6 +170,7 @@ def _sentence(contests: Sequence[AxisContest]) -> str:
             f"with fewer than {FEWEST_SEEDS} common seeds no difference can be shown, all else "
             "being equal"
         )
+    several = len({contest.held.partition for contest in contests}) > 1
     ahead: dict[tuple[str, str], list[tuple[AxisContest, Comparison]]] = {}
     for contest, c in tested:
         if c.significant:
@@ -179,15 +179,19 @@ def _sentence(contests: Sequence[AxisContest]) -> str:
     total = _counted(len(tested))
     if not shown:
         return f"no difference is shown in any of {total}, all else being equal"
-    clauses = [_clause(names, of) for names, of in ahead.items()]
+    clauses = [_clause(names, of, several) for names, of in ahead.items()]
     rest = len(tested) - shown
     if rest:
         clauses.append(f"in the other {rest} they cannot be told apart")
     return f"all else being equal, in {total}: {'; '.join(clauses)}"
 
 
-def _clause(names: tuple[str, str], won: Sequence[tuple[AxisContest, Comparison]]) -> str:
-    places = [contest.held.label for contest, _ in won]
+def _clause(
+    names: tuple[str, str], won: Sequence[tuple[AxisContest, Comparison]], several: bool
+) -> str:
+    """Who is ahead of whom, where and by how much; `several`: whether there are partitions."""
+    held = [contest.held for contest, _ in won]
+    places = [(of if several else of._replace(partition="")).label for of in held]
     if len(places) > _PLACES_SHOWN:
         shown = places[:_PLACES_SHOWN]
         places = [*shown, f"{len(places) - len(shown)} more"]
