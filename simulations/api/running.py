@@ -47,7 +47,7 @@ def run(
     """Run one experiment, as ``fedkn run`` does, and return what came of it.
 
     >>> result = fedkn.run(normalizer="kernel", batch_size=2, rounds=15)
-    >>> result.rounds[["round", "accuracy"]]
+    >>> result.rounds[["round", "value"]]
     >>> network = result.model()
 
     Args:
