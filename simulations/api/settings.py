@@ -33,6 +33,7 @@ _COMMON = {
     "partition": "compare.partitions",
     "model": "model.name",
     "strategy": "strategy.name",
+    "task": "task.name",
     "observers": "observers.names",
     "name": "compare.name",
 }
