@@ -25,6 +25,7 @@ __all__ = [
     "axis_contests",
     "axis_verdicts",
     "fields_of",
+    "held_of",
 ]
 
 
@@ -85,6 +86,13 @@ class AxisContest:
     def axis(self) -> str:
         """The key of the axis."""
         return self.held.axis
+
+
+def held_of(comparison: Comparison) -> Held:
+    """Return what is equal for the two that a comparison of a report compares."""
+    if not isinstance(comparison.group, Held):
+        raise TypeError("not a comparison of a report")
+    return comparison.group
 
 
 def fields_of(
