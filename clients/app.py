@@ -14,10 +14,11 @@ from torch import Tensor
 from clients.device.consent import node_consent
 from clients.instructions import signed_by_the_server
 from clients.local_state import LocalState, local_state
+from clients.passes import own_model, prepared
 from clients.privacy_account import PrivacyAccount, privacy_account
 from clients.session import Session, config_in, open_session
 from clients.trainer import current_trainer
-from fedkn.algorithms import local_rules
+from fedkn.algorithms import keeps_model, local_rules
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.federation import (
@@ -43,6 +44,7 @@ from fedkn.normalizers import TensorRole
 from fedkn.training import LocalRule, LocalTask, carried_part, evaluate
 from fedkn.training.privacy_spent import PRIVACY, PrivacySpent
 from fedkn.training.private import steps_of_a_round
+from fedkn.training.rule import OWN_MODEL
 
 __all__ = ["app"]
 
@@ -77,24 +79,22 @@ def train(message: Message, context: Context) -> Message:
     changed = _data_changed(session, own)
     account = _account(session, context, partition, told)
     given = _given(message)
-    rules = local_rules(session.config, told, given)
+    rules = local_rules(session.config, told, given, session.workspace.model)
     kept, lost = own.restore(_state_round(session, rules, told))
-    update, state = current_trainer().train(
-        session,
-        LocalTask(
-            seed=session.config.seed,
-            round_=round_,
-            client=partition,
-            train=session.config.train,
-            learning_rate=_told(told, LEARNING_RATE, float),
-            rules=rules,
-            given=given,
-            carried={n: v for n, v in kept.items() if not n.startswith(_MODEL)},
-            largest_batch=session.largest_batch,
-            goal=session.task,
-        ),
-        {**received, **carried_part(kept, _MODEL)},
+    task = LocalTask(
+        seed=session.config.seed,
+        round_=round_,
+        client=partition,
+        train=session.config.train,
+        learning_rate=_told(told, LEARNING_RATE, float),
+        rules=rules,
+        given=given,
+        carried={n: v for n, v in kept.items() if not n.startswith((_MODEL, OWN_MODEL))},
+        largest_batch=session.largest_batch,
+        goal=session.task,
     )
+    begin = prepared(session, task, {**received, **carried_part(kept, _MODEL)})
+    update, state = current_trainer().train(session, task, begin)
     arrays = tensors_to_arrays(_sent(session, state, received, rules))
     if account:
         # Before anything is kept or sent: what the account lacks must not leave the device.
@@ -106,8 +106,10 @@ def train(message: Message, context: Context) -> Message:
             allow=node_consent(context.node_config).allow_spending,
         )
         update = replace(update, epsilon=spent.epsilon(session.config.privacy.delta))
-    keep = {_MODEL + name: state[name] for name in session.local_tensors}
+    keep = {_MODEL + name: state[name].clone() for name in session.local_tensors}
     keep |= {n: value for n, value in update.carried.items() if not n.startswith(PRIVACY)}
+    model = own_model(session, task, received, carried_part(kept, OWN_MODEL))
+    keep |= {OWN_MODEL + name: value for name, value in model.items()}
     if keep:
         own.keep(round_, keep, horizon=_horizon(session.config))
     # As it was asked, so it is answered.
@@ -138,7 +140,7 @@ def evaluate_own(message: Message, context: Context) -> Message:
         raise UserError(
             f"client {partition} keeps no example to evaluate on: raise evaluation.client_fraction"
         )
-    session.workspace.load(received, carried_part(kept, _MODEL))
+    session.workspace.load(received, carried_part(kept, _MODEL), carried_part(kept, OWN_MODEL))
     result = evaluate(
         session.workspace.model,
         examples,
@@ -196,7 +198,8 @@ def _bytes(arrays: ArrayRecord) -> bytes:
 
 def _state_round(session: Session, rules: Sequence[LocalRule], told: ConfigRecord) -> int:
     """Return the round that left the state to go on from; 0 where clients keep nothing to lose."""
-    keeps = session.local_tensors or any(rule.carries for rule in rules)
+    own = bool(session.local_tensors) or keeps_model(session.config)
+    keeps = own or any(rule.carries for rule in rules)
     return _told(told, STATE_ROUND, int) if keeps else 0
 
 

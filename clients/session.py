@@ -21,6 +21,7 @@ from clients.device.data import (
     summary_of,
 )
 from clients.device.profile import MIB, Profile, fitting_batch, node_profile, step_bytes
+from fedkn.algorithms import federation_rule
 from fedkn.config import ExperimentConfig, TrainConfig
 from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.summary import DataSummary
@@ -183,7 +184,7 @@ def _session(
     wanted = (told or summary_here(asked)) if own else None
     held_by = _own_images(asked, wanted, *own) if own else _partitions(asked, told)
     model = build_model(asked, held_by.summary).to(device)
-    rule = normalizer.federation_rule(model)
+    rule = federation_rule(config, normalizer, model)
     workspace, inputs = Workspace(model), inputs_of(asked, device, held_by.summary)
     examples, targets = held_by.images.to(device), held_by.labels.to(device)
     task = task_of(asked)

@@ -222,6 +222,11 @@ class TrainConfig(Section):
     momentum: Fraction = Field(0.0, description="local SGD momentum")
     weight_decay: NonNegative = Field(0.0, description="L2 penalty")
     clip_norm: NonNegative = Field(10.0, description="clip the gradient's norm (0: off)")
+    adaptive_clip: NonNegative | Literal["published"] = Field(
+        "published",
+        description="clip the gradient of every unit to this part of its weights' norm (0: off; "
+        "published: as the normalizer's paper does, which for most is off)",
+    )
     schedule: Literal["constant", "cosine", "exponential"] = Field(
         "constant", description="learning rate over the rounds"
     )
@@ -244,6 +249,21 @@ class StrategyConfig(Section):
 
     name: str = Field("fedavg", description="fedavg, fedprox, fedavgm, fedadam, fedyogi, …")
     proximal_mu: NonNegative = Field(0.01, description="fedprox: weight of the proximal term")
+    personal_weight: NonNegative = Field(
+        0.1, description="ditto: weight of the term that holds a client's own model (lambda)"
+    )
+    local_parameters: str = Field(
+        "",
+        description="fedper, fedrep: what stays on the client, as patterns of layers or parameters "
+        "divided by commas (empty: the last linear layer)",
+    )
+    head_epochs: int = Field(
+        1, ge=1, description="fedrep: passes in which the head is trained, before the body"
+    )
+    mixture: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="apfl: weight of a client's own model in its mixture, at first"
+    )
+    adaptive_mixture: bool = Field(True, description="apfl: every client learns its mixture")
     server_learning_rate: Positive | Literal["default"] = Field(
         "default",
         description="fedavgm, fedadam, fedyogi, fedadagrad, scaffold, fednova: the server's step",
@@ -257,6 +277,9 @@ class StrategyConfig(Section):
         0.2, description="fedtrimmedavg: part cut off at either end"
     )
     malicious_clients: int = Field(0, ge=0, description="krum, multikrum, bulyan: tolerated")
+    options: Options = Field(
+        "", description="[strategy.options]: what a strategy of your own takes"
+    )
 
 
 class PrivacyConfig(Section):

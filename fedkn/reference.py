@@ -22,6 +22,7 @@ from fedkn.experiment import build_model, federated_data, inputs_of, normalizer_
 from fedkn.normalizers import FederationRule, TensorRole
 from fedkn.seeds import derive, numpy_generator, torch_generator
 from fedkn.training import Workspace, learning_rate, plan_batches, training_scores
+from fedkn.training.adaptive_clipping import adaptive_clip
 from fedkn.training.draws import own_draws
 
 __all__ = ["federated_averaging"]
@@ -35,10 +36,12 @@ def federated_averaging(config: ExperimentConfig) -> dict[str, np.ndarray]:
     Raises UserError where `config` asks for what is not on this page, or cannot work.
     """
     plain = config.strategy.name == "fedavg" and config.privacy.mechanism == "none"
-    if not plain or config.train.keep_momentum or config.train.accumulate > 1:
+    clipped = adaptive_clip(config) != 0
+    if not plain or clipped or config.train.keep_momentum or config.train.accumulate > 1:
         raise UserError(
             "the reference is federated averaging alone: set strategy.name = 'fedavg', "
-            "privacy.mechanism = 'none', train.keep_momentum = false and train.accumulate = 1"
+            "privacy.mechanism = 'none', train.adaptive_clip = 0, train.keep_momentum = false and "
+            "train.accumulate = 1"
         )
     config = config.overlay(device="cpu")
     data, normalizer = federated_data(config), normalizer_of(config)

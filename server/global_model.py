@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedkn.algorithms import federation_rule, keeps_model
 from fedkn.config import ExperimentConfig
 from fedkn.data.examples import Examples
 from fedkn.errors import UserError
@@ -37,8 +38,8 @@ class GlobalModel:
     Attributes:
         task: what it is trained for.
         parameters: the names of the tensors that are parameters.
-        size: number of trainable parameters (elements). local_tensors: how many never leave the
-            clients; the global model has them as initialised.
+        size: number of trainable parameters (elements). local_tensors: how many clients keep of
+            their own. Where they are of the global model, it has them as initialised.
         fixed_sha256: of the tensors that nobody changes and that are not sent; empty: none.
         spreads, counts: the names of buffers that hold variances or deviations, and counts of
             batches. examples: how many the experiment has to train on.
@@ -63,14 +64,18 @@ class GlobalModel:
                     "it, or set privacy.mechanism = 'none'"
                 )
         self._normalizer = normalizer
-        rule = normalizer.federation_rule(network)
+        rule = federation_rule(config, normalizer, network)
         self.fixed_sha256 = fixed_sha256(rule, network.state_dict())
         self.parameters = [name for name, _ in network.named_parameters()]
         self.size = sum(p.numel() for p in network.parameters() if p.requires_grad)
         self.local_tensors = sum(role is TensorRole.LOCAL for role in rule.values())
+        if own := keeps_model(config):
+            self.local_tensors = len(rule)
         if self.local_tensors and not config.evaluation.client_fraction:
+            normalizers_own = TensorRole.LOCAL in normalizer.federation_rule(network).values()
+            keeper = config.normalizer.name if normalizers_own else config.strategy.name
             raise UserError(
-                f"{config.normalizer.name} keeps tensors on the clients: set "
+                f"{keeper} keeps {'a model' if own else 'tensors'} on the clients: set "
                 "evaluation.client_fraction (say 0.2), so that each client's own model can be "
                 "evaluated"
             )
@@ -104,7 +109,8 @@ class GlobalModel:
 
     def rule(self, round_: int) -> FederationRule:
         """Return the role of every tensor in `round_` (from 1)."""
-        return self._normalizer.federation_rule(self._workspace.model, round_)
+        model = self._workspace.model
+        return federation_rule(self._config, self._normalizer, model, round_)
 
     def record(self) -> dict[str, Any]:
         """Return what the run's record says of how the model came about (docs/run-folder.md)."""

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from fedkn import seeds
-from fedkn.layers import KNConv1d, KNConv2d
+from fedkn.layers import KNConv1d, KNConv2d, SqueezeExcite2d
 
 __all__ = ["initialize"]
 
@@ -28,7 +28,10 @@ def initialize(model: nn.Module, seed: int) -> None:
         )
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
-    for place, linear in enumerate(m for m in model.modules() if isinstance(m, nn.Linear)):
+    attention = {m for s in model.modules() if isinstance(s, SqueezeExcite2d) for m in s.modules()}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    # A normalizer's own come last: the head then begins as it does with any other.
+    for place, linear in enumerate(sorted(linears, key=attention.__contains__)):
         generator = seeds.torch_generator(seed, "initial weights", "linear", place)
         bound = 1 / math.sqrt(linear.in_features)
         nn.init.uniform_(linear.weight, -bound, bound, generator=generator)

@@ -5,27 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 from fedkn.errors import UserError, unknown_name
+from fedkn.normalizers.anfr import ANFRNormalizer
 from fedkn.normalizers.base import Normalizer
 from fedkn.normalizers.batch import BatchNormalizer
+from fedkn.normalizers.bcn import BatchChannelNormalizer
 from fedkn.normalizers.brn import BatchRenormalizer
+from fedkn.normalizers.dyt import DynamicTanhNormalizer
 from fedkn.normalizers.evonorm_s import EvoNormSNormalizer
 from fedkn.normalizers.fbn import FBNNormalizer
 from fedkn.normalizers.feature_norm import FeatureNormalizer
 from fedkn.normalizers.fedbn import FedBNNormalizer
+from fedkn.normalizers.fedwon import FedWonNormalizer
 from fedkn.normalizers.fixbn import FixBNNormalizer
 from fedkn.normalizers.frn import FilterResponseNormalizer
+from fedkn.normalizers.ghost import GhostBatchNormalizer
 from fedkn.normalizers.group import GroupNormalizer
 from fedkn.normalizers.hbn import HBNNormalizer
 from fedkn.normalizers.instance import InstanceNormalizer
 from fedkn.normalizers.kernel import KernelNormalizer
 from fedkn.normalizers.layer import LayerNormalizer
 from fedkn.normalizers.lcn import LocalContextNormalizer
+from fedkn.normalizers.nf import NormalizerFreeNormalizer
 from fedkn.normalizers.none import NoNormalizer
+from fedkn.normalizers.online import OnlineNormalizer
+from fedkn.normalizers.proxy import ProxyNormalizer
 from fedkn.normalizers.rms import RMSNormalizer
 from fedkn.normalizers.rule import FederationRule, Forward, TensorRole
 from fedkn.normalizers.silobn import SiloBNNormalizer
 from fedkn.normalizers.sws import ScaledWeightStandardizationNormalizer
 from fedkn.normalizers.ws_group import WeightStandardizedGroupNormalizer
+from fedkn.normalizers.ws_kernel import WeightStandardizedKernelNormalizer
 from fedkn.references import find
 from fedkn.text import printable
 
@@ -49,12 +58,21 @@ _CLASSES: dict[str, type[Normalizer]] = {
         InstanceNormalizer,
         WeightStandardizedGroupNormalizer,
         KernelNormalizer,
+        WeightStandardizedKernelNormalizer,
         ScaledWeightStandardizationNormalizer,
+        NormalizerFreeNormalizer,
+        FedWonNormalizer,
+        ANFRNormalizer,
         FilterResponseNormalizer,
         EvoNormSNormalizer,
+        ProxyNormalizer,
         RMSNormalizer,
         LocalContextNormalizer,
+        DynamicTanhNormalizer,
         BatchRenormalizer,
+        GhostBatchNormalizer,
+        BatchChannelNormalizer,
+        OnlineNormalizer,
         FeatureNormalizer,
         FedBNNormalizer,
         SiloBNNormalizer,

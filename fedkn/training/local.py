@@ -18,7 +18,7 @@ from fedkn.training.draws import Draws, own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.precision import computing_in, training_scores
 from fedkn.training.recorded import PlannedSteps
-from fedkn.training.rule import BegunRules, LocalRule, take_step
+from fedkn.training.rule import AsideStep, BegunRules, LocalRule, take_step, takes_aside
 from fedkn.training.step_batches import LocalBatch, step_batches
 from fedkn.training.workspace import Workspace
 
@@ -149,7 +149,8 @@ class LocalRound:
         workspace.model.train()
         normalizer.begin_training(workspace.model, task.round_)
         self._recorded = None
-        if workspace.recorder is not None:
+        self._aside = tuple(entry for entry in self._rules.acting if takes_aside(entry[0]))
+        if workspace.recorder is not None and not self._aside:
             planned = PlannedSteps(task, self._plan, examples, targets, inputs, self._rules.acting)
             with computing_in(train.precision, workspace.device):
                 self._recorded = workspace.recorder.begin(planned)
@@ -211,18 +212,33 @@ class LocalRound:
 
     def _compute(self, batches: list[LocalBatch], draws: Draws) -> None:
         task, train = self._task, self._task.train
-        optimizer, model = self._workspace.optimizer, self._workspace.model
-        optimizer.zero_grad()
-        size = sum(len(batch.targets) for batch in batches)
-        for x, targets, dropout in batches:
-            with draws.seeded(dropout):
-                loss = task.goal.mean_loss(training_scores(model, x, train.precision), targets)
-            share = None if len(batches) == 1 else loss.new_tensor(len(targets) / size)
-            loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
-            self._total.add_(loss.detach(), alpha=len(targets))
+        optimizer = self._workspace.optimizer
+
+        def differentiate() -> None:
+            self._differentiate(batches, draws)
+
+        for rule, begun in self._aside:
+            rule.aside(AsideStep(optimizer, train, task.learning_rate, differentiate), *begun)
+        self._differentiate(batches, draws, self._total)
         take_step(
             optimizer, self._rules.acting, task.learning_rate, train, clip_norm=train.clip_norm
         )
+
+    def _differentiate(
+        self, batches: list[LocalBatch], draws: Draws, total: Tensor | None = None
+    ) -> None:
+        """Put the gradient over `batches` into the optimizer's; add their loss to `total`."""
+        task, model = self._task, self._workspace.model
+        self._workspace.optimizer.zero_grad()
+        size = sum(len(batch.targets) for batch in batches)
+        for x, targets, dropout in batches:
+            with draws.seeded(dropout):
+                scores = training_scores(model, x, task.train.precision)
+                loss = task.goal.mean_loss(scores, targets)
+            share = None if len(batches) == 1 else loss.new_tensor(len(targets) / size)
+            loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
+            if total is not None:
+                total.add_(loss.detach(), alpha=len(targets))
 
     def _seed(self, purpose: str, *more: int) -> int:
         task = self._task

@@ -269,6 +269,10 @@ def forward_of(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor, Tensor]
     return forward
 
 
+def _named(workspace: StackedWorkspace, tensors: list[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(workspace.initial, tensors, strict=True))
+
+
 def _update(
     workspace: StackedWorkspace,
     gradients: list[Tensor],
@@ -286,6 +290,8 @@ def _update(
     values = [value[:active] for value in workspace.values]
     for rule in rules:
         rule.stacked(values, gradients, [begun[:active] for begun in workspace.begun])
+    for rule in rules:
+        rule.limit(_named(workspace, values), _named(workspace, gradients), stacked=True)
     if train.clip_norm:
         squares = [g.flatten(1).square().sum(1) for g in gradients]
         norms = torch.stack(squares).sum(0).sqrt()

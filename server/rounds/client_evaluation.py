@@ -55,7 +55,8 @@ class ClientEvaluation:
 
         ``worst_tenth`` is the mean over the tenth of the clients that do worst (at least one).
         """
-        values = sorted((entry["value"] for entry in self.clients), key=self.metric.sign.__mul__)
+        sign = self.metric.sign
+        values = sorted((entry["value"] for entry in self.clients), key=lambda value: sign * value)
         worst = values[: max(1, len(values) // 10)]
         losses = [entry["loss"] for entry in self.clients]
         return {

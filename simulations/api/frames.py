@@ -76,7 +76,7 @@ def tests(run: RunFolder) -> DataFrame:
 
 
 def learning_rates(run: RunFolder) -> DataFrame:
-    """Return a row for every learning rate that was tried: its mean validation accuracy."""
+    """Return a row for every learning rate that was tried: its mean value in validation."""
     (summary,) = summarize([run])
     return _frame(
         _with_axes(_RATE, run.grid.axes),
@@ -87,7 +87,7 @@ def learning_rates(run: RunFolder) -> DataFrame:
                 "partition": section.partition,
                 **dict(section.point),
                 "learning_rate": trial.learning_rate,
-                "accuracy": trial.accuracy,
+                "value": trial.accuracy,
                 "cells": trial.cells,
                 "chosen": trial.chosen,
                 "own": trial.own,
@@ -137,13 +137,18 @@ def _json(frame: DataFrame) -> bytes:
 
 
 def _frame(columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> DataFrame:
-    """Return the rows as a table, whose columns are there also where no row is."""
+    """Return the rows as a table, whose columns are there also where no row is.
+
+    The rows may have more: those of the task's metrics come before the loss.
+    """
     try:
         import pandas as pd  # noqa: PLC0415 - an extra, and slow to import
     except ImportError:
         raise UserError("tables need pandas: pip install 'fedkn[pandas]'") from None
-    names = list(columns)
-    frame = pd.DataFrame(list(rows), columns=names)
+    names, every = list(columns), list(rows)
+    place = names.index("loss") if "loss" in names else len(names)
+    names[place:place] = dict.fromkeys(key for row in every for key in row if key not in names)
+    frame = pd.DataFrame(every, columns=names)
     # A count that is missing somewhere is a count all the same.
     return frame.astype({name: "Int64" for name in names if name in _COUNTS})
 
@@ -151,13 +156,13 @@ def _frame(columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> DataFrame:
 _WHICH = ("cell", "purpose", "normalizer", "batch_size", "partition", "seed")
 _CELL = (
     *_WHICH,
-    *("learning_rate", "status", "rounds", "best_round", "split", "accuracy", "loss"),
+    *("learning_rate", "status", "rounds", "best_round", "split", "metric", "value", "loss"),
     *("own_mean", "own_worst_tenth", "own_deviation", "parameters", "local_tensors"),
     *("peak_bytes", "seconds", "resumes", "weights_sha256", "error"),
 )
 _ROUND = (
     *_WHICH,
-    *("round", "split", "accuracy", "loss", "evaluated"),
+    *("round", "split", "metric", "value", "loss", "evaluated"),
     *("train_loss", "learning_rate", "clients", "updates", "refused", "failed", "late"),
     *("examples", "steps", "seconds", "train_seconds", "bytes_down", "bytes_up"),
 )
@@ -167,7 +172,7 @@ _TEST = (
     *("half_width", "p", "p_holm", "significant", "detectable"),
 )
 _RATE = (
-    *("normalizer", "batch_size", "partition", "learning_rate", "accuracy"),
+    *("normalizer", "batch_size", "partition", "learning_rate", "value"),
     *("cells", "chosen", "own"),
 )
 _COUNTS = {
@@ -216,7 +221,9 @@ def _cell_row(cell: CellRecord, axes: Iterable[str]) -> dict[str, Any]:
         "rounds": cell.rounds[-1].round if cell.rounds else 0,
         "best_round": cell.best_round,
         "split": split,
-        "accuracy": None if last is None else last.value,
+        "metric": cell.metric.name,
+        "value": None if last is None else last.value,
+        **({} if last is None else last.metrics),
         "loss": None if last is None else last.loss,
         "own_mean": None if own is None else own.mean,
         "own_worst_tenth": None if own is None else own.worst_tenth,
@@ -256,7 +263,9 @@ def _round_rows(cell: CellRecord, axes: Iterable[str]) -> Iterable[dict[str, Any
         if (evaluation := evaluated.get((number, split))) is not None:
             row |= {
                 "split": split,
-                "accuracy": evaluation.value,
+                "metric": cell.metric.name,
+                "value": evaluation.value,
+                **evaluation.metrics,
                 "loss": evaluation.loss,
                 "evaluated": evaluation.examples,
             }

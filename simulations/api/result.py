@@ -25,7 +25,7 @@ class Result:
     """A run, finished or not, as its folder tells of it at the moment.
 
     >>> result = fedkn.load("runs/demo")
-    >>> result.cells.groupby(["normalizer", "batch_size"]).accuracy.mean()
+    >>> result.cells.groupby(["normalizer", "batch_size"]).value.mean()
     >>> result.model("kernel-b2-dirichlet0.3-s0")
     """
 

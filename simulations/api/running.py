@@ -20,6 +20,7 @@ from simulations.api.beginning import (
 from simulations.api.result import Result
 from simulations.api.settings import COMPARE, RUN, File, keys_of, table_of
 from simulations.comparison.grid import GridConfig, groups
+from simulations.comparison.plan import planned, told
 from simulations.comparison.preflight import check
 from simulations.comparison.progress import RoundLines, shown_progress
 from simulations.comparison.scheduler import Board, Watcher, run_grid
@@ -46,7 +47,7 @@ def run(
     """Run one experiment, as ``fedkn run`` does, and return what came of it.
 
     >>> result = fedkn.run(normalizer="kernel", batch_size=2, rounds=15)
-    >>> result.rounds[["round", "accuracy"]]
+    >>> result.rounds[["round", "value"]]
     >>> network = result.model()
 
     Args:
@@ -108,6 +109,10 @@ def compare(
     grid = GridConfig.resolve(table_of(file), keys_of(short, COMPARE), keys_of(settings or {}, {}))
     command = command or _call("compare", file, out, settings, short)
     grid, folder = created(grid, "compare", _path(out), command)
+    if progress is True:
+        console = terminal(stderr=True)
+        for sentence in told(planned(grid, folder.partitions())):
+            console.print(sentence, soft_wrap=True, highlight=False, markup=False)
     return _carried_out(grid, folder, progress)
 
 

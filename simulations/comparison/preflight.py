@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fedkn.algorithms import federation_rule, keeps_model
 from fedkn.config import ExperimentConfig, PartitionConfig
 from fedkn.data.partition import client_names, label_counts
 from fedkn.errors import UserError
@@ -118,13 +119,17 @@ def _check_models(grid: GridConfig) -> None:
             normalizer, model = normalizer_of(config), build_model(config)
             if config.privacy.mechanism == "example":
                 refuse_unprivate(normalizer, model, config.train.precision)
-            rule = normalizer.federation_rule(model)
-        if TensorRole.LOCAL in rule.values() and not config.evaluation.client_fraction:
+            rule = federation_rule(config, normalizer, model)
+        if config.evaluation.client_fraction:
+            continue
+        if TensorRole.LOCAL in normalizer.federation_rule(model).values():
             keep_tensors.append(name)
-    keep_tensors = list(dict.fromkeys(keep_tensors))
+        elif TensorRole.LOCAL in rule.values() or keeps_model(config):
+            keep_tensors.append(config.strategy.name)
     if keep_tensors:
-        keep = "keeps" if len(keep_tensors) == 1 else "keep"
+        keepers = [*dict.fromkeys(keep_tensors)]
+        keep = "keeps" if len(keepers) == 1 else "keep"
         raise UserError(
-            f"{', '.join(keep_tensors)} {keep} tensors on the clients: set "
+            f"{', '.join(keepers)} {keep} tensors on the clients: set "
             "evaluation.client_fraction (say 0.2), so that each client's own model can be evaluated"
         )

@@ -13,13 +13,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from simulations.comparison.duration import duration
 from simulations.comparison.estimate import Estimator
 from simulations.comparison.grid import Cell
 from simulations.comparison.scheduler import Board, Watcher
 from simulations.runs.axes import point_label
 from simulations.runs.history import History
 
-__all__ = ["RoundLines", "duration", "shown_progress"]
+__all__ = ["RoundLines", "shown_progress"]
 
 _LINE_INTERVAL = 10.0
 _LIVE_INTERVAL = 0.5
@@ -135,16 +136,6 @@ class _LiveTable(_Notices):
             )
         waiting = Text(f"{len(board.waiting)} waiting", style="dim")
         return Group(head, table, waiting)
-
-
-def duration(seconds: float) -> str:
-    """Return `seconds` as exactly as is useful: ``45 s``, ``3 min 20 s``, ``2 h 05 min``."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _left(seconds: float | None) -> str:

@@ -15,10 +15,10 @@ from simulations.runs.history import CellHistory, History
 from simulations.runs.metric import judged_by
 from simulations.runs.rate_scores import LAST_EVALUATIONS, SearchedCell, rate_scores
 
-__all__ = ["Search", "Trial", "search"]
+__all__ = ["MOST_EXTENSIONS", "Search", "Trial", "search"]
 
-# How far beyond either end of the grid the search may go.
-_EXTENSIONS = 2
+MOST_EXTENSIONS = 2
+"""How many rates beyond either end of the grid the search may try."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def search(grid: GridConfig, group: Group, history: History) -> Search:
     rates = sorted(grid.compare.learning_rates)
     if len(rates) == 1:
         return Search(chosen=rates[0])
-    room = {-1: _EXTENSIONS, 1: _EXTENSIONS}
+    room = {-1: MOST_EXTENSIONS, 1: MOST_EXTENSIONS}
     while True:
         cells = tuple(cell for rate in rates for cell in search_cells(grid, group, rate))
         pending = tuple(cell for cell in cells if not history[cell.id].status)

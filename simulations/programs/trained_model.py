@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkn import __version__
+from fedkn.algorithms import federation_rule
 from fedkn.config import ExperimentConfig
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError, unknown_name
@@ -199,11 +200,18 @@ def _checkpoint(folder: Path) -> tuple[Checkpoint, tuple[str, ...]]:
 
 def _network(config: ExperimentConfig, data: DataSummary, checkpoint: Checkpoint) -> nn.Module:
     network = build_model(config, data)
-    rule = normalizer_of(config).federation_rule(network)
+    normalizer = normalizer_of(config)
+    rule = federation_rule(config, normalizer, network)
     local = [name for name, role in rule.items() if role is TensorRole.LOCAL]
     if local:
+        normalizers_own = normalizer.federation_rule(network)[local[0]] is TensorRole.LOCAL
+        keeper = (
+            f"normalizer '{config.normalizer.name}'"
+            if normalizers_own
+            else f"strategy '{config.strategy.name}'"
+        )
         raise UserError(
-            f"with normalizer '{config.normalizer.name}' each client keeps tensors of its own "
+            f"with {keeper} each client keeps tensors of its own "
             f"({local[0]}, …), so the global model alone is not a trained one"
         )
     state = network.state_dict()

@@ -96,7 +96,7 @@ def _untrained(cells: Sequence[CellRecord]) -> str:
 
 def _schemes(summary: RunSummary) -> str:
     """The partitions, without the number of clients where all have the same."""
-    labels = [section.partition for section in summary.sections]
+    labels = list(dict.fromkeys(section.partition for section in summary.sections))
     ends = {label.partition(", ")[2] for label in labels}
     return "; ".join(label.partition(", ")[0] if len(ends) == 1 else label for label in labels)
 

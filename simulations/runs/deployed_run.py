@@ -19,6 +19,7 @@ from server.deployment.bundle import build_bundle
 from server.deployment.certificates import public_pem
 from server.deployment.control import Control, RunState, SuperLinkAway, advice
 from server.deployment.fleet import Fleet
+from server.deployment.own_code import own_code
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
 from server.rounds.identities import write_identities
@@ -99,7 +100,10 @@ def run_deployed(fleet: Fleet, config: ExperimentConfig, control: Control, say: 
     write_identities(folder, keys)
     tail = MetricsTail(folder / "metrics.jsonl")
     tail.poll()  # what a run before this one, now resumed, wrote
-    run_id = control.start(build_bundle(), config.flat())
+    own = own_code(config)
+    for line in own.lines():
+        say(line)
+    run_id = control.start(build_bundle(own), config.flat())
     say(f"should this command be lost: {advice(fleet, folder)}")
     try:
         return follow_run(fleet, config, control, say, run_id=run_id, tail=tail)

@@ -76,7 +76,7 @@ def judged(plain, monkeypatch):
     def judge(self: GlobalModel, tensors: Any, split: str = "") -> Any:
         evaluation = evaluate(self, tensors, split)
         if split == "validation":
-            return replace(evaluation, accuracy=JUDGED[rounds[weights_sha256(tensors)]])
+            return replace(evaluation, value=JUDGED[rounds[weights_sha256(tensors)]])
         return evaluation
 
     monkeypatch.setattr(GlobalModel, "evaluate", judge)
@@ -97,8 +97,12 @@ def test_the_result_is_the_best_round_on_validation_images(plain, tmp_path):
     # The result is told of on test images, as where nothing chooses.
     lines = {(e["split"], e["round"]): e for e in log_of(tmp_path, "evaluation")}
     without = {e["round"]: e for e in log_of(folder, "evaluation")}
-    assert {k[1]: e for k, e in lines.items() if k[0] == "test"} == without
-    assert outcome.evaluation.accuracy == without[2]["accuracy"]
+    for round_, line in without.items():
+        told = lines["test", round_]
+        assert (told["metrics"], told["loss"]) == (line["metrics"], line["loss"])
+    # What it says of every class is told of the round that is the result.
+    assert [e["round"] for e in log_of(tmp_path, "evaluation") if "confusion" in e] == [6, 2]
+    assert outcome.evaluation.value == without[2]["metrics"]["accuracy"]
     # A run that is complete says the same again.
     again = run(config)
     assert (again.weights_sha256, again.evaluation) == (outcome.weights_sha256, outcome.evaluation)
@@ -112,7 +116,7 @@ def test_the_validation_images_are_looked_at_after_every_evaluated_round(plain, 
     judge = GlobalModel(small(**SIX, evaluation__split="validation"))
     for line in lines:
         expected = judge.evaluate(checkpoints[line["round"]].tensors)
-        assert (line["accuracy"], line["loss"]) == (expected.accuracy, expected.loss)
+        assert (line["metrics"], line["loss"]) == (expected.metrics, expected.loss)
         assert line["examples"] == expected.examples
     # And nothing of the training changes.
     (end,) = log_of(tmp_path, "end")

@@ -25,8 +25,8 @@ def numbers(folder: Path) -> dict[str, dict[int, float]]:
             for name in ("refused", "failed"):
                 found.setdefault(f"round/{name}", {})[line["round"]] = len(line[name])
         elif line["kind"] == "evaluation":
-            for name in ("accuracy", "loss"):
-                found.setdefault(f"{line['split']}/{name}", {})[line["round"]] = line[name]
+            for name, value in (line["metrics"] | {"loss": line["loss"]}).items():
+                found.setdefault(f"{line['split']}/{name}", {})[line["round"]] = value
         elif line["kind"] == "client_evaluation":
             for name in ("mean", "worst_tenth", "deviation", "loss"):
                 found.setdefault(f"clients/{name}", {})[line["round"]] = line[name]
@@ -164,8 +164,8 @@ def test_a_number_that_is_none_is_left_out(tmp_path: Path) -> None:
         def close(self, status):  # type: ignore[no-untyped-def]
             pass
 
-    fields = {"round": 1, "split": "test", "loss": math.nan, "accuracy": 0.5}
     metrics = {"accuracy": 0.5, "f1": None}
-    Kept().evaluation(Event("evaluation", "c", None, small(), fields | {"metrics": metrics}))
+    fields = {"round": 1, "split": "test", "loss": math.nan, "metrics": metrics}
+    Kept().evaluation(Event("evaluation", "c", None, small(), fields))
     (numbers_,) = kept
     assert numbers_.keys() == {"test/accuracy", "test/loss"}

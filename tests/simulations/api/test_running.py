@@ -58,7 +58,9 @@ def test_the_tables_have_the_numbers_of_the_log(result: fedkn.Result) -> None:
     evaluations = lines(result, "evaluation")
     for line in evaluations:
         row = rounds.loc[line["cell"], line["round"]]
-        assert (row["accuracy"], row["loss"]) == (line["accuracy"], line["loss"])
+        assert (row["metric"], row["value"]) == ("accuracy", line["metrics"]["accuracy"])
+        assert row["loss"] == line["loss"]
+        assert {name: row[name] for name in line["metrics"]} == line["metrics"]
         assert row["split"] == line["split"]
     assert len(rounds) == len(evaluations)
     cells = result.cells.set_index("cell")
@@ -67,7 +69,7 @@ def test_the_tables_have_the_numbers_of_the_log(result: fedkn.Result) -> None:
     for line in ends:
         row = cells.loc[line["cell"]]
         assert (row["status"], row["weights_sha256"]) == (line["status"], line["weights_sha256"])
-        assert row["accuracy"] == rounds.loc[line["cell"], 2]["accuracy"]
+        assert row["value"] == rounds.loc[line["cell"], 2]["value"]
     for line in lines(result, "start"):
         row = cells.loc[line["cell"]]
         assert row["parameters"] == line["parameters"]
@@ -81,7 +83,7 @@ def test_the_tests_are_those_of_scipy_on_the_cells(result: fedkn.Result) -> None
     tests, cells = result.tests, result.cells
     assert len(tests) == 2
     final = cells[cells.purpose == "result"].pivot_table(
-        index="seed", columns=["batch_size", "normalizer"], values="accuracy"
+        index="seed", columns=["batch_size", "normalizer"], values="value"
     )
     for row in tests.itertuples():
         first, second = (final[row.batch_size][name] for name in (row.first, row.second))
@@ -104,7 +106,7 @@ def test_the_learning_rates_are_those_that_cells_searched(result: fedkn.Result) 
         ]
         assert set(used.learning_rate) == {row.learning_rate}
         rivals = rates[(rates.normalizer == row.normalizer) & (rates.batch_size == row.batch_size)]
-        assert row.accuracy == rivals.accuracy.max()
+        assert row.value == rivals.value.max()
 
 
 def test_the_model_has_the_weights_of_the_run(result: fedkn.Result) -> None:
@@ -184,7 +186,7 @@ def test_a_run_without_a_cell_has_tables_with_columns(tmp_path: Path) -> None:
     for table in (result.cells, result.rounds, result.tests, result.learning_rates):
         assert table.empty
         assert len(table.columns) > 5
-    assert result.rounds.accuracy.empty
+    assert result.rounds.value.empty
 
 
 def test_tables_without_pandas_name_the_extra(
