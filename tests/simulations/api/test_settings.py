@@ -55,6 +55,15 @@ def test_lists_are_axes() -> None:
     assert grid.compare.seeds == 3
 
 
+def test_an_axis_is_a_table_of_values() -> None:
+    values = {"strategy.name": ["fedavg", "scaffold"], "train": {"momentum": [0, 0.9]}}
+    grid = GridConfig.resolve(keys_of({"axis": values}, COMPARE))
+    assert grid.compare.axes == {
+        "strategy.name": ("fedavg", "scaffold"),
+        "train.momentum": (0.0, 0.9),
+    }
+
+
 def test_what_is_none_is_not_given() -> None:
     assert keys_of({"model": None, "rounds": 3}, RUN) == {"rounds": 3}
 
