@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -20,6 +20,7 @@ from simulations.api.beginning import (
 from simulations.api.result import Result
 from simulations.api.settings import COMPARE, RUN, File, keys_of, table_of
 from simulations.comparison.grid import GridConfig, groups
+from simulations.comparison.model_size import model_sentence
 from simulations.comparison.plan import planned, told
 from simulations.comparison.preflight import check
 from simulations.comparison.progress import RoundLines, shown_progress
@@ -72,6 +73,8 @@ def run(
     grid = _single(table_of(file), keys_of(short, RUN), keys_of(settings or {}, {}))
     command = command or _call("run", file, out, settings, short)
     grid, folder = created(grid, "run", _path(out), command)
+    if progress is True:
+        _say([model_sentence(grid)])
     return _carried_out(grid, folder, progress, each_round=True)
 
 
@@ -110,10 +113,14 @@ def compare(
     command = command or _call("compare", file, out, settings, short)
     grid, folder = created(grid, "compare", _path(out), command)
     if progress is True:
-        console = terminal(stderr=True)
-        for sentence in told(planned(grid, folder.partitions())):
-            console.print(sentence, soft_wrap=True, highlight=False, markup=False)
+        _say([model_sentence(grid), *told(planned(grid, folder.partitions()))])
     return _carried_out(grid, folder, progress)
+
+
+def _say(sentences: Iterable[str]) -> None:
+    console = terminal(stderr=True)
+    for sentence in sentences:
+        console.print(sentence, soft_wrap=True, highlight=False, markup=False)
 
 
 def resume(

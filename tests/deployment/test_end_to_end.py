@@ -70,7 +70,7 @@ def test_a_users_own_code_is_carried_to_devices_that_do_not_have_it(fleet, tmp_p
         "rounds": 1,
     }
     code, output = Run(fleet, "own-code", tmp_path, **own).end()
-    assert code == 0, output
+    assert code == 0, output + (fleet.path / "logs" / "superexec.log").read_text()[-4000:]
     for name in ("carried_net.py", "carried_parts.py"):
         assert f"every device runs your {name} (1 file, 0." in output
     monkeypatch.syspath_prepend(str(tmp_path))
