@@ -43,7 +43,7 @@ def judged_by(cells: Sequence[CellRecord]) -> str:
     """Return in words by what the models of `cells` are judged, and which way."""
     metrics = dict.fromkeys(cell.metric for cell in cells)
     return ", ".join(
-        f"{metric.name} ({'higher' if metric.higher_is_better else 'lower'} is better)"
+        f"{metric.name}, {'higher' if metric.higher_is_better else 'lower'} is better"
         for metric in metrics
     )
 
@@ -61,7 +61,7 @@ def _data(summary: RunSummary) -> list[Fact]:
         if of.fingerprint:
             training, validation, test = of.fingerprint.counts
             counts = f"{training:,} to train on, {validation:,} to validate, {test:,} to test"
-        shape = " × ".join(map(str, of.shape))
+        shape = "×".join(map(str, of.shape))
         classes = f", {len(of.classes)} classes" if of.classes else ""
         found.append(Fact("data", str(entry.settings["source"]), f"{counts}; {shape}{classes}"))
     if not found and summary.grid.experiment.get("data.source"):

@@ -125,7 +125,7 @@ def test_what_was_run_and_the_verdict_come_first(full: RunFolder, page: Page) ->
     verdict = summary_dict(full)["partitions"][0]["verdict"]
     body = page.text[page.text.index("full", page.text.index("fedkn")) :]
     facts = (
-        "data digits task classification judged by accuracy (higher is better) "
+        "data digits task classification judged by accuracy, higher is better "
         "model resnet8 published width parameters 78,042 clients 20 dirichlet 0.3 "
         "cohort 5 a round rounds 12 of 1 local epoch seeds 5 0 to 4 engine auto"
     )
