@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from fedkn.algorithms import keeps_model
 from fedkn.errors import UserError
 from simulations.report.entries import Entry, entry_of
 from simulations.report.holdings import ClientTable, client_tables
@@ -126,7 +127,7 @@ def _summary(run: RunFolder, label: str) -> RunSummary:
         partition: _entries(grid, [cell for cell in results if cell.partition == partition])
         for partition in partitions
     }
-    keepers = {cell.config.normalizer.name for cell in cells if cell.local_tensors}
+    keepers = {cell.config.normalizer.name for cell in cells if _lacks_tensors(cell)}
     comparisons = _comparisons(
         entries, lambda entry: {} if entry.normalizer in keepers else entry.final
     )
@@ -257,3 +258,14 @@ def _own_contest(
 def _union(*lists: Iterable[T]) -> list[T]:
     """The entries of all lists, each once, in the order of their first appearance."""
     return list(dict.fromkeys(entry for entries in lists for entry in entries))
+
+
+def _lacks_tensors(cell: CellRecord) -> bool:
+    """Whether clients keep tensors that the global model has as initialised.
+
+    Not where they keep whole models beside a global one that is as good as any.
+    """
+    try:
+        return bool(cell.local_tensors) and not keeps_model(cell.config)
+    except UserError:  # a strategy of somebody's own that is not here
+        return bool(cell.local_tensors)
