@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -34,6 +35,7 @@ __all__ = [
     "ExperimentConfig",
     "ModelConfig",
     "NormalizerConfig",
+    "ObserversConfig",
     "PartitionConfig",
     "PrivacyConfig",
     "Section",
@@ -315,6 +317,12 @@ class EvaluationConfig(Section):
         description="value of the deciding metric whose first round the report tells, in the "
         "metric's own unit (auto: 0.8 of accuracy, none of other metrics)",
     )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="stop after so many evaluations without a better one, on validation examples "
+        "(0: never)",
+    )
     client_fraction: Fraction = Field(
         0.0,
         description="part of its images that every client keeps from training, to evaluate its "
@@ -352,6 +360,31 @@ class CheckpointConfig(Section):
     cell: str = Field("experiment", description="name of this experiment in the run folder")
     every: int = Field(1, ge=1, description="checkpoint every so many rounds, and after the last")
     keep: int = Field(2, ge=1, description="number of checkpoints kept")
+    best: bool = Field(
+        False,
+        description="the result is the model of the round that is best on validation images, not "
+        "of the last",
+    )
+
+
+def _joined(value: object) -> object:
+    """Return names as one text, each once: a list of them, or a text with spaces between them."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return value
+    return ",".join(dict.fromkeys(name.strip() for name in names if name.strip()))
+
+
+class ObserversConfig(Section):
+    """What watches the run on its server; it changes nothing of the result."""
+
+    names: Annotated[str, BeforeValidator(_joined)] = Field(
+        "",
+        description="tensorboard, mlflow, wandb, or package.module:Observer; several by commas",
+    )
+    options: Options = Field(
+        "", description="[observers.options]: each goes to those of the observers that take it"
+    )
 
 
 class ExperimentConfig(Section):
@@ -378,6 +411,7 @@ class ExperimentConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     server: ServerConfig = ServerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    observers: ObserversConfig = ObserversConfig()
 
     @classmethod
     def resolve(cls, *layers: Mapping[str, Any]) -> Self:
@@ -397,7 +431,20 @@ class ExperimentConfig(Section):
                 f"cohort ({config.cohort}) is larger than partition.clients "
                 f"({config.partition.clients}): lower cohort or raise partition.clients"
             )
+        chooses = {"evaluation.patience": config.evaluation.patience}
+        chooses["checkpoint.best"] = config.checkpoint.best
+        for key, value in chooses.items():
+            if value and not config.data.validation_fraction:
+                raise UserError(
+                    f"{key} chooses on validation images, of which data.validation_fraction = 0 "
+                    "leaves none (test images must not choose): raise it"
+                )
         return config
+
+    @property
+    def chooses(self) -> bool:
+        """Whether validation images decide on the round that is the last, or the best."""
+        return self.checkpoint.best or self.evaluation.patience > 0
 
     def flat(self) -> dict[str, Scalar]:
         """Return the configuration as dotted keys: Flower's run config of this experiment."""

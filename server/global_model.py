@@ -79,6 +79,11 @@ class GlobalModel:
                 "evaluation.client_fraction (say 0.2), so that each client's own model can be "
                 "evaluated"
             )
+        if self.local_tensors and config.chooses:
+            raise UserError(
+                f"evaluation.patience and checkpoint.best judge the global model, but "
+                f"{config.normalizer.name} keeps tensors on the clients: leave them out"
+            )
         buffers = [name for name, _ in network.named_buffers()]
         self.spreads, self.counts = (
             frozenset(name for name in buffers if name.rpartition(".")[2] in kinds)
@@ -88,12 +93,15 @@ class GlobalModel:
         self._inputs = inputs_of(config, self._device)
         self._minimum_batch = normalizer.minimum_batch
         data = federated_data(config)
-        held = data.validation if config.evaluation.split == "validation" else data.test
-        if not len(held):
-            raise UserError(
-                "evaluation.split = 'validation', but data.validation_fraction is 0: raise it"
-            )
-        self._held = held.to(self._device)
+        splits = {config.evaluation.split} | ({"validation"} if config.chooses else set())
+        self._held = {}
+        for split in splits:
+            held = data.validation if split == "validation" else data.test
+            if not len(held):
+                raise UserError(
+                    "evaluation.split = 'validation', but data.validation_fraction is 0: raise it"
+                )
+            self._held[split] = held.to(self._device)
         self._sample = data.train
         self.examples = len(data.train)
         _check_target(config, self.task.metric)
@@ -122,13 +130,17 @@ class GlobalModel:
         state = self._workspace.state()
         return {name: state[name].cpu().numpy().copy() for name in on_the_wire(self.rule(1))}
 
-    def evaluate(self, tensors: Mapping[str, np.ndarray]) -> Evaluation:
-        """Evaluate the global tensors on the configured split."""
+    def evaluate(self, tensors: Mapping[str, np.ndarray], split: str = "") -> Evaluation:
+        """Evaluate the global tensors on `split`, by default the configured one.
+
+        The other one is there if it is the validation images, and they choose.
+        """
+        held = self._held[split or self._config.evaluation.split]
         self._workspace.load({name: torch.from_numpy(value) for name, value in tensors.items()})
         return evaluate(
             self._workspace.model,
-            self._held.inputs,
-            self._held.targets,
+            held.inputs,
+            held.targets,
             self._inputs,
             self._config.evaluation.batch_size,
             goal=self.task,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,7 +16,6 @@ from rich.text import Text
 
 from fedkn.errors import UserError
 from fedkn.text import printable
-from simulations.report.figures import PLAIN_TEXT
 from simulations.runs.records import EXAMPLES, PartitionRecord
 
 __all__ = ["partition_table", "save_picture"]
@@ -60,7 +60,7 @@ def save_picture(records: Sequence[PartitionRecord], path: Path) -> None:
     Raises UserError if the file cannot be written.
     """
     try:
-        with mpl.rc_context(PLAIN_TEXT):
+        with mpl.rc_context(_PLAIN_TEXT):
             _drawn(records).savefig(path, dpi=150)
     except OSError as error:
         raise UserError(f"cannot write the picture '{path}': {error.strerror}") from None
@@ -99,3 +99,12 @@ def _shaded(count: int, largest: int) -> Text:
     if not count:
         return Text("·", style="dim")
     return Text(str(count), style=_SHADES[min(2, 3 * count // max(largest, 1))])
+
+
+# Names of classes and clients come from outside: no mathematics in them.
+# Any: what matplotlib calls the type of a setting differs from version to version.
+_PLAIN_TEXT: dict[Any, Any] = {
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.formatter.use_mathtext": False,
+}

@@ -20,7 +20,6 @@ __all__ = [
     "channel_statistics",
     "check_augmentation",
     "check_scaling",
-    "moves_with",
     "scale",
 ]
 
@@ -98,11 +97,7 @@ def augment_pieces(
 
 
 def check_augmentation(data: Examples, *, flip: bool, crop_padding: int) -> None:
-    """Raise UserError if `data` cannot be augmented so: it must be images.
-
-    Masks (N, H, W) are flipped with their images. They cannot be cropped with them, because what
-    comes in from outside of an image is of no class.
-    """
+    """Raise UserError if `data` cannot be augmented so: it must be images."""
     if not flip and not crop_padding:
         return
     if len(data.shape) != 3:
@@ -111,16 +106,6 @@ def check_augmentation(data: Examples, *, flip: bool, crop_padding: int) -> None
             f"data.flip and data.crop_padding are for images (C, H, W), and these inputs are "
             f"{sides}: leave them at false and 0, and augment in your own source"
         )
-    if crop_padding and moves_with(data.inputs, data.targets):
-        raise UserError(
-            "data.crop_padding cannot be used where every pixel has a class: the padding has none; "
-            "leave it at 0 (data.flip moves masks along)"
-        )
-
-
-def moves_with(inputs: Tensor, targets: Tensor) -> bool:
-    """Whether `targets` are masks (N, H, W) of images, which every move of an image moves too."""
-    return targets.ndim == 3 and targets.shape[1:] == inputs.shape[2:] and inputs.ndim == 4
 
 
 def scale(

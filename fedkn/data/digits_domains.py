@@ -60,7 +60,8 @@ def _inversion(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _stroke(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Thicker strokes: the largest of each pixel and its four neighbours (dilation by a cross)."""
-    return np.max([images, *_neighbours(images)], axis=0)
+    thick: np.ndarray = np.max([images, *_neighbours(images)], axis=0)
+    return thick
 
 
 def _blur(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:

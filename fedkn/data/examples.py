@@ -57,7 +57,8 @@ class Examples:
         images of values 0..255. May be backed by a memory-mapped file.
     targets
         int64 or float32 tensor (N, ...). Integers (N,) are the example's class, (N, H, W) each
-        pixel's; floating point is (N,) or (N, K) numbers.
+        pixel's, where a number of none of the classes may say that a pixel has none; floating
+        point is (N,) or (N, K) numbers.
     classes
         Names of the classes, whether or not these examples have each of them; of K labels, where
         targets are floating point. Empty where targets have no names.
@@ -255,8 +256,9 @@ def _check_targets(targets: Tensor, inputs: int, classes: tuple[str, ...]) -> No
         raise UserError(f"targets of an example have no values: got {tuple(targets.shape)}")
     if not classes:
         return
-    if targets.dtype == torch.int64 and not _labels_of_columns(targets, classes):
-        _check_ids("targets", targets, len(classes))
+    if targets.dtype == torch.int64:
+        if _one_class_each(targets):
+            _check_ids("targets", targets, len(classes))
     elif targets.shape[1:] != (len(classes),) and (targets.ndim > 1 or len(classes) > 1):
         raise UserError(
             f"{len(classes)} classes, but targets {tuple(targets.shape)}: floating-point targets "
@@ -266,11 +268,6 @@ def _check_targets(targets: Tensor, inputs: int, classes: tuple[str, ...]) -> No
 
 def _one_class_each(targets: Tensor) -> bool:
     return targets.dtype == torch.int64 and targets.ndim == 1
-
-
-def _labels_of_columns(targets: Tensor, classes: tuple[str, ...]) -> bool:
-    """Whether integer targets are K truth values of each example, one for each class."""
-    return targets.ndim == 2 and targets.shape[1] == len(classes)
 
 
 def _check_ids(what: str, ids: Tensor, names: int) -> None:

@@ -87,11 +87,12 @@ def class_names(
     Raises
     ------
     UserError
-        A target is of none of the classes, or the numbers are none that count classes.
+        A label is of none of the classes, or the numbers are none that count classes.
     """
     names = None if given is None else text_of(f"{where}: 'classes'", given)
     for what, own in targets.items():
-        if names is None or not own.size:
+        # A pixel may be of no class, which the task knows.
+        if names is None or not own.size or own.ndim > 1:
             continue
         if own.max() >= len(names) or own.min() < 0:
             odd = own.max() if own.max() >= len(names) else own.min()
@@ -114,11 +115,10 @@ def text_of(what: str, given: Any) -> tuple[str, ...]:
 
 def _numbered(where: str, targets: Sequence[np.ndarray]) -> tuple[str, ...]:
     """Return the numbers up to the largest label, unless that makes empty classes by mistake."""
-    present = np.unique(np.concatenate([np.unique(own) for own in targets]))
+    # Below 0 there are only pixels that are of no class: labels were looked at before.
+    present = np.unique(np.concatenate([np.unique(own[own >= 0]) for own in targets]))
     if not present.size:
         return ("0",)
-    if present[0] < 0:
-        raise UserError(f"{where}: targets hold {present[0]}, and classes count from 0")
     largest, count = int(present[-1]), len(present)
     if largest + 1 > max(_FEW_CLASSES, 2 * count):
         hints = [_perhaps_negative(own) for own in targets]

@@ -92,7 +92,8 @@ def _missing_classes(source: Source) -> tuple[str, ...]:
     targets = source.train.targets
     if targets.dtype != torch.int64 or not source.num_classes:
         return ()
-    counts = torch.bincount(targets.flatten(), minlength=source.num_classes)
+    known = targets[(targets >= 0) & (targets < source.num_classes)]
+    counts = torch.bincount(known, minlength=source.num_classes)
     missing = [source.train.classes[label] for label in (counts == 0).nonzero().flatten().tolist()]
     if not missing:
         return ()

@@ -164,7 +164,8 @@ class DataSummary:
                 f"has inputs of {here.dtype} {_sides(here.shape)}, but the experiment of "
                 f"{self.dtype} {_sides(self.shape)}: store them alike"
             )
-        columns = bool(own.classes) and here.target_shape == (len(own.classes),)
+        floating = here.target_dtype == "float32"
+        columns = floating and bool(own.classes) and here.target_shape == (len(own.classes),)
         wanted = (len(self.classes),) if columns else here.target_shape
         if (here.target_dtype, wanted) != (self.target_dtype, self.target_shape):
             raise UserError(
@@ -178,7 +179,9 @@ class DataSummary:
             targets = own.targets.new_zeros(len(own), len(self.classes))
             targets[:, places] = own.targets
         else:
-            targets = places[own.targets]
+            known = (own.targets >= 0) & (own.targets < len(places))
+            renamed = places[own.targets.clamp(0, len(places) - 1)]
+            targets = torch.where(known, renamed, own.targets)
         return replace(own, targets=targets, classes=self.classes)
 
     def _check_images(self, here: DataSummary) -> None:

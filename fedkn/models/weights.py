@@ -100,7 +100,7 @@ def load_weights(
                 f"{named}: the model has no tensor '{shown}' (nearest: '{near}'): {advice}"
             )
         if not isinstance(value, Tensor):
-            raise UserError(f"{named}: '{shown}' is a {type(value).__name__}, no tensor")
+            raise UserError(f"{named}: '{shown}' is no tensor but of type {type(value).__name__}")
         if value.shape != target[name].shape:
             raise UserError(
                 f"{named}: '{shown}' is {tuple(value.shape)}, the model's is "

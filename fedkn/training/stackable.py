@@ -46,7 +46,14 @@ def try_stacking(model: nn.Module, x: Tensor) -> Stacking:
         UserError: the model fails on `x` as it is.
     """
     model.train()
-    x = x.contiguous()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    found = _tried(model, x.contiguous())
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    return found
+
+
+def _tried(model: nn.Module, x: Tensor) -> Stacking:
     watch = _Watch()
     with own_draws(x.device, 0) as draws, torch.no_grad(), watch.on(model):
         try:

@@ -69,15 +69,15 @@ def _tried_loss(goal: Task, outputs: Tensor, targets: Tensor) -> Tensor:
     first = _guarded(f"{whose}: losses", lambda: goal.losses(outputs[:1], targets[:1]))
     if not _alike(first, losses[:1]):
         raise UserError(
-            f"{whose}: an example's loss changes with those beside it ({float(losses[0]):g}, alone "
-            f"{float(first[0]):g}): compute each from its own outputs and target alone"
+            f"{whose}: an example's loss changes with those beside it ({losses[0].item():g}, alone "
+            f"{first.flatten()[0].item():g}): compute each from its own outputs and target alone"
         )
     mean: Tensor = _guarded(f"{whose}: mean_loss", lambda: goal.mean_loss(outputs, targets))
     if not isinstance(mean, Tensor) or mean.dim() or not _alike(mean, losses.mean()):
         raise UserError(
             f"{whose}: mean_loss returned {_kind(mean)}"
-            f"{f' ({float(mean):g})' if isinstance(mean, Tensor) and not mean.dim() else ''}, but "
-            f"the mean of losses is {float(losses.mean()):g}: leave mean_loss out, or return that"
+            f"{f' ({mean.item():g})' if isinstance(mean, Tensor) and not mean.dim() else ''}, but "
+            f"the mean of losses is {losses.mean().item():g}: leave mean_loss out, or return that"
         )
     if not mean.requires_grad:
         raise UserError(

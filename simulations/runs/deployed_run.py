@@ -19,6 +19,7 @@ from server.deployment.bundle import build_bundle
 from server.deployment.certificates import public_pem
 from server.deployment.control import Control, RunState, SuperLinkAway, advice
 from server.deployment.fleet import Fleet
+from server.deployment.own_code import own_code
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
 from server.rounds.identities import write_identities
@@ -77,7 +78,7 @@ class Progress:
                     self.missing.setdefault(client, []).append(line["round"])
             case "start" | "resume" if "task" in line:
                 self.metric = metric_of(line)
-            case "evaluation":
+            case "evaluation" if line["split"] == "test":
                 self.value = number(line["value"])
             case "end":
                 self.completed = line["status"] == "completed"
@@ -99,7 +100,10 @@ def run_deployed(fleet: Fleet, config: ExperimentConfig, control: Control, say: 
     write_identities(folder, keys)
     tail = MetricsTail(folder / "metrics.jsonl")
     tail.poll()  # what a run before this one, now resumed, wrote
-    run_id = control.start(build_bundle(), config.flat())
+    own = own_code(config)
+    for line in own.lines():
+        say(line)
+    run_id = control.start(build_bundle(own), config.flat())
     say(f"should this command be lost: {advice(fleet, folder)}")
     try:
         return follow_run(fleet, config, control, say, run_id=run_id, tail=tail)
@@ -211,10 +215,11 @@ def _tell(line: Mapping[str, Any], progress: Progress, config: ExperimentConfig,
         case "evaluation":
             loss = number(line["loss"])
             shown = "not finite" if math.isnan(loss) else f"{loss:.4f}"
-            say(
-                f"round {line['round']}/{config.rounds}: "
-                f"{progress.metric.name} {progress.value:.4f}, loss {shown}"
-            )
+            where = "" if line["split"] == config.evaluation.split else f" ({line['split']} images)"
+            said = f"{progress.metric.name} {number(line['value']):.4f}, loss {shown}{where}"
+            say(f"round {line['round']}/{config.rounds}: {said}")
+        case "warning":
+            say(line["text"])
 
 
 def _waiting(line: Mapping[str, Any]) -> str:

@@ -241,6 +241,10 @@ class RunFolder:
                     record.seconds = line.get("seconds")
                     record.weights_sha256 = line.get("weights_sha256")
                     record.error = line.get("error")
+                    record.last_round = line.get("rounds")
+                    record.best_round = line.get("best_round")
+                case "warning":
+                    record.warnings.append(line["text"])
         record.rounds = [rounds[number] for number in sorted(rounds)]
         record.evaluations = [evaluated[key] for key in sorted(evaluated)]
         return record

@@ -40,6 +40,10 @@ class CellHistory:
     """Whether clients keep tensors of the model to themselves."""
     own: ClientEvaluation | None = None
     """The clients' own models after the last round."""
+    warnings: list[str] = field(default_factory=list)
+    """What went wrong beside the run, such as an observer that failed."""
+    split: str = ""
+    """The images that the cell is to be judged on; the others choose within it."""
 
     def last_evaluations(self, count: int) -> list[tuple[float, float]]:
         """Return value and loss of the last `count` evaluated rounds, oldest first.
@@ -81,6 +85,7 @@ class History:
                 case "start":
                     cell.begun = True
                     cell.status = cell.error = ""
+                    cell.split = {"search": "validation", "result": "test"}[line["purpose"]]
                     cell.metric = metric_of(line)
                     cell.keeps_tensors = bool(line.get("local_tensors"))
                 case "resume":
@@ -91,10 +96,12 @@ class History:
                     cell.round = line["round"]
                     cell.seconds += line["seconds"]
                     cell.timed_rounds += 1
-                case "evaluation":
+                case "evaluation" if line["split"] == (cell.split or line["split"]):
                     cell.evaluations[line["round"]] = number(line["value"]), number(line["loss"])
                 case "client_evaluation":
                     cell.own = client_evaluation_of(line)
+                case "warning":
+                    cell.warnings.append(line["text"])
                 case "end":
                     cell.status = line["status"]
                     cell.error = line.get("error") or ""

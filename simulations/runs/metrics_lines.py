@@ -52,8 +52,9 @@ def parsed(text: bytes, judged_by: dict[str, Metric] | None = None) -> dict[str,
         judged_by[line["cell"]] = metric_of(line)
     if not _judged(line, judged_by.get(line["cell"], ACCURACY)):
         return None
-    if "error" in line:
-        line["error"] = printable(line["error"], _LONGEST)
+    for name in ("error", "text"):
+        if name in line:
+            line[name] = printable(line[name], _LONGEST)
     for loss in (*line.get("refused", ()), *line.get("failed", ())):
         loss["reason"] = printable(loss["reason"], _LONGEST)
     return line
@@ -294,11 +295,17 @@ _KINDS: dict[str, tuple[_Checks, _Checks]] = {
         {"round": _is_count, "clients": _list_of(_is_count), "seconds": _is_amount},
         {"heartbeats": _by_client(_is_amount)},
     ),
+    "warning": ({"text": _is_text}, {}),
     "memory": ({"peak_bytes": _is_count}, {}),
     "resume": ({"round": _is_count}, {"task": _is_task}),
     "end": (
         {"status": _one_of("completed", "failed", "untrainable")},
-        {"seconds": _is_number, "weights_sha256": _is_hash, "error": _is_text},
+        {
+            **dict.fromkeys(("seconds", "best_value"), _is_number),
+            **dict.fromkeys(("rounds", "best_round"), _is_count),
+            "weights_sha256": _is_hash,
+            "error": _is_text,
+        },
     ),
 }
 """By kind the fields that a line must have, and those that it may have, each with its check."""

@@ -29,7 +29,8 @@ class GridRecord:
     """experiment.json: the resolved grid and the command that repeats it.
 
     `partitions` holds labels (see `partition_label`); `search` says how learning rates were
-    searched (free form, shown in the report); `experiment` is the base experiment's dotted keys.
+    searched (free form, shown in the report); `experiment` is the base experiment's dotted keys;
+    `axes` has the values, as texts, of every setting that is varied further.
     """
 
     name: str
@@ -41,6 +42,7 @@ class GridRecord:
     learning_rates: list[float]
     search: dict[str, Any]
     experiment: dict[str, Any]
+    axes: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def deployed(self) -> bool:
@@ -74,7 +76,9 @@ class CellRecord:
     alike from the outside. `local_tensors` is the number of the model's tensors that never leave
     the clients, None where no line tells;
     `client_evaluation` is that of the clients' own models, if there was one; `holdings` has by
-    client what it said last, on joining, that it holds.
+    client what it said last, on joining, that it holds. Where validation images decided,
+    `last_round` is the one after which it ended and `best_round` the best on them; `warnings` are
+    of what went wrong beside the run.
     """
 
     id: str
@@ -95,6 +99,21 @@ class CellRecord:
     seconds: float | None = None
     weights_sha256: str | None = None
     error: str | None = None
+    last_round: int | None = None
+    best_round: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def result_round(self) -> int:
+        """The round whose model is the cell's result: the best one where that was chosen."""
+        if self.config.checkpoint.best and self.best_round:
+            return self.best_round
+        return self.last_round or self.config.rounds
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether it ended before its last round because none was better for long."""
+        return self.last_round is not None and self.last_round < self.config.rounds
 
     @property
     def partition(self) -> str:

@@ -49,9 +49,11 @@ def bare(tmp_path_factory) -> Path:
             pytest.skip(
                 f"cannot install what a device needs, give {VARIABLE}: {done.stderr[-300:]}"
             )
+    # What the tests' own Python finds elsewhere is not on a device.
     found = subprocess.run(
-        [str(python), "-P", "-c", FIND], capture_output=True, text=True, check=True, cwd="/"
-    )
+        [str(python), "-P", "-c", FIND],
+        capture_output=True, text=True, check=True, cwd="/", env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
     assert found.stdout.strip() == "[]"
     return python
 
@@ -70,7 +72,8 @@ def without_fedkn(fleet: Fleet, device: Device, python: Path) -> Program:
     """Return Flower's own SuperNode, of the bare Python, with a device's arguments."""
     usual = programs.supernode(fleet, device, fleet.superlink_address, free_port())
     options = usual.command[usual.command.index("--superlink") :]
-    settings = {**usual.environment, "PATH": f"{python.parent}{os.pathsep}/usr/bin:/bin"}
+    path = f"{python.parent}{os.pathsep}/usr/bin:/bin"
+    settings = {**usual.environment, "PATH": path, "PYTHONPATH": ""}
     command = (str(python.with_name("flower-supernode")), *options)
     return replace(usual, command=command, environment=settings)
 

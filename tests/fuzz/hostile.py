@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +63,11 @@ class Part:
         into[name] = content
         return name
 
+    def copied(self) -> Part:
+        """Return a part that is changed by itself. What the tables hold is nobody's to change."""
+        table = dict(self.table) if isinstance(self.table, dict) else self.table
+        return Part(self.kind, self.body, [child.copied() for child in self.children], table)
+
     def all(self) -> list[Part]:
         """Return this part and those below."""
         return [self, *(part for child in self.children for part in child.all())]
@@ -108,7 +112,7 @@ def changed(rng: random.Random, root: Part) -> Part:
 def _change(rng: random.Random, part: Part, root: Part) -> None:
     structure: list[Callable[[], None]] = [
         lambda: setattr(part, "kind", rng.choice(_KINDS)),
-        lambda: part.children.append(deepcopy(rng.choice(root.all()))),
+        lambda: part.children.append(rng.choice(root.all()).copied()),
         lambda: part.children.extend(part.children[:1] * rng.choice((1, 2, 50))),
         part.children.clear,
         lambda: rng.shuffle(part.children),

@@ -9,6 +9,7 @@ import io
 import json
 import random
 import tempfile
+import zipfile
 from collections.abc import Callable
 from functools import cache, lru_cache, wraps
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.app import Context, RecordDict
 
 from clients.device.settings import read_device
@@ -36,7 +39,8 @@ from server.rounds.identities import read_identities, write_identities
 from server.rounds.participation import begin
 from simulations.runs.folder import RunFolder
 from simulations.runs.records import GridRecord
-from tests.fuzz.mutation import mutated_bytes, mutated_json
+from tests.fedkn.models.test_published import authors_name
+from tests.fuzz.mutation import NUMBERS, TEXTS, mutated, mutated_bytes, mutated_json
 
 __all__ = ["LOADERS"]
 
@@ -131,17 +135,56 @@ def _network() -> torch.nn.Module:
     return build("knresnet18", num_classes=3, in_channels=3, normalizer=create("kernel"), width=4)
 
 
+def _published() -> dict[str, torch.Tensor]:
+    """Return weights for `_network` under the authors' names."""
+    state = _network().state_dict()
+    return {authors_name(name, 18): torch.zeros_like(value) for name, value in state.items()}
+
+
 def _write_weights() -> Path:
     path = _folder("weights") / "published.pth"
-    torch.save({"model": {"fc.weight": torch.zeros(3, 4), "fc.bias": torch.zeros(3)}}, path)
+    torch.save({"model": _published()}, path)
     return _place("weights", path)
 
 
 @_told
 def published_weights(rng: random.Random) -> object:
     path = _changed(rng, "weights")
+    if rng.random() < 0.6:
+        weights: dict[Any, Any] = dict(_published())
+        _change_entry(rng, weights, _other_tensor)
+        torch.save(rng.choice(({"model": weights}, weights)), path)
     load_published_weights(_network(), path)
-    return None
+    return path
+
+
+def _other_tensor(rng: random.Random, tensor: torch.Tensor) -> object:
+    others: list[Callable[[], object]] = [
+        lambda: tensor * rng.choice([n for n in NUMBERS if isinstance(n, float)]),
+        lambda: tensor.to(rng.choice((torch.float16, torch.int64, torch.complex64, torch.bool))),
+        lambda: tensor[..., :0],
+        lambda: tensor.reshape(-1),
+        tensor.to_sparse,
+        lambda: torch.empty(tensor.shape, device="meta"),
+        lambda: mutated(rng, 1.0),
+    ]
+    return rng.choice(others)()
+
+
+def _change_entry(
+    rng: random.Random, entries: dict[Any, Any], other: Callable[[random.Random, Any], object]
+) -> None:
+    """Remove, rename, double or change one of `entries`."""
+    key = rng.choice(list(entries))
+    match rng.randrange(6):
+        case 0:
+            del entries[key]
+        case 1:
+            entries[rng.choice((*TEXTS[:-1], *(7, ())))] = entries.pop(key)
+        case 2:
+            entries[f"{key}{rng.choice(TEXTS[:-1])}"] = entries[key]
+        case _:
+            entries[key] = other(rng, entries[key])
 
 
 def _write_run() -> Path:
@@ -200,20 +243,57 @@ def _experiment_text() -> str:
 
 def _write_npz() -> Path:
     path = _folder("npz") / "images.npz"
+    np.savez(path, **_images())
+    return _place("npz", path)
+
+
+def _images() -> dict[str, Any]:
     images = np.arange(8 * 3 * 4 * 4, dtype=np.uint8).reshape(8, 4, 4, 3)
     labels = np.arange(8, dtype=np.int64) % 2
-    stream = io.BytesIO()
-    np.savez(
-        stream, images=images, labels=labels, test_images=images, test_labels=labels,
-        classes=np.array(["a", "b"]),
-    )  # fmt: skip
-    path.write_bytes(stream.getvalue())
-    return _place("npz", path)
+    classes = np.array(["a", "b"])
+    return {
+        **{"images": images, "labels": labels, "classes": classes},
+        **{"test_images": images, "test_labels": labels},
+    }
 
 
 @_told
 def npz(rng: random.Random) -> object:
-    return load_arrays(_changed(rng, "npz"))
+    path = _changed(rng, "npz")
+    if rng.random() < 0.6:
+        arrays = _images()
+        _change_entry(rng, arrays, _other_array)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, array in arrays.items():
+                stream = io.BytesIO()
+                np.save(stream, array, allow_pickle=True)
+                content = stream.getvalue()
+                if rng.random() < 0.1:
+                    content = mutated_bytes(rng, content)
+                archive.writestr(f"{str(name).encode('utf-8', 'replace').decode()}.npy", content)
+    return load_arrays(path)
+
+
+def _other_array(rng: random.Random, array: np.ndarray) -> Any:
+    others: list[Callable[[], object]] = [
+        lambda: array[:0],
+        lambda: array[: rng.randrange(len(array))],
+        lambda: array.reshape(-1),
+        lambda: array[..., None],
+        lambda: np.array(rng.choice(NUMBERS)),
+        lambda: np.array(rng.choice(TEXTS).encode("utf-8", "replace").decode()),
+        lambda: np.array([rng.choice(TEXTS).encode("utf-8", "replace").decode()] * len(array)),
+        lambda: array.astype(rng.choice(("f4", "f8", "i8", "u1", "c8", "?", "O", "S3", "U3"))),
+        lambda: np.full(array.shape, rng.choice([n for n in NUMBERS if isinstance(n, float)])),
+        lambda: np.zeros(array.shape, [("x", "i4"), ("y", "f4")]),
+        lambda: np.zeros(array.shape, "datetime64[s]"),
+        lambda: np.full(array.shape, rng.choice((-1, 2, 10**12, 2**63 - 1)), np.int64),
+    ]
+    with np.errstate(all="ignore"):
+        try:
+            return rng.choice(others)()
+        except (TypeError, ValueError, OverflowError):
+            return np.array([None])
 
 
 def _decoded() -> Decoded:
@@ -267,6 +347,12 @@ def fleet_file(rng: random.Random) -> object:
 def _write_device() -> Path:
     fleet = _fleet()
     path = _folder("device") / "device.toml"
+    fleet.signing_key.parent.mkdir(exist_ok=True)
+    # Not one that is drawn: a case is a function of its seed.
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    fleet.signing_key.write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
     path.write_text(device_toml(fleet, fleet.devices[1]), encoding="utf-8")
     return _place("device", path)
 

@@ -58,7 +58,9 @@ def mutated(rng: random.Random, value: Any) -> Any:
         case 2:
             return rng.choice((None, [], {}, [value], {"x": value}, [[value]] * 3, [value] * 1000))
         case 3 if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return rng.choice((-value, value + 1, value * 1e9, float(value), str(value)))
+            # Beyond every double it stays whole.
+            near = float(value) if abs(value) < 1e300 else value
+            return rng.choice((-value, value + 1, near * 10**9, near, str(value)))
         case 4 if isinstance(value, str):
             return value[: rng.randrange(len(value) + 1)] + rng.choice(TEXTS)
         case _:

@@ -13,7 +13,10 @@ __all__ = ["TARGETS", "Target"]
 
 
 class Target(NamedTuple):
-    """`run` returns in a word what became of a case, and raises where the software failed."""
+    """`run` returns in a word what became of a case, and raises where the software failed.
+
+    `share` is its part of a campaign's cases, in percent.
+    """
 
     run: Callable[[random.Random], str]
     share: float
@@ -23,6 +26,6 @@ TARGETS = {
     "training": Target(server.training, 20),
     "joining": Target(server.joining, 20),
     "evaluating": Target(server.evaluating, 12),
-    "whole-runs": Target(server.whole_runs, 0.05),
-    **{name: Target(case, 4.4) for name, case in LOADERS.items()},
+    "whole-runs": Target(server.whole_runs, 0.1),
+    **{name: Target(case, 47.9 / len(LOADERS)) for name, case in LOADERS.items()},
 }

@@ -217,7 +217,7 @@ def test_a_full_disk_says_how_to_go_on(
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "runs/one/metrics.jsonl")
 
-    monkeypatch.setattr("simulations.commands.launch.run_grid", full)
+    monkeypatch.setattr("simulations.api.running.run_grid", full)
     assert fedkn("run", *TINY, "--name", "one") != 0
     said = " ".join(capfd.readouterr().err.split())
     assert "No space left on device (runs/one/metrics.jsonl)" in said

@@ -15,7 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from flwr.proto.runtime_pb2 import AcquireTaskResponse
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskResponse,
+    PushTaskOutputResponse,
+    SendTaskHeartbeatResponse,
+)
 from flwr.proto.task_pb2 import Task
 
 from clients.device import superexec, supernode
@@ -32,15 +36,21 @@ class RuntimeApi(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path.endswith("acquire-task"):
-            answer = self.tasks.pop() if self.tasks else AcquireTaskResponse()
-            self._answer(200, answer.SerializeToString())
-        elif self.path.endswith("pull-task-input"):
-            self.asked.set()
-            self.release.wait(30)
-            self._answer(400, b"")
-        else:
-            self._answer(200, b"")
+        match self.path.rpartition("/")[2]:
+            case "acquire-task":
+                answer = self.tasks.pop() if self.tasks else AcquireTaskResponse()
+                self._answer(200, answer.SerializeToString())
+            case "send-task-heartbeat":
+                # An empty answer says that the task is no longer wanted, and its app ends at once.
+                self._answer(200, SendTaskHeartbeatResponse(success=True).SerializeToString())
+            case "pull-task-input":
+                self.asked.set()
+                self.release.wait(30)
+                self._answer(400, b"")
+            case "push-task-output":
+                self._answer(200, PushTaskOutputResponse().SerializeToString())
+            case _:
+                self._answer(404, b"")
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -89,6 +99,9 @@ def test_a_task_is_forked_with_torch_loaded_and_all_ends_with_the_supernode(tmp_
             (app,) = [child for child in all_ if child.name() == "flwr-clientapp"]
             # The bundle has not even come: what is loaded was there before.
             assert any(Path(one.path).name.startswith("libtorch") for one in app.memory_maps())
+            # What another thread held at a fork would be held for ever in the child.
+            forker = psutil.Process(app.ppid())
+            assert forker.num_threads() == 1
             parent.kill()
             parent.wait()
             wait_for(lambda: started.poll() is not None)
