@@ -129,7 +129,7 @@ def test_holding_the_ca_does_not_open_control_through_the_proxy(tmp_path):
         bring_up(own, local=False, say=lambda text: None)
         start(own, programs.supernode(own, own.devices[0], own.address, free_port()))
         with Control(own) as control:
-            wait_for_devices(control, 30, lambda text: None)
+            wait_for_devices(control, 150, lambda text: None)
         context = ssl.create_default_context(cafile=str(own.authority))
         stranger = ControlHttpClient(f"https://{own.address}", verify=context)
         context = ssl.create_default_context(cafile=str(own.authority))
@@ -144,6 +144,10 @@ def test_holding_the_ca_does_not_open_control_through_the_proxy(tmp_path):
                 with pytest.raises(httpx.HTTPStatusError) as refusal:
                     call(request)
                 assert refusal.value.response.status_code == status
+        others = ("runtime/acquire-task", "runtime/push-messages", "fleet/register-node")
+        for path in (*(f"v1/{call}" for call in others), "health", "docs"):
+            answer = httpx.post(f"https://{own.address}/{path}", verify=context)
+            assert answer.status_code == 403, path
         # A node behind the proxy does not merely join: it trains.
         settings = ["--set", "rounds=1", "--set", "train.local_steps=2"]
         done = fedkn("run", str(own.path), *settings)

@@ -337,7 +337,7 @@ def test_a_run_goes_on_without_an_update_larger_than_the_limit(fleet, online, tm
         FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE="100000000",
     )
     with Control(fleet) as control:
-        wait_for_devices(control, 60, lambda text: None)
+        wait_for_devices(control, 150, lambda text: None)
     with Run(fleet, "large", rounds=1, cohort=2, server__round_timeout=40) as run:
         code, output = run.end()
     stop(fleet, ["device-1"])

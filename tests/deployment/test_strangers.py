@@ -44,7 +44,7 @@ def fleet(tmp_path_factory) -> Iterator[Fleet]:
         bring_up(made, local=False, say=lambda text: None)
         start(made, programs.supernode(made, made.devices[0], made.address, free_port()))
         with Control(made) as control:
-            wait_for_devices(control, 60, lambda text: None)
+            wait_for_devices(control, 150, lambda text: None)
         yield made
 
 
