@@ -36,7 +36,7 @@ def start_as(fleet: Fleet, device: Device, partition: int) -> None:
     log = fleet.log(device.name)
     begun = log.stat().st_size if log.exists() else 0
     start(fleet, programs.Program(device.name, command, honest.environment))
-    wait_for(lambda: b"SuperNode ID:" in log.read_bytes()[begun:], 120)
+    wait_for(lambda: b"SuperNode ID:" in log.read_bytes()[begun:])
 
 
 def test_a_key_of_no_device_takes_no_devices_place(fleet):
