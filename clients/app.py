@@ -14,16 +14,18 @@ from torch import Tensor
 from clients.device.consent import node_consent
 from clients.instructions import signed_by_the_server
 from clients.local_state import LocalState, local_state
+from clients.passes import own_model, prepared
 from clients.privacy_account import PrivacyAccount, privacy_account
-from clients.session import Session, open_session
+from clients.session import Session, config_in, open_session
 from clients.trainer import current_trainer
-from fedkn.algorithms import local_rules
+from fedkn.algorithms import keeps_model, local_rules
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.federation import (
     ARRAYS,
     CONFIG,
     CONTROL,
+    FIXED,
     LEARNING_RATE,
     METRICS,
     ROUND,
@@ -42,6 +44,7 @@ from fedkn.normalizers import TensorRole
 from fedkn.training import LocalRule, LocalTask, carried_part, evaluate
 from fedkn.training.privacy_spent import PRIVACY, PrivacySpent
 from fedkn.training.private import steps_of_a_round
+from fedkn.training.rule import OWN_MODEL
 
 __all__ = ["app"]
 
@@ -76,23 +79,22 @@ def train(message: Message, context: Context) -> Message:
     changed = _data_changed(session, own)
     account = _account(session, context, partition, told)
     given = _given(message)
-    rules = local_rules(session.config, told, given)
+    rules = local_rules(session.config, told, given, session.workspace.model)
     kept, lost = own.restore(_state_round(session, rules, told))
-    update, state = current_trainer().train(
-        session,
-        LocalTask(
-            seed=session.config.seed,
-            round_=round_,
-            client=partition,
-            train=session.config.train,
-            learning_rate=_told(told, LEARNING_RATE, float),
-            rules=rules,
-            given=given,
-            carried={n: v for n, v in kept.items() if not n.startswith(_MODEL)},
-            largest_batch=session.largest_batch,
-        ),
-        {**received, **carried_part(kept, _MODEL)},
+    task = LocalTask(
+        seed=session.config.seed,
+        round_=round_,
+        client=partition,
+        train=session.config.train,
+        learning_rate=_told(told, LEARNING_RATE, float),
+        rules=rules,
+        given=given,
+        carried={n: v for n, v in kept.items() if not n.startswith((_MODEL, OWN_MODEL))},
+        largest_batch=session.largest_batch,
+        goal=session.task,
     )
+    begin = prepared(session, task, {**received, **carried_part(kept, _MODEL)})
+    update, state = current_trainer().train(session, task, begin)
     arrays = tensors_to_arrays(_sent(session, state, received, rules))
     if account:
         # Before anything is kept or sent: what the account lacks must not leave the device.
@@ -104,8 +106,10 @@ def train(message: Message, context: Context) -> Message:
             allow=node_consent(context.node_config).allow_spending,
         )
         update = replace(update, epsilon=spent.epsilon(session.config.privacy.delta))
-    keep = {_MODEL + name: state[name] for name in session.local_tensors}
+    keep = {_MODEL + name: state[name].clone() for name in session.local_tensors}
     keep |= {n: value for n, value in update.carried.items() if not n.startswith(PRIVACY)}
+    model = own_model(session, task, received, carried_part(kept, OWN_MODEL))
+    keep |= {OWN_MODEL + name: value for name, value in model.items()}
     if keep:
         own.keep(round_, keep, horizon=_horizon(session.config))
     # As it was asked, so it is answered.
@@ -126,27 +130,26 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate_own(message: Message, context: Context) -> Message:
-    """Evaluate the received model with the client's own tensors on the images that it keeps."""
+    """Evaluate the received model with the client's own tensors on the examples that it keeps."""
     session, partition = _opened(message, context)
     received, told = _received(message)
     own = local_state(context, partition, _told(told, RUN_TOKEN, str))
     kept, _ = own.restore(_state_round(session, (), told))
-    images, labels = session.held_data(partition)
-    if not len(labels):
+    examples, targets = session.held_data(partition)
+    if not len(targets):
         raise UserError(
-            f"client {partition} keeps no image to evaluate on: raise evaluation.client_fraction"
+            f"client {partition} keeps no example to evaluate on: raise evaluation.client_fraction"
         )
-    session.workspace.load(received, carried_part(kept, _MODEL))
+    session.workspace.load(received, carried_part(kept, _MODEL), carried_part(kept, OWN_MODEL))
     result = evaluate(
         session.workspace.model,
-        images,
-        labels,
+        examples,
+        targets,
         session.inputs,
         session.config.evaluation.batch_size,
+        goal=session.task,
     )
-    metrics = evaluation_metrics(
-        partition, result.examples, round(result.accuracy * result.examples), result.loss
-    )
+    metrics = evaluation_metrics(partition, result.examples, result.value, result.loss)
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
 
@@ -159,9 +162,15 @@ def _opened(message: Message, context: Context) -> tuple[Session, int]:
     Raises:
         UserError: they do not, or as `open_session`.
     """
-    consent = node_consent(context.node_config)
+    # Before anything of the run is done here: a model of somebody's own is somebody's code.
+    node_consent(context.node_config).allow_run(config_in(context))
     session, partition = open_session(context, message.content)
-    consent.allow_run(session.config)
+    told = message.content.config_records.get(CONFIG, ConfigRecord())
+    if told.get(FIXED, session.fixed_sha256) != session.fixed_sha256:
+        raise UserError(
+            "the tensors that model.frozen keeps as they are differ from the server's: give both "
+            "the same model, model.weights and version of PyTorch"
+        )
     return session, partition
 
 
@@ -189,7 +198,8 @@ def _bytes(arrays: ArrayRecord) -> bytes:
 
 def _state_round(session: Session, rules: Sequence[LocalRule], told: ConfigRecord) -> int:
     """Return the round that left the state to go on from; 0 where clients keep nothing to lose."""
-    keeps = session.local_tensors or any(rule.carries for rule in rules)
+    own = bool(session.local_tensors) or keeps_model(session.config)
+    keeps = own or any(rule.carries for rule in rules)
     return _told(told, STATE_ROUND, int) if keeps else 0
 
 

@@ -21,6 +21,7 @@ from clients.device.data import (
     summary_of,
 )
 from clients.device.profile import MIB, Profile, fitting_batch, node_profile, step_bytes
+from fedkn.algorithms import federation_rule
 from fedkn.config import ExperimentConfig, TrainConfig
 from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.summary import DataSummary
@@ -33,12 +34,14 @@ from fedkn.experiment import (
     inputs_of,
     keep_back,
     normalizer_of,
+    task_of,
 )
-from fedkn.federation import DATA, told_data
+from fedkn.federation import DATA, fixed_sha256, told_data
 from fedkn.normalizers import FederationRule, Normalizer, TensorRole
+from fedkn.tasks import Task
 from fedkn.training import Inputs, Workspace, check_precision
 
-__all__ = ["Session", "open_session"]
+__all__ = ["Session", "config_in", "open_session"]
 
 _LOG = logging.getLogger("flwr")
 
@@ -55,7 +58,9 @@ class Session:
         compared: whether a device's own images were held against the experiment's: not where it
             does not have these and the server has not told of them.
         rule: the role of every tensor of the model.
-        images, labels: all training images on the device, of which a client sees only its own.
+        fixed_sha256: of the tensors that nobody changes; empty: there are none.
+        task: what the network is trained for.
+        examples, targets: all those to train on, of which a client sees only its own.
         num_classes: of the experiment.
         parts: for every client the indices of those that it trains on.
         held: for every client the indices of those that it evaluates its own model on.
@@ -71,8 +76,10 @@ class Session:
     inputs: Inputs
     normalizer: Normalizer
     rule: FederationRule
-    images: Tensor
-    labels: Tensor
+    fixed_sha256: str
+    task: Task
+    examples: Tensor
+    targets: Tensor
     parts: tuple[Tensor, ...]
     held: tuple[Tensor, ...]
     num_classes: int
@@ -81,22 +88,29 @@ class Session:
     def label_counts(self, partition: int) -> list[int]:
         """Return how many images of each class client `partition` trains on."""
         classes = self.num_classes
-        return self.labels[self.parts[partition]].bincount(minlength=classes).tolist()
+        if not classes or self.targets.is_floating_point() or self.targets.ndim > 1:
+            return []
+        return self.targets[self.parts[partition]].bincount(minlength=classes).tolist()
 
     def client_data(self, partition: int) -> tuple[Tensor, Tensor]:
-        """Return the images (N, C, H, W) and labels (N,) that client `partition` trains on."""
+        """Return the examples (N, ...) and targets (N, ...) that `partition` trains on."""
         part = self.parts[partition]
-        return self.images[part], self.labels[part]
+        return self.examples[part], self.targets[part]
 
     def held_data(self, partition: int) -> tuple[Tensor, Tensor]:
-        """Return the images and labels that client `partition` keeps from training."""
+        """Return the examples and targets that client `partition` keeps from training."""
         part = self.held[partition]
-        return self.images[part], self.labels[part]
+        return self.examples[part], self.targets[part]
 
     @property
     def local_tensors(self) -> tuple[str, ...]:
         """The names of the model's tensors that never leave the client."""
         return tuple(name for name, role in self.rule.items() if role is TensorRole.LOCAL)
+
+
+def config_in(context: Context) -> ExperimentConfig:
+    """Return the configuration of the experiment in `context`."""
+    return _config(tuple(context.run_config.items()))
 
 
 def open_session(context: Context, content: RecordDict | None) -> tuple[Session, int]:
@@ -133,6 +147,11 @@ def open_session(context: Context, content: RecordDict | None) -> tuple[Session,
 
 # A message brings the whole run config along: resolving it would cost more than a small reply.
 @lru_cache(maxsize=1)
+def _config(run_config: tuple[tuple[str, Any], ...]) -> ExperimentConfig:
+    return ExperimentConfig.resolve(dict(run_config))
+
+
+@lru_cache(maxsize=1)
 def _session_of(
     run_config: tuple[tuple[str, Any], ...],
     nodes: int,
@@ -140,7 +159,7 @@ def _session_of(
     told: DataSummary | None,
     profile: Profile | None,
 ) -> Session:
-    config = ExperimentConfig.resolve(dict(run_config))
+    config = _config(run_config)
     if not config.partition.clients and not nodes:
         raise UserError(
             "partition.clients is 0 and the node's config has no num-partitions: set one of them"
@@ -165,8 +184,12 @@ def _session(
     wanted = (told or summary_here(asked)) if own else None
     held_by = _own_images(asked, wanted, *own) if own else _partitions(asked, told)
     model = build_model(asked, held_by.summary).to(device)
+    rule = federation_rule(config, normalizer, model)
     workspace, inputs = Workspace(model), inputs_of(asked, device, held_by.summary)
-    images = held_by.images.to(device)
+    examples, targets = held_by.images.to(device), held_by.labels.to(device)
+    task = task_of(asked)
+    if own:
+        task.check(held_by.labels, held_by.classes)
     # Images go through a model one at a time in private training, in whatever batches.
     one_by_one = asked.privacy.mechanism == "example"
     largest = asked.train.batch_size
@@ -174,7 +197,14 @@ def _session(
         largest = profile.largest_batch(largest)
     if profile and profile.memory_limit:
         fits = fitting_batch(
-            lambda size: step_bytes(workspace, inputs, images[:1], size, config.train),
+            lambda size: step_bytes(
+                workspace,
+                inputs,
+                (examples[:1], targets[:1]),
+                size,
+                train=config.train,
+                goal=task,
+            ),
             1 if one_by_one else largest,
             least=normalizer.minimum_batch,
             limit=profile.memory_limit * MIB,
@@ -190,13 +220,15 @@ def _session(
         workspace=workspace,
         inputs=inputs,
         normalizer=normalizer,
-        rule=normalizer.federation_rule(model),
-        images=images,
-        labels=held_by.labels.to(device),
+        rule=rule,
+        fixed_sha256=fixed_sha256(rule, model.state_dict()),
+        task=task,
+        examples=examples,
+        targets=targets,
         parts=tuple(torch.from_numpy(part).to(device) for part in held_by.parts),
         held=tuple(torch.from_numpy(part).to(device) for part in held_by.held),
         own_data=held_by.fingerprint,
-        num_classes=held_by.num_classes,
+        num_classes=len(held_by.classes),
     )
 
 
@@ -221,7 +253,7 @@ class _Images:
 
     summary: DataSummary | None
     fingerprint: Fingerprint | None
-    num_classes: int
+    classes: tuple[str, ...]
     images: Tensor
     labels: Tensor
     parts: tuple[np.ndarray, ...]
@@ -236,9 +268,7 @@ def _partitions(config: ExperimentConfig, told: DataSummary | None) -> _Images:
         )
     data = federated_data(config)
     train = data.train
-    return _Images(
-        None, None, train.num_classes, train.inputs, train.targets, data.parts, data.held
-    )
+    return _Images(None, None, train.classes, train.inputs, train.targets, data.parts, data.held)
 
 
 def _own_images(
@@ -249,7 +279,7 @@ def _own_images(
     _LOG.info("this device's own data: %s", describe(images))
     evaluation = config.evaluation
     used, kept = keep_back(
-        images.targets.numpy(),
+        images.strata.numpy(),
         partition,
         config.seed,
         evaluation.client_fraction,
@@ -259,7 +289,7 @@ def _own_images(
     return _Images(
         wanted or summary_of(images),
         Fingerprint.of(images),
-        images.num_classes,
+        images.classes,
         images.inputs,
         images.targets,
         tuple(used if client == partition else nothing for client in clients),

@@ -98,14 +98,14 @@ def _attempt(
 ) -> LocalUpdate | None:
     """Return the update, or None if a device ran out of memory."""
     session.workspace.load(received)
-    images, labels = session.client_data(task.client)
+    examples, targets = session.client_data(task.client)
     private = partial(train_privately, privacy=session.config.privacy)
     train = private if _is_private(session) else train_locally
     try:
         return train(
             session.workspace,
-            images,
-            labels,
+            examples,
+            targets,
             task,
             inputs=session.inputs,
             normalizer=session.normalizer,

@@ -1,21 +1,51 @@
-"""fedkn: federated, small-batch training with kernel normalization for PyTorch and Flower."""
+"""fedkn: federated, small-batch training with kernel normalization for PyTorch and Flower.
 
-from __future__ import annotations
+What is public is what `__all__` names; docs/api.md shows its use.
+"""
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
-if TYPE_CHECKING:
-    from fedkn.models import convert as convert
-
-__all__ = ["__version__", "convert"]
+__all__ = [
+    "Event",
+    "Observer",
+    "Result",
+    "__version__",
+    "compare",
+    "convert",
+    "load",
+    "resume",
+    "run",
+]
 
 __version__ = "0.1.0"
 
+# On demand: `import fedkn` must not cost the seconds that importing torch takes. By a name in a
+# text, because what runs experiments stands above this package, which imports nothing of it: a
+# device has the library alone. For type checkers and editors the names stand in __init__.pyi.
+_WHERE = {
+    "Event": "fedkn.observer",
+    "Observer": "fedkn.observer",
+    "Result": "simulations.api.result",
+    "compare": "simulations.api.running",
+    "convert": "fedkn.models",
+    "load": "simulations.api.result",
+    "resume": "simulations.api.running",
+    "run": "simulations.api.running",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # On demand: `import fedkn` must not cost the seconds that importing torch takes.
-    if name == "convert":
-        from fedkn.models import convert  # noqa: PLC0415 - see above
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fedkn' has no attribute '{name}'")
+    try:
+        return getattr(import_module(_WHERE[name]), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"fedkn.{name} needs '{error.name}', which is not installed: "
+            "pip install 'fedkn[simulation]'"
+        ) from error
 
-        return convert
-    raise AttributeError(f"module 'fedkn' has no attribute '{name}'")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -34,12 +35,15 @@ __all__ = [
     "ExperimentConfig",
     "ModelConfig",
     "NormalizerConfig",
+    "ObserversConfig",
     "PartitionConfig",
     "PrivacyConfig",
     "Section",
     "ServerConfig",
     "StrategyConfig",
+    "TaskConfig",
     "TrainConfig",
+    "as_named_now",
     "check_keys",
     "validated",
 ]
@@ -70,7 +74,8 @@ class Section(BaseModel):
     def _no_boolean_as_number(cls, value: object, info: ValidationInfo) -> object:
         # Pydantic takes true for 1, also where a word may stand for a number.
         annotation = cls.model_fields[info.field_name or ""].annotation
-        number = annotation in _NUMBERS or get_origin(annotation) in (Union, UnionType)
+        choice = get_origin(annotation) in (Union, UnionType) and bool not in get_args(annotation)
+        number = annotation in _NUMBERS or choice
         if isinstance(value, bool) and number:
             raise ValueError(f"must be a number, not {str(value).lower()}")
         return value
@@ -85,63 +90,109 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which images, and how a batch of them reaches the model."""
+    """Which examples, and how a batch of them reaches the model."""
 
-    source: str = Field("digits", description="data set: digits, mnist, cifar10, image_folder, …")
+    source: str = Field(
+        "digits",
+        description="package.module:function, or data set: digits, mnist, image_folder, arrays, …",
+    )
     root: str = Field("", description="folder (or .npz file) that holds the data")
+    options: Options = Field(
+        "", description="[data.options]: what a source of your own, or huggingface, is told"
+    )
     download: bool = Field(False, description="let torchvision download the data into root")
-    image_size: int = Field(0, ge=0, description="resize image folders to this size (0: as is)")
+    image_size: int = Field(0, ge=0, description="resize folders of images to this size (0: as is)")
     skip_damaged: bool = Field(
         False, description="leave out files of image folders that cannot be used (False: refuse)"
     )
-    scaling: Literal["unit", "centered", "standardized", "published"] = Field(
+    scaling: Literal["unit", "centered", "standardized", "published", "none"] = Field(
         "standardized",
         description="pixel scaling: unit [0,1], centered [-1,1], standardized by the training "
-        "images' mean and deviation, published (what the normalizer's paper used)",
+        "images' mean and deviation, published (what the normalizer's paper used), none (numbers "
+        "as they are)",
     )
     flip: bool = Field(False, description="flip training images left-right at random")
     crop_padding: int = Field(0, ge=0, description="random crop after padding by so many pixels")
     validation_fraction: Fraction = Field(
         0.15, description="part of the training images kept by the server to choose settings on"
     )
-    train_limit: int = Field(0, ge=0, description="use so many training images (0: all)")
-    test_limit: int = Field(0, ge=0, description="use so many test images (0: all)")
+    train_limit: int = Field(0, ge=0, description="use so many training examples (0: all)")
+    test_limit: int = Field(0, ge=0, description="use so many test examples (0: all)")
 
 
 class PartitionConfig(Section):
-    """How the training images are divided among the clients."""
+    """How the training examples are divided among the clients."""
 
-    scheme: str = Field("dirichlet", description="iid, dirichlet, shards or quantity")
+    scheme: str = Field(
+        "dirichlet",
+        description="iid, dirichlet, shards, quantity, labels, natural or domains",
+    )
     clients: int = Field(
         20, ge=0, description="number of clients (0, with flwr run: as many as SuperNodes)"
     )
     alpha: Positive = Field(0.3, description="dirichlet: concentration, smaller is more skewed")
     shards_per_client: int = Field(2, ge=1, description="shards: label shards for each client")
+    labels_per_client: int = Field(2, ge=1, description="labels: labels of each client")
     sigma: NonNegative = Field(1.0, description="quantity: deviation of the log-normal sizes")
-    minimum: int = Field(8, ge=1, description="every client has at least so many images")
+    minimum: int = Field(8, ge=1, description="every client has at least so many examples")
 
 
 class ModelConfig(Section):
     """The network, the same for every normalizer."""
 
-    name: str = Field("resnet8", description="resnet8, resnet18, knresnet18, …")
-    width: int = Field(16, ge=0, description="channels of the first stage (0: as published)")
-    final_norm: Literal["none", "kernel", "own"] = Field(
-        "kernel", description="normalization before the last pooling, for EVERY normalizer"
+    name: str = Field(
+        "resnet8", description="resnet8, resnet18, …, or your own: package.module:factory"
     )
-    low_resolution: bool = Field(True, description="stem for small images (False: for 224x224)")
+    width: int = Field(0, ge=0, description="channels of the first stage (0: as published)")
+    final_norm: Literal["none", "kernel", "own"] = Field(
+        "kernel",
+        description="normalization before the last pooling, for EVERY normalizer; a model of your "
+        "own has what it has",
+    )
+    low_resolution: bool | Literal["auto"] = Field(
+        "auto",
+        description="stem for small images (False: for 224x224; auto: by the images, small are "
+        "those of up to 64 pixels)",
+    )
     dropout_p: Annotated[float, Field(ge=0, lt=1)] | Literal["published"] = Field(
         "published", description="dropout of kernel normalization's statistics"
     )
     options: Options = Field(
         "", description="[model.options]: what a model of your own takes beside the normalizer"
     )
+    weights: str = Field(
+        "", description="file of weights to start from: safetensors, or tensors that torch saved"
+    )
+    weights_except: str = Field(
+        "", description="tensors that are not taken from it, as 'fc.*, head.*'"
+    )
+    weights_sha256: str = Field(
+        "", description="of that file: filled in when a run begins, and another file is refused"
+    )
+    frozen: str = Field(
+        "", description="tensors that are not trained and not sent, as 'conv1.*, layer1.*'"
+    )
+
+
+class TaskConfig(Section):
+    """What the network is trained for: the loss, the metrics, what targets are."""
+
+    name: str = Field(
+        "classification",
+        description="classification, multilabel, regression, segmentation or package.module:Task",
+    )
+    options: Options = Field(
+        "", description="[task.options]: what the task takes, such as class_weights, loss"
+    )
 
 
 class NormalizerConfig(Section):
     """The normalizer: a layer and a federation rule."""
 
-    name: str = Field("kernel", description="kernel, ws_group, group, batch, none, …")
+    name: str = Field(
+        "kernel",
+        description="kernel, ws_group, group, batch, none, …, or your own: package.module:Class",
+    )
     groups: int = Field(0, ge=0, description="group, ws_group: number of groups (0: default)")
     bn_statistics: Literal["averaged", "recalibrated", "local"] = Field(
         "averaged",
@@ -150,6 +201,9 @@ class NormalizerConfig(Section):
     )
     frozen_from: int = Field(
         0, ge=0, description="fixbn: first round on frozen statistics (0: the second half)"
+    )
+    options: Options = Field(
+        "", description="[normalizer.options]: what a normalizer has beside these, as eval_mode"
     )
 
 
@@ -168,6 +222,11 @@ class TrainConfig(Section):
     momentum: Fraction = Field(0.0, description="local SGD momentum")
     weight_decay: NonNegative = Field(0.0, description="L2 penalty")
     clip_norm: NonNegative = Field(10.0, description="clip the gradient's norm (0: off)")
+    adaptive_clip: NonNegative | Literal["published"] = Field(
+        "published",
+        description="clip the gradient of every unit to this part of its weights' norm (0: off; "
+        "published: as the normalizer's paper does, which for most is off)",
+    )
     schedule: Literal["constant", "cosine", "exponential"] = Field(
         "constant", description="learning rate over the rounds"
     )
@@ -190,6 +249,21 @@ class StrategyConfig(Section):
 
     name: str = Field("fedavg", description="fedavg, fedprox, fedavgm, fedadam, fedyogi, …")
     proximal_mu: NonNegative = Field(0.01, description="fedprox: weight of the proximal term")
+    personal_weight: NonNegative = Field(
+        0.1, description="ditto: weight of the term that holds a client's own model (lambda)"
+    )
+    local_parameters: str = Field(
+        "",
+        description="fedper, fedrep: what stays on the client, as patterns of layers or parameters "
+        "divided by commas (empty: the last linear layer)",
+    )
+    head_epochs: int = Field(
+        1, ge=1, description="fedrep: passes in which the head is trained, before the body"
+    )
+    mixture: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="apfl: weight of a client's own model in its mixture, at first"
+    )
+    adaptive_mixture: bool = Field(True, description="apfl: every client learns its mixture")
     server_learning_rate: Positive | Literal["default"] = Field(
         "default",
         description="fedavgm, fedadam, fedyogi, fedadagrad, scaffold, fednova: the server's step",
@@ -203,6 +277,9 @@ class StrategyConfig(Section):
         0.2, description="fedtrimmedavg: part cut off at either end"
     )
     malicious_clients: int = Field(0, ge=0, description="krum, multikrum, bulyan: tolerated")
+    options: Options = Field(
+        "", description="[strategy.options]: what a strategy of your own takes"
+    )
 
 
 class PrivacyConfig(Section):
@@ -235,7 +312,17 @@ class EvaluationConfig(Section):
     split: Literal["test", "validation"] = Field("test", description="test or validation images")
     every: int = Field(1, ge=1, description="evaluate every so many rounds, and after the last")
     batch_size: int = Field(256, ge=1, description="images in an evaluation batch")
-    target_accuracy: Fraction = Field(0.8, description="for rounds to target accuracy")
+    target: Finite | Literal["auto", "none"] = Field(
+        "auto",
+        description="value of the deciding metric whose first round the report tells, in the "
+        "metric's own unit (auto: 0.8 of accuracy, none of other metrics)",
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="stop after so many evaluations without a better one, on validation examples "
+        "(0: never)",
+    )
     client_fraction: Fraction = Field(
         0.0,
         description="part of its images that every client keeps from training, to evaluate its "
@@ -273,6 +360,31 @@ class CheckpointConfig(Section):
     cell: str = Field("experiment", description="name of this experiment in the run folder")
     every: int = Field(1, ge=1, description="checkpoint every so many rounds, and after the last")
     keep: int = Field(2, ge=1, description="number of checkpoints kept")
+    best: bool = Field(
+        False,
+        description="the result is the model of the round that is best on validation images, not "
+        "of the last",
+    )
+
+
+def _joined(value: object) -> object:
+    """Return names as one text, each once: a list of them, or a text with spaces between them."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return value
+    return ",".join(dict.fromkeys(name.strip() for name in names if name.strip()))
+
+
+class ObserversConfig(Section):
+    """What watches the run on its server; it changes nothing of the result."""
+
+    names: Annotated[str, BeforeValidator(_joined)] = Field(
+        "",
+        description="tensorboard, mlflow, wandb, or package.module:Observer; several by commas",
+    )
+    options: Options = Field(
+        "", description="[observers.options]: each goes to those of the observers that take it"
+    )
 
 
 class ExperimentConfig(Section):
@@ -291,6 +403,7 @@ class ExperimentConfig(Section):
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
     normalizer: NormalizerConfig = NormalizerConfig()
     train: TrainConfig = TrainConfig()
     strategy: StrategyConfig = StrategyConfig()
@@ -298,6 +411,7 @@ class ExperimentConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     server: ServerConfig = ServerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    observers: ObserversConfig = ObserversConfig()
 
     @classmethod
     def resolve(cls, *layers: Mapping[str, Any]) -> Self:
@@ -309,7 +423,7 @@ class ExperimentConfig(Section):
         flat: dict[str, Any] = {}
         tables = [*_option_tables(cls)]
         for layer in layers:
-            flat = with_options(tables, flat, layer)
+            flat = as_named_now(with_options(tables, flat, layer))
         check_keys(cls, flat)
         config = validated(cls, nest(flat))
         if config.partition.clients and config.cohort > config.partition.clients:
@@ -317,7 +431,20 @@ class ExperimentConfig(Section):
                 f"cohort ({config.cohort}) is larger than partition.clients "
                 f"({config.partition.clients}): lower cohort or raise partition.clients"
             )
+        chooses = {"evaluation.patience": config.evaluation.patience}
+        chooses["checkpoint.best"] = config.checkpoint.best
+        for key, value in chooses.items():
+            if value and not config.data.validation_fraction:
+                raise UserError(
+                    f"{key} chooses on validation images, of which data.validation_fraction = 0 "
+                    "leaves none (test images must not choose): raise it"
+                )
         return config
+
+    @property
+    def chooses(self) -> bool:
+        """Whether validation images decide on the round that is the last, or the best."""
+        return self.checkpoint.best or self.evaluation.patience > 0
 
     def flat(self) -> dict[str, Scalar]:
         """Return the configuration as dotted keys: Flower's run config of this experiment."""
@@ -336,6 +463,13 @@ class ExperimentConfig(Section):
         """Return a copy with dotted keys changed; ``__`` stands for the dot in a keyword."""
         return self.resolve(self.flat(), {k.replace("__", "."): v for k, v in changes.items()})
 
+
+def as_named_now(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted settings with those under earlier names as they are called now."""
+    return {_RENAMED.get(key, key): value for key, value in flat.items()}
+
+
+_RENAMED = {"evaluation.target_accuracy": "evaluation.target"}
 
 SectionT = TypeVar("SectionT", bound=Section)
 

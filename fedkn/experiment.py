@@ -6,14 +6,14 @@ function of the configuration and is kept in memory, because one process simulat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedkn import models, normalizers
+from fedkn import models, normalizers, tasks
 from fedkn.algorithms import rule_types
 from fedkn.config import (
     DataConfig,
@@ -21,17 +21,22 @@ from fedkn.config import (
     ModelConfig,
     NormalizerConfig,
     PartitionConfig,
+    TaskConfig,
 )
 from fedkn.data import partition as partitions
 from fedkn.data import sources
-from fedkn.data.augmentation import channel_statistics
+from fedkn.data.augmentation import channel_statistics, check_augmentation, check_scaling
 from fedkn.data.examples import Examples, Source
 from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.split import stratified_split
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
+from fedkn.network import Network, build_network
 from fedkn.normalizers import Normalizer
+from fedkn.options import read_options
+from fedkn.tasks import Task
 from fedkn.training.inputs import Inputs
+from fedkn.training.stackable import Stacking, try_stacking
 
 __all__ = [
     "FederatedData",
@@ -42,7 +47,10 @@ __all__ = [
     "inputs_of",
     "keep_back",
     "layout_on",
+    "network_of",
     "normalizer_of",
+    "own_stacking",
+    "task_of",
     "why_alone",
 ]
 
@@ -80,9 +88,11 @@ def federated_data(config: ExperimentConfig) -> FederatedData:
     client keeps from training, a third is for choosing settings, the rest for results.
 
     Raises:
-        UserError: data missing, or a partition that cannot be made, naming the setting to change.
+        UserError: data missing or not what the task needs, or a partition that cannot be made,
+            naming the setting to change.
     """
     evaluation = config.evaluation
+    _check_targets(config.data, config.task)
     return _federated_data(
         config.data, config.partition, config.seed, evaluation.client_fraction, evaluation.split
     )
@@ -108,6 +118,15 @@ def normalizer_of(config: ExperimentConfig) -> Normalizer:
     return _normalizer(config.normalizer, config.rounds)
 
 
+def task_of(config: ExperimentConfig) -> Task:
+    """Return what the network is trained for.
+
+    Raises:
+        UserError: there is no such task, or it does not take the options given.
+    """
+    return _task(config.task)
+
+
 def data_summary(config: ExperimentConfig) -> DataSummary:
     """Return what clients must know of the experiment's images, and what a run records of them.
 
@@ -116,7 +135,9 @@ def data_summary(config: ExperimentConfig) -> DataSummary:
     Raises:
         UserError: the experiment's source cannot be read here.
     """
-    return _summary(config.data, _scaling(config) == "standardized")
+    summary = _summary(config.data, _scaling(config) == "standardized")
+    check_scaling(_scaling(config), getattr(torch, summary.dtype))
+    return summary
 
 
 def build_model(config: ExperimentConfig, summary: DataSummary | None = None) -> nn.Module:
@@ -124,16 +145,24 @@ def build_model(config: ExperimentConfig, summary: DataSummary | None = None) ->
 
     With a `summary` of the experiment's images their source need not be here.
     """
+    return network_of(config, summary).module
+
+
+def network_of(config: ExperimentConfig, summary: DataSummary | None = None) -> Network:
+    """Return the model as `build_model` does, and how it came about."""
     if summary is None:
         source = _source(config.data)
-        classes, channels = source.num_classes, source.in_channels
+        classes, shape = source.num_classes, source.shape
+        target = tuple(source.train.targets.shape[1:])
     else:
-        classes, channels = len(summary.classes), summary.shape[0]
-    normalizer = normalizer_of(config)
-    model = _build(config.model, normalizer, classes, channels, config.seed)
+        classes, shape, target = len(summary.classes), summary.shape, summary.target_shape
+    normalizer, outputs = normalizer_of(config), task_of(config).outputs(classes, target)
+    network = build_network(
+        config.model, normalizer, outputs=outputs, shape=shape, seed=config.seed
+    )
     layout = layout_on(device_of(config), normalizer)
-    model.to(memory_format=layout)  # type: ignore[call-overload]  # as torch has it
-    return model
+    network.module.to(memory_format=layout)  # type: ignore[call-overload]  # as torch has it
+    return network
 
 
 def layout_on(device: torch.device, normalizer: Normalizer) -> torch.memory_format:
@@ -152,11 +181,13 @@ def inputs_of(
     With a `summary` of the experiment's images their source need not be here.
     """
     data, scaling = config.data, _scaling(config)
+    told = summary or data_summary(config)
+    check_scaling(scaling, getattr(torch, told.dtype))
+    dtype = torch.float32 if told.dtype == "uint8" else torch.float64
     mean = deviation = None
     if scaling == "standardized":
-        told = summary or data_summary(config)
         mean, deviation = (
-            torch.tensor(v, dtype=torch.float32, device=device) for v in (told.mean, told.deviation)
+            torch.tensor(v, dtype=dtype, device=device) for v in (told.mean, told.deviation)
         )
     layout = layout_on(device, normalizer_of(config))
     return Inputs(scaling, mean, deviation, data.flip, data.crop_padding, layout)
@@ -173,7 +204,17 @@ def why_alone(config: ExperimentConfig) -> str:
         "train.accumulate gives a step several batches": train.accumulate > 1,
         f"they compute in float32, not in {train.precision}": train.precision == "bfloat16",
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    known = next((reason for reason, holds in reasons.items() if holds), "")
+    if known or config.model.name in models.names():
+        return known
+    return own_stacking(config).reason
+
+
+def own_stacking(config: ExperimentConfig) -> Stacking:
+    """Return whether a model of somebody's own can be trained for several clients at once."""
+    return _own_stacking(
+        config.model, config.normalizer, config.rounds, config.data, task=config.task
+    )
 
 
 def device_of(config: ExperimentConfig) -> torch.device:
@@ -198,6 +239,22 @@ def device_of(config: ExperimentConfig) -> torch.device:
     return device
 
 
+@lru_cache(maxsize=4)
+def _own_stacking(
+    model: ModelConfig,
+    normalizer: NormalizerConfig,
+    rounds: int,
+    data: DataConfig,
+    *,
+    task: TaskConfig,
+) -> Stacking:
+    config = ExperimentConfig(
+        model=model, normalizer=normalizer, rounds=rounds, data=data, task=task, device="cpu"
+    )
+    some = _split(data)[0].select(np.arange(2))
+    return try_stacking(build_model(config), inputs_of(config, torch.device("cpu"))(some.inputs))
+
+
 @lru_cache(maxsize=2)
 def _source(data: DataConfig) -> Source:
     return sources.load(
@@ -205,6 +262,7 @@ def _source(data: DataConfig) -> Source:
         data.root,
         data.download,
         data.image_size,
+        options=read_options(data.options),
         train_limit=data.train_limit,
         test_limit=data.test_limit,
         skip_damaged=data.skip_damaged,
@@ -214,7 +272,8 @@ def _source(data: DataConfig) -> Source:
 @lru_cache(maxsize=2)
 def _split(data: DataConfig) -> tuple[Examples, Examples, Examples]:
     source = _source(data)
-    kept, held = stratified_split(source.train.targets, data.validation_fraction, 0, "validation")
+    check_augmentation(source.train, flip=data.flip, crop_padding=data.crop_padding)
+    kept, held = stratified_split(source.train.strata, data.validation_fraction, 0, "validation")
     return source.train.select(kept), source.train.select(held), source.test
 
 
@@ -223,17 +282,21 @@ def _federated_data(
     data: DataConfig, scheme: PartitionConfig, seed: int, kept_back: float, split: str
 ) -> FederatedData:
     train, validation, test = _split(data)
+    # By class, because a client's examples are all of one origin or mixed on purpose.
+    labels = replace(train, origins=None).strata.numpy()
     parts = partitions.partition(
-        train.targets.numpy(),
+        labels,
         scheme.scheme,
+        classed=train.labels is not None,
+        origins=train.origins,
         clients=scheme.clients,
         seed=seed,
         alpha=scheme.alpha,
         shards_per_client=scheme.shards_per_client,
+        labels_per_client=scheme.labels_per_client,
         sigma=scheme.sigma,
         minimum=scheme.minimum,
     )
-    labels = train.targets.numpy()
     own, held = [], []
     for client, part in enumerate(parts):
         used, kept = keep_back(labels[part], client, seed, kept_back, split)
@@ -251,17 +314,25 @@ def _scaling(config: ExperimentConfig) -> str:
 @lru_cache(maxsize=4)
 def _summary(data: DataConfig, standardized: bool) -> DataSummary:
     train = _split(data)[0]
-    shape, fingerprint = (train.in_channels, *train.image_size), _fingerprint(data)
-    if not standardized:
-        return DataSummary(train.classes, shape, fingerprint=fingerprint)
-    mean, deviation = (tuple(figures.tolist()) for figures in channel_statistics(train))
-    # Floats hold float32 numbers exactly.
-    return DataSummary(train.classes, shape, mean, deviation, fingerprint)
+    figures = channel_statistics(train) if standardized else None
+    return DataSummary.of(train, figures, _fingerprint(data))
 
 
 @lru_cache(maxsize=2)
 def _fingerprint(data: DataConfig) -> Fingerprint:
     return Fingerprint.of(*_split(data))
+
+
+@lru_cache(maxsize=4)
+def _check_targets(data: DataConfig, config: TaskConfig) -> None:
+    task = _task(config)
+    for part in _split(data):
+        task.check(part.targets, part.classes)
+
+
+@lru_cache(maxsize=4)
+def _task(config: TaskConfig) -> Task:
+    return tasks.create(config.name, **read_options(config.options))
 
 
 def _normalizer(config: NormalizerConfig, rounds: int) -> Normalizer:
@@ -272,22 +343,9 @@ def _normalizer(config: NormalizerConfig, rounds: int) -> Normalizer:
         "frozen_from": config.frozen_from or rounds - rounds // 2 + 1,
     }
     known = normalizers.options(config.name)
+    options = read_options(config.options)
+    if twice := options.keys() & settings.keys():
+        raise UserError(f"normalizer.options.{min(twice)} is a setting: normalizer.{min(twice)}")
     return normalizers.create(
-        config.name, **{key: value for key, value in settings.items() if key in known}
-    )
-
-
-def _build(
-    model: ModelConfig, normalizer: Normalizer, num_classes: int, in_channels: int, seed: int
-) -> nn.Module:
-    return models.build(
-        model.name,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        normalizer=normalizer,
-        width=model.width or None,
-        final_norm=model.final_norm,
-        low_resolution=model.low_resolution,
-        dropout_p=None if model.dropout_p == "published" else model.dropout_p,
-        seed=seed,
+        config.name, **{key: value for key, value in settings.items() if key in known}, **options
     )

@@ -5,6 +5,7 @@ The only module of this package that imports Flower.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -30,11 +31,11 @@ __all__ = [
     "ARRAYS",
     "CONFIG",
     "CONTROL",
-    "CORRECT",
     "DATA",
     "EVALUATION_LOSS",
     "EVALUATION_METRICS",
     "EXAMPLES",
+    "FIXED",
     "LABELS",
     "LEARNING_RATE",
     "METRICS",
@@ -45,11 +46,13 @@ __all__ = [
     "STATE_ROUND",
     "TRAIN_LOSS",
     "TRAIN_METRICS",
+    "VALUE",
     "arrays_record",
     "arrays_to_tensors",
     "data_record",
     "evaluation_metrics",
     "failure_reason",
+    "fixed_sha256",
     "is_packed",
     "join_answer",
     "join_request",
@@ -84,6 +87,9 @@ ROUND, LEARNING_RATE = "server-round", "learning-rate"
 # accepted an update of that client (0: never).
 RUN_TOKEN, STATE_ROUND = "run-token", "state-round"
 
+# What `fixed_sha256` gives of the server's tensors that nobody changes, where there are any.
+FIXED = "fixed-sha256"
+
 # Metrics of an update: which partition, its number of examples (the weight in the average), and
 # what the local training did.
 PARTITION, EXAMPLES, TRAIN_LOSS = "partition-id", "num-examples", "train-loss"
@@ -105,9 +111,9 @@ TRAIN_METRICS = (
 # Metric of a client's answer on joining, beside its partition and examples: images of each class.
 LABELS = "labels"
 
-# Metrics of a client that evaluated its own model: `CORRECT` of `EXAMPLES` images.
-CORRECT, EVALUATION_LOSS = "correct", "loss"
-EVALUATION_METRICS = (PARTITION, EXAMPLES, CORRECT, EVALUATION_LOSS)
+# Metrics of a client that evaluated its own model: the deciding metric's value, and the mean loss.
+VALUE, EVALUATION_LOSS = "value", "loss"
+EVALUATION_METRICS = (PARTITION, EXAMPLES, VALUE, EVALUATION_LOSS)
 
 # Roles whose tensors travel in both directions.
 _TRAVELS = frozenset({TensorRole.SHARED, TensorRole.MEAN, TensorRole.VARIANCE, TensorRole.FROZEN})
@@ -116,6 +122,19 @@ _TRAVELS = frozenset({TensorRole.SHARED, TensorRole.MEAN, TensorRole.VARIANCE, T
 def on_the_wire(rule: Mapping[str, TensorRole]) -> tuple[str, ...]:
     """Return the names of the tensors that are sent, in the order of the model's state."""
     return tuple(name for name, role in rule.items() if role in _TRAVELS)
+
+
+def fixed_sha256(rule: Mapping[str, TensorRole], state: Mapping[str, Tensor]) -> str:
+    """Return a hash of the tensors that stay as they were built; empty where there are none.
+
+    They do not travel, so this is how client and server see that they have the same.
+    """
+    names = [name for name, role in rule.items() if role is TensorRole.FIXED]
+    digest = hashlib.sha256()
+    for name, value in moved({name: state[name] for name in names}, torch.device("cpu")).items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest() if names else ""
 
 
 def arrays_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
@@ -262,9 +281,9 @@ def update_metrics(
     return MetricRecord(dict(zip(TRAIN_METRICS, values, strict=True)))
 
 
-def evaluation_metrics(partition: int, examples: int, correct: int, loss: float) -> MetricRecord:
-    """Return the metrics of a client's own model on the images that it keeps from training."""
-    values = (partition, examples, correct, loss)
+def evaluation_metrics(partition: int, examples: int, value: float, loss: float) -> MetricRecord:
+    """Return the metrics of a client's own model on the examples that it keeps from training."""
+    values = (partition, examples, value, loss)
     return MetricRecord(dict(zip(EVALUATION_METRICS, values, strict=True)))
 
 
@@ -279,9 +298,9 @@ def data_record(summary: DataSummary) -> ConfigRecord:
     """Return `summary` as the record `DATA` of a message."""
     record = summary.to_record()
     fingerprint = record.pop(_FINGERPRINT)
-    lists = {key: list(value) for key, value in record.items() if value}
+    own = {k: v if isinstance(v, str) else list(v) for k, v in record.items() if v}
     told = {_FINGERPRINT: json.dumps(fingerprint)} if fingerprint else {}
-    return ConfigRecord({**lists, **told})
+    return ConfigRecord({**own, **told})
 
 
 def told_data(content: RecordDict) -> DataSummary:

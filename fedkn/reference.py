@@ -12,16 +12,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from fedkn.averaging import moment_pairs, pool_moments, weighted_mean, weighted_sum
 from fedkn.config import ExperimentConfig
 from fedkn.data.examples import Examples
 from fedkn.errors import UserError
-from fedkn.experiment import build_model, federated_data, inputs_of, normalizer_of
+from fedkn.experiment import build_model, federated_data, inputs_of, normalizer_of, task_of
 from fedkn.normalizers import FederationRule, TensorRole
 from fedkn.seeds import derive, numpy_generator, torch_generator
 from fedkn.training import Workspace, learning_rate, plan_batches, training_scores
+from fedkn.training.adaptive_clipping import adaptive_clip
 from fedkn.training.draws import own_draws
 
 __all__ = ["federated_averaging"]
@@ -35,10 +36,12 @@ def federated_averaging(config: ExperimentConfig) -> dict[str, np.ndarray]:
     Raises UserError where `config` asks for what is not on this page, or cannot work.
     """
     plain = config.strategy.name == "fedavg" and config.privacy.mechanism == "none"
-    if not plain or config.train.keep_momentum or config.train.accumulate > 1:
+    clipped = adaptive_clip(config) != 0
+    if not plain or clipped or config.train.keep_momentum or config.train.accumulate > 1:
         raise UserError(
             "the reference is federated averaging alone: set strategy.name = 'fedavg', "
-            "privacy.mechanism = 'none', train.keep_momentum = false and train.accumulate = 1"
+            "privacy.mechanism = 'none', train.adaptive_clip = 0, train.keep_momentum = false and "
+            "train.accumulate = 1"
         )
     config = config.overlay(device="cpu")
     data, normalizer = federated_data(config), normalizer_of(config)
@@ -47,9 +50,9 @@ def federated_averaging(config: ExperimentConfig) -> dict[str, np.ndarray]:
     parameters = {name for name, _ in model.named_parameters()}
     rule = normalizer.federation_rule(model)
     stays = {name for name, role in rule.items() if role is TensorRole.LOCAL}
-    counts = {name for name, role in rule.items() if role is TensorRole.COUNTER}
+    never = {n for n, role in rule.items() if role in (TensorRole.COUNTER, TensorRole.FIXED)}
     state = workspace.state()  # views: what is loaded and trained shows in them
-    world = {n: t.numpy().copy() for n, t in state.items() if n not in stays | counts}
+    world = {n: t.numpy().copy() for n, t in state.items() if n not in stays | never}
     own = [{name: state[name].clone() for name in stays} for _ in data.parts]
 
     for round_ in range(1, config.rounds + 1):
@@ -58,7 +61,7 @@ def federated_averaging(config: ExperimentConfig) -> dict[str, np.ndarray]:
         cohort = draw.choice(len(data.parts), config.cohort, replace=False)
         for client in sorted(cohort.tolist()):
             received = {name: torch.from_numpy(value) for name, value in world.items()}
-            workspace.load(received, own[client])  # counts begin anew
+            workspace.load(received, own[client])  # counts and what is frozen begin anew
             if _local_sgd(workspace, data.client(client), config, round_, client):
                 own[client] = {name: state[name].clone() for name in stays}
                 update = {name: state[name].numpy().copy() for name in world}
@@ -75,26 +78,31 @@ def _local_sgd(
     """Take a client's steps of one round on the model that was loaded; return how many."""
     model, optimizer, train = workspace.model, workspace.optimizer, config.train
     normalizer, inputs = normalizer_of(config), inputs_of(config, workspace.device)
+    goal = task_of(config)  # says the loss
     seed, place, least = config.seed, (round_, client), normalizer.minimum_batch
     plan = plan_batches(len(data), train, least, seed=seed, round_=round_, client=client)
     model.train()
     normalizer.begin_training(model, round_)
     with own_draws(workspace.device, derive(seed, "network", *place)) as draws:
         for step, batch in enumerate(plan.batches):
-            images, labels = data.inputs[batch], data.targets[batch]
+            some, targets = data.inputs[batch], data.targets[batch]
             if inputs.augments:
-                images = inputs.augmented(images, torch_generator(seed, "augment", *place, step))
+
+                def augmented(what: Tensor, step: int = step) -> Tensor:
+                    return inputs.augmented(what, torch_generator(seed, "augment", *place, step))
+
+                some, targets = augmented(some), goal.moved(targets, augmented)
             optimizer.zero_grad()
             with draws.seeded(derive(seed, "dropout", *place, step)):
-                scores = training_scores(model, inputs(images), train.precision)
-            F.cross_entropy(scores, labels).backward()  # type: ignore[no-untyped-call]
+                outputs = training_scores(model, inputs(some), train.precision)
+            goal.mean_loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
             optimizer.limit(clip_norm=train.clip_norm, weight_decay=train.weight_decay)
             optimizer.move(learning_rate(train, round_, config.rounds), momentum=train.momentum)
 
         @torch.no_grad()
         def forward(batch_size: int) -> None:
-            for images in torch.split(data.inputs, batch_size):
-                model(inputs(images))
+            for some in torch.split(data.inputs, batch_size):
+                model(inputs(some))
 
         draws.reseed(derive(seed, "statistics", *place))
         normalizer.end_training(model, forward, round_)  # statistics that need a pass of their own

@@ -20,10 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from fedkn.data.vision import import_torchvision, needs_way_round
 from fedkn.errors import UserError, unknown_name
 from fedkn.text import printable
 
-__all__ = ["Kind", "find", "is_reference", "load_reference", "registered"]
+__all__ = ["Kind", "find", "is_reference", "load_reference", "look_here", "module_of", "registered"]
 
 Kind = Literal["model", "source", "task", "normalizer", "strategy", "observer"]
 PartT = TypeVar("PartT")
@@ -58,6 +59,21 @@ def registered(kind: Kind) -> tuple[str, ...]:
     return tuple(sorted(_registered(kind)))
 
 
+def module_of(kind: Kind, name: str) -> str | None:
+    """Return the module that a part of somebody's own is in; None for a name that is not one's own.
+
+    The module is looked for where `load_reference` looks, and not imported.
+    """
+    if is_reference(name):
+        module = name.partition(":")[0]
+    elif (entry := _registered(kind).get(name)) is not None:
+        module = entry.module
+    else:
+        return None
+    look_here(module.partition(".")[0])
+    return module
+
+
 def load_reference(kind: Kind, reference: str) -> Any:
     """Return what ``package.module:name`` names.
 
@@ -70,7 +86,7 @@ def load_reference(kind: Kind, reference: str) -> Any:
     module, _, attribute = reference.partition(":")
 
     def load() -> Any:
-        _look_here(module.partition(".")[0])
+        look_here(module.partition(".")[0])
         found: Any = import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
@@ -82,7 +98,7 @@ def load_reference(kind: Kind, reference: str) -> Any:
 def _guarded(kind: Kind, name: str, load: Callable[[], Any]) -> Any:
     shown = f"{kind} '{printable(name, 120)}'"
     try:
-        return load()
+        return _with_torchvision(load)
     except UserError:
         raise
     except ModuleNotFoundError as error:
@@ -97,7 +113,18 @@ def _guarded(kind: Kind, name: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"{shown} cannot be imported: {_said(error)}{_where(error)}") from error
 
 
-def _look_here(package: str) -> None:
+def _with_torchvision(load: Callable[[], Any]) -> Any:
+    """Return what `load` returns, also where torchvision is one for CUDA beside a torch without."""
+    try:
+        return load()
+    except RuntimeError as error:
+        if not needs_way_round(error):
+            raise
+    import_torchvision()
+    return load()
+
+
+def look_here(package: str) -> None:
     """Let modules of the current folder be found: an installed program does not look there."""
     here = str(Path.cwd())
     if here in sys.path or package in sys.modules:

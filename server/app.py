@@ -26,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
     context.state[ARRAYS] = arrays_record(outcome.tensors)
     context.state[METRICS] = MetricRecord(
         {
-            "accuracy": outcome.evaluation.accuracy,
+            "value": outcome.evaluation.value,
             "loss": outcome.evaluation.loss,
             "examples": outcome.evaluation.examples,
             "rounds": outcome.rounds,

@@ -17,9 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedkn.config import ExperimentConfig, as_named_now
 from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError, UserError
 from fedkn.files import write_atomically
+from server.choice import Choice
 from server.rounds.participation import Participation
 from server.run_data import refuse_changes
 
@@ -27,7 +29,8 @@ __all__ = ["Checkpoint", "CheckpointNotWritten", "CheckpointStore", "weights_sha
 
 _LOG = logging.getLogger("flwr")
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
-_FIELDS = ("round", "names", "config", "versions", "token", "data")
+_FIELDS = ("round", "names", "config", "versions", "token", "data", "choice")
+_DEFAULTS = ExperimentConfig().flat()
 _VERSIONS = {"torch": torch.__version__, "numpy": np.__version__, "flwr": flwr.__version__}
 
 
@@ -46,6 +49,7 @@ class Checkpoint:
         tensors: the global tensors. strategy: the strategy's own arrays.
         participation: which states the clients are in; these stay with them.
         data: what was trained on; None in a checkpoint of an earlier fedkn, which did not say.
+        choice: the best round so far, where validation images decide.
     """
 
     round_: int
@@ -53,6 +57,17 @@ class Checkpoint:
     strategy: dict[str, np.ndarray]
     participation: Participation
     data: DataSummary | None = None
+    choice: Choice | None = None
+
+    @property
+    def result(self) -> Mapping[str, np.ndarray]:
+        """The global tensors of the best round where they are kept, else of this one."""
+        return (self.choice and self.choice.tensors) or self.tensors
+
+    @property
+    def result_round(self) -> int:
+        """The round that made them."""
+        return self.choice.round_ if self.choice and self.choice.tensors else self.round_
 
 
 class CheckpointStore:
@@ -89,6 +104,8 @@ class CheckpointStore:
         """
         arrays = {f"model/{name}": value for name, value in checkpoint.tensors.items()}
         arrays |= {f"strategy/{name}": value for name, value in checkpoint.strategy.items()}
+        if checkpoint.choice is not None:
+            arrays |= {f"best/{name}": value for name, value in checkpoint.choice.tensors.items()}
         arrays["clients/last"] = checkpoint.participation.last
         contiguous = {name: np.asarray(value, order="C") for name, value in arrays.items()}
         metadata = {
@@ -100,6 +117,8 @@ class CheckpointStore:
         }
         if checkpoint.data is not None:
             metadata["data"] = json.dumps(checkpoint.data.to_record())
+        if checkpoint.choice is not None:
+            metadata["choice"] = json.dumps(checkpoint.choice.to_record())
         metadata["sha256"] = _checksum(contiguous, metadata)
         # What a kill in the middle of writing left behind takes up space that is needed now.
         for leftover in self._folder.glob(".*.part"):
@@ -144,8 +163,10 @@ class CheckpointStore:
         rounds = {path: int(match[1]) for path, match in found.items() if match}
         return sorted(rounds, key=lambda path: rounds[path], reverse=True)
 
-    def _refuse_other(self, then: Mapping[str, Any]) -> None:
-        for key in sorted(self._config.keys() | then.keys()):
+    def _refuse_other(self, recorded: Mapping[str, Any]) -> None:
+        # What there was no setting for was done as it is by default.
+        then = {**_DEFAULTS, **as_named_now(recorded)}
+        for key in sorted(self._config.keys() | as_named_now(recorded).keys()):
             if self._config.get(key) != then.get(key):
                 raise UserError(
                     f"{self._folder} was begun with {key} = {then.get(key)!r}, not "
@@ -198,13 +219,21 @@ def _read(path: Path) -> tuple[Checkpoint, dict[str, str]]:
         arrays = {name: file.get_tensor(name) for name in json.loads(metadata["names"])}
     if _checksum(arrays, metadata) != metadata["sha256"]:
         raise ValueError("its checksum does not match")
-    parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "strategy": {}, "clients": {}}
+    parts: dict[str, dict[str, np.ndarray]] = {
+        "model": {},
+        "strategy": {},
+        "clients": {},
+        "best": {},
+    }
     for name, value in arrays.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = value
     participation = Participation(metadata["token"], parts["clients"]["last"])
     data = DataSummary.from_record(json.loads(metadata["data"])) if "data" in metadata else None
+    choice = None
+    if "choice" in metadata:
+        choice = Choice.from_record(json.loads(metadata["choice"]), parts["best"])
     checkpoint = Checkpoint(
-        int(metadata["round"]), parts["model"], parts["strategy"], participation, data
+        int(metadata["round"]), parts["model"], parts["strategy"], participation, data, choice
     )
     return checkpoint, metadata

@@ -19,6 +19,9 @@ from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError
 from fedkn.experiment import data_summary
 from fedkn.locks import Taken, held
+from fedkn.network import pinned_weights
+from fedkn.tasks import Metric
+from fedkn.text import printable
 from fedkn.training import Evaluation
 from server.checkpoints import (
     Checkpoint,
@@ -26,13 +29,15 @@ from server.checkpoints import (
     CheckpointStore,
     weights_sha256,
 )
+from server.choice import Choice
 from server.gate.plausible import most_examples
 from server.global_model import GlobalModel
 from server.metrics_log import LogNotWritten, MetricsLog
+from server.observers import Audience, create_observers
 from server.rounds.aggregation import Aggregator
 from server.rounds.client_evaluation import ClientEvaluation, evaluate_clients
 from server.rounds.identities import read_identities
-from server.rounds.loop import Federation, NoValidUpdates, RoundReport, run_round
+from server.rounds.loop import Federation, NoValidUpdates, run_round
 from server.rounds.membership import Membership
 from server.rounds.participation import Participation, begin
 from server.rounds.waiting import Waiting
@@ -51,12 +56,14 @@ class Outcome:
     Attributes:
         tensors: the final global tensors. weights_sha256: their hash.
         evaluation: of the final model. rounds: rounds run, those before a resume included.
+        choice: the best round, where validation images decide.
     """
 
     tensors: dict[str, np.ndarray]
     weights_sha256: str
     evaluation: Evaluation
     rounds: int
+    choice: Choice | None = None
 
 
 def run_server(grid: Grid, config: ExperimentConfig, advice: str = "") -> Outcome:
@@ -72,6 +79,8 @@ def run_server(grid: Grid, config: ExperimentConfig, advice: str = "") -> Outcom
             checkpoint, or a configuration that differs from the one which the folder's
             checkpoints were written with.
     """
+    if weights := pinned_weights(config.model):
+        config = config.resolve(config.flat(), weights)
     with ExitStack() as stack:
         folder = Path(config.checkpoint.folder)
 
@@ -88,35 +97,52 @@ def run_server(grid: Grid, config: ExperimentConfig, advice: str = "") -> Outcom
 
 def _logged(grid: Grid, config: ExperimentConfig, hold: Callable[[], None]) -> Outcome:
     log = MetricsLog(config.checkpoint.folder, config.checkpoint.cell)
+    audience = Audience(config, log, create_observers(config))
     started = time.monotonic()
     try:
-        outcome = _run(grid, config, log, hold)
+        outcome = _run(grid, config, audience, hold)
+        audience.write(
+            "end",
+            status="completed",
+            seconds=time.monotonic() - started,
+            weights_sha256=outcome.weights_sha256,
+            **_chosen(outcome),
+        )
     except Taken:
         raise
     except FedknError as error:
         # The error itself must get through, also where the log is what cannot be written.
         with suppress(LogNotWritten):
-            log.write("end", status="failed", seconds=time.monotonic() - started, error=str(error))
+            audience.write(
+                "end", status="failed", seconds=time.monotonic() - started, error=str(error)
+            )
         raise
-    log.write(
-        "end",
-        status="completed",
-        seconds=time.monotonic() - started,
-        weights_sha256=outcome.weights_sha256,
-    )
+    finally:
+        with suppress(LogNotWritten):
+            audience.close()
     return outcome
 
 
-def _run(
-    grid: Grid, config: ExperimentConfig, log: MetricsLog, hold: Callable[[], None]
-) -> Outcome:
+def _chosen(outcome: Outcome) -> dict[str, Any]:
+    """Return what the last line says of the choice, if there was one."""
+    if outcome.choice is None:
+        return {}
+    return {
+        "rounds": outcome.rounds,
+        "best_round": outcome.choice.round_,
+        "best_value": outcome.choice.value,
+    }
+
+
+def _run(grid: Grid, config: ExperimentConfig, log: Audience, hold: Callable[[], None]) -> Outcome:
     model = GlobalModel(config)
     aggregator = Aggregator(config, model.rule, model.parameters)
     data = data_summary(config)
     hold()
     store = _store(config)
     _hold_to_data(config, data)
-    tensors, finished, participation = _begin(config, model, aggregator, store, log, data=data)
+    begun = _begin(config, model, aggregator, store, log, data=data)
+    tensors, finished, participation, choice = begun
     membership = Membership(
         grid,
         config.partition.clients,
@@ -132,43 +158,86 @@ def _run(
     federation = Federation(config, grid, model, membership, aggregator, waiting)
     evaluation = None
     failed_rounds = 0
-    for round_ in range(finished + 1, config.rounds + 1):
+    while finished < config.rounds and not _is_over(config, choice):
+        round_ = finished = finished + 1
         tensors, report = run_round(round_, tensors, participation, federation)
         participation = participation.after(round_, [u.partition for u in report.updates])
         failed_rounds = 0 if report.updates else failed_rounds + 1
+        log.write("round", state=tensors, **report.fields())
         last = round_ == config.rounds
-        _log_round(log, config, report)
-        if last or round_ % config.evaluation.every == 0:
+        evaluates = last or round_ % config.evaluation.every == 0
+        # A round that brought nothing is no reason to go on, or to stop.
+        if choice is not None and evaluates and not failed_rounds:
+            choice = _choice_after(round_, tensors, choice, model=model, config=config, log=log)
+            last = last or _is_over(config, choice)
+        if evaluates:
             evaluation = model.evaluate(tensors)
-            _log_evaluation(log, config, round_, evaluation)
-        # A round that brought nothing is not in a checkpoint: a resume tries it again.
+            _log_evaluation(
+                log, round_, evaluation, config.evaluation.split, tensors=tensors, whole=last
+            )
+        # Nor is it in a checkpoint: a resume tries it again.
         made = round_ - failed_rounds
         if store and made and (last or round_ % config.checkpoint.every == 0):
-            store.save(Checkpoint(made, tensors, aggregator.state(), participation, data))
+            state = aggregator.state()
+            store.save(Checkpoint(made, tensors, state, participation, data, choice))
         if failed_rounds >= config.server.max_failed_rounds or (last and failed_rounds):
             raise NoValidUpdates(_no_valid(report.refused + report.failed, failed_rounds))
-    if evaluation is None:
-        # Resumed after the last round, whose evaluation the log may have lost.
+    chosen = finished
+    if choice is not None and choice.tensors:
+        tensors, chosen = dict(choice.tensors), choice.round_
+    if evaluation is None or chosen != finished:
+        # Of another round; or resumed after the last one, whose evaluation the log may have lost.
         evaluation = model.evaluate(tensors)
-        _log_evaluation(log, config, config.rounds, evaluation)
+        _log_evaluation(
+            log, chosen, evaluation, config.evaluation.split, tensors=tensors, whole=True
+        )
     if config.evaluation.client_fraction:
         result = evaluate_clients(
-            tensors, participation, config=config, grid=grid, membership=membership
+            tensors,
+            participation,
+            config=config,
+            grid=grid,
+            membership=membership,
+            fixed_sha256=model.fixed_sha256,
         )
-        _log_clients(log, config, result)
-    return Outcome(tensors, weights_sha256(tensors), evaluation, config.rounds)
+        _log_clients(log, finished, config.evaluation.split, result)
+    return Outcome(tensors, weights_sha256(tensors), evaluation, finished, choice)
+
+
+def _is_over(config: ExperimentConfig, choice: Choice | None) -> bool:
+    """Whether no more rounds are to be run, because none was better for long."""
+    patience = config.evaluation.patience
+    return choice is not None and patience > 0 and choice.waited >= patience
+
+
+def _choice_after(
+    round_: int,
+    tensors: dict[str, np.ndarray],
+    choice: Choice,
+    *,
+    model: GlobalModel,
+    config: ExperimentConfig,
+    log: Audience,
+) -> Choice:
+    """Return the choice after `round_`, judged by validation images."""
+    judged = model.evaluate(tensors, "validation")
+    if config.evaluation.split != "validation":
+        _log_evaluation(log, round_, judged, "validation", tensors=tensors)
+    keep = config.checkpoint.best
+    return choice.after(round_, judged.value, tensors, metric=model.task.metric, keep=keep)
 
 
 def _store(config: ExperimentConfig) -> CheckpointStore | None:
     if not config.checkpoint.folder:
         return None
-    # Where a run is may change, how often it writes and in how many processes it trains: what it
-    # computes may not.
+    # Where a run is may change, how often it writes, who watches it and in how many processes it
+    # trains: what it computes may not.
     computes = {
         key: value
         for key, value in config.flat().items()
-        if not key.startswith("checkpoint.") and key != "workers"
+        if not key.startswith(("checkpoint.", "observers.")) and key != "workers"
     }
+    computes["checkpoint.best"] = config.checkpoint.best
     folder = Path(config.checkpoint.folder) / "cells" / config.checkpoint.cell
     return CheckpointStore(folder, config.checkpoint.keep, computes)
 
@@ -194,19 +263,19 @@ def _begin(
     model: GlobalModel,
     aggregator: Aggregator,
     store: CheckpointStore | None,
-    log: MetricsLog,
+    log: Audience,
     *,
     data: DataSummary,
-) -> tuple[dict[str, np.ndarray], int, Participation]:
-    """Return the global tensors to begin with, the rounds that they have behind them, and who took
-    part in these.
+) -> tuple[dict[str, np.ndarray], int, Participation, Choice | None]:
+    """Return the global tensors to begin with, the rounds that they have behind them, who took
+    part in these, and the best of them where validation images decide.
     """
     restored = store.load_newest(data) if store else None
     if restored is not None:
         aggregator.load_state(restored.strategy)
-        log.write("resume", round=restored.round_, time=time.time())
-        _LOG.info("resuming after round %d", restored.round_)
-        return restored.tensors, restored.round_, restored.participation
+        task = _told_task(config, model.task.metric)
+        log.write("resume", round=restored.round_, time=time.time(), task=task)
+        return restored.tensors, restored.round_, restored.participation, restored.choice
     tensors = model.tensors()
     log.write(
         "start",
@@ -216,26 +285,23 @@ def _begin(
         parameters=model.size,
         tensors=len(tensors),
         local_tensors=model.local_tensors,
+        model=model.record(),
+        task=_told_task(config, model.task.metric),
     )
+    _LOG.info("%s: %s", config.model.name, model.described)
     log.write("memory", **model.memory())
-    _log_evaluation(log, config, 0, model.evaluate(tensors))
-    return tensors, 0, begin(config.partition.clients)
+    _log_evaluation(log, 0, model.evaluate(tensors), config.evaluation.split, tensors=tensors)
+    choice = Choice() if config.chooses else None
+    return tensors, 0, begin(config.partition.clients), choice
 
 
-def _log_clients(log: MetricsLog, config: ExperimentConfig, result: ClientEvaluation) -> None:
-    fields = result.fields()
-    log.write("client_evaluation", round=config.rounds, split=config.evaluation.split, **fields)
+def _log_clients(log: Audience, round_: int, split: str, result: ClientEvaluation) -> None:
+    log.write("client_evaluation", round=round_, split=split, **result.fields())
     for entry in result.failed:
         _LOG.warning("evaluation: client %s: %s", entry["client"], entry["reason"])
-    if result.clients:
-        _LOG.info(
-            "clients' own models on their own images: accuracy %.4f, worst tenth %.4f",
-            fields["mean"],
-            fields["worst_tenth"],
-        )
 
 
-def _log_joined(log: MetricsLog, round_: int, membership: Membership) -> None:
+def _log_joined(log: Audience, round_: int, membership: Membership) -> None:
     """Write who has joined, up to round `round_`, and what they hold."""
     if joined := membership.newcomers():
         log.write(
@@ -253,31 +319,42 @@ def _log_joined(log: MetricsLog, round_: int, membership: Membership) -> None:
         )
 
 
-def _log_round(log: MetricsLog, config: ExperimentConfig, report: RoundReport) -> None:
-    log.write("round", **report.fields())
-    _LOG.info(
-        "round %d/%d: %d of %d updates, %.1f s",
-        report.round_,
-        config.rounds,
-        len(report.updates),
-        len(report.cohort),
-        report.seconds,
-    )
-
-
 def _log_evaluation(
-    log: MetricsLog, config: ExperimentConfig, round_: int, evaluation: Evaluation
+    log: Audience,
+    round_: int,
+    evaluation: Evaluation,
+    split: str,
+    *,
+    tensors: dict[str, np.ndarray],
+    whole: bool = False,
 ) -> None:
-    split = config.evaluation.split
+    """Write an evaluation, `whole` with what it says of every class."""
+    # Of every round they would be most of the log.
+    by_class = {"by_class": evaluation.by_class} if whole and evaluation.by_class else {}
+    confusion = {"confusion": evaluation.confusion} if whole and evaluation.confusion else {}
     log.write(
         "evaluation",
+        state=tensors,
         round=round_,
         split=split,
-        accuracy=evaluation.accuracy,
+        metrics=evaluation.metrics,
         loss=evaluation.loss,
         examples=evaluation.examples,
+        **by_class,
+        **confusion,
     )
-    _LOG.info("round %d: accuracy %.4f on %s images", round_, evaluation.accuracy, split)
+
+
+def _told_task(config: ExperimentConfig, metric: Metric) -> dict[str, Any]:
+    """Return what the log says of the task; a bound that there is not is written as null."""
+    return {
+        "name": printable(config.task.name),
+        "metric": metric.name,
+        "higher_is_better": metric.higher_is_better,
+        "lowest": metric.lowest,
+        "highest": metric.highest,
+        "unit": metric.unit,
+    }
 
 
 def _no_valid(reasons: Sequence[dict[str, Any]], rounds: int) -> str:

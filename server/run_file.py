@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkn.config import ExperimentConfig, Scalar, ServerConfig, StrategyConfig
+from fedkn.config import ExperimentConfig, ObserversConfig, Scalar, ServerConfig, StrategyConfig
 from fedkn.errors import FedknError, UserError
 from fedkn.files import write_atomically
 
@@ -85,9 +85,11 @@ _SERVER_ALONE = {
     "workers",
     "data.download",
     "evaluation.every",
-    "evaluation.target_accuracy",
+    "evaluation.target",
+    "evaluation.patience",
     # Clients keep what of theirs the server may go back to: `every`, `keep` and max_failed_rounds.
-    *(f"checkpoint.{key}" for key in ("folder", "cell")),
+    *(f"checkpoint.{key}" for key in ("folder", "cell", "best")),
     *(f"server.{key}" for key in ServerConfig.model_fields if key != "max_failed_rounds"),
+    *(f"observers.{key}" for key in ObserversConfig.model_fields),
     *(f"strategy.{key}" for key in StrategyConfig.model_fields if key != "name"),
 }

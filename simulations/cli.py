@@ -25,6 +25,7 @@ from simulations.commands.deploy import deploy
 from simulations.commands.device import device
 from simulations.commands.doctor import doctor
 from simulations.commands.export import export
+from simulations.commands.export_table import export_table
 from simulations.commands.partition import partition
 from simulations.commands.predict import predict
 from simulations.commands.report import report
@@ -66,7 +67,8 @@ def _options(
     """Hold what may stand before a command."""
 
 
-for command in (demo, compare, run, resume, report, export, predict, partition, doctor):
+_COMMANDS = (demo, compare, run, resume, report, export_table, export, predict, partition, doctor)
+for command in _COMMANDS:
     app.command()(command)
 app.add_typer(bench, name="bench")
 app.add_typer(deploy, name="deploy")

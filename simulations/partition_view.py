@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,11 +16,11 @@ from rich.text import Text
 
 from fedkn.errors import UserError
 from fedkn.text import printable
-from simulations.report.figures import PLAIN_TEXT
-from simulations.runs.records import PartitionRecord
+from simulations.runs.records import EXAMPLES, PartitionRecord
 
 __all__ = ["partition_table", "save_picture"]
 
+_MOST_NAMED = 60
 _SHADES = ("dim", "", "bold")
 
 
@@ -27,7 +28,8 @@ def partition_table(record: PartitionRecord) -> Table:
     """Return the counts of a partition, a row for each client and the sums below."""
     table = Table(
         title=Text(
-            f"{printable(record.partition)}, seed {record.seed}: images by client and label",
+            f"{printable(record.partition)}, seed {record.seed}: examples by client"
+            f"{'' if _unlabelled(record) else ' and label'}",
             style="table.title",
         ),
         title_justify="left",
@@ -36,12 +38,19 @@ def partition_table(record: PartitionRecord) -> Table:
     counts = np.array(record.counts)
     largest = counts.max()
     table.add_column("client", justify="right", footer="all")
+    if record.names:
+        longest = max(len(printable(name, 40)) for name in record.names)
+        table.add_column("whose", no_wrap=True, min_width=min(longest, 16))
     for name, total in zip(record.classes, counts.sum(axis=0), strict=True):
         # Text, because a bracket in a class's name is not markup.
         table.add_column(Text(printable(name, 40)), justify="right", footer=str(total))
-    table.add_column("images", justify="right", footer=str(counts.sum()))
+    if not _unlabelled(record):
+        table.add_column("examples", justify="right", footer=str(counts.sum()))
     for client, row in enumerate(counts):
-        table.add_row(str(client), *(_shaded(count, largest) for count in row), str(row.sum()))
+        whose = [Text(printable(record.names[client], 40))] if record.names else []
+        total = [] if _unlabelled(record) else [str(row.sum())]
+        cells = [_shaded(count, largest) for count in row]
+        table.add_row(str(client), *whose, *cells, *total)
     return table
 
 
@@ -51,10 +60,14 @@ def save_picture(records: Sequence[PartitionRecord], path: Path) -> None:
     Raises UserError if the file cannot be written.
     """
     try:
-        with mpl.rc_context(PLAIN_TEXT):
+        with mpl.rc_context(_PLAIN_TEXT):
             _drawn(records).savefig(path, dpi=150)
     except OSError as error:
         raise UserError(f"cannot write the picture '{path}': {error.strerror}") from None
+
+
+def _unlabelled(record: PartitionRecord) -> bool:
+    return record.classes == [EXAMPLES]
 
 
 def _drawn(records: Sequence[PartitionRecord]) -> Figure:
@@ -69,11 +82,15 @@ def _drawn(records: Sequence[PartitionRecord]) -> Figure:
             f"{printable(record.partition)}, seed {record.seed}", fontsize=10, loc="left"
         )
         axes.set_xlabel("client")
-        axes.set_ylabel("label")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel("" if _unlabelled(record) else "label")
+        if record.names and clients <= _MOST_NAMED:
+            names = [printable(name, 20) for name in record.names]
+            axes.set_xticks(range(len(names)), names, fontsize=7, rotation=90)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         classes = [printable(name, 40) for name in record.classes]
         axes.set_yticks(range(len(classes)), classes, fontsize=7)
-        figure.colorbar(image, ax=axes, label="images")
+        figure.colorbar(image, ax=axes, label="examples")
     figure.set_layout_engine("tight")
     return figure
 
@@ -82,3 +99,12 @@ def _shaded(count: int, largest: int) -> Text:
     if not count:
         return Text("·", style="dim")
     return Text(str(count), style=_SHADES[min(2, 3 * count // max(largest, 1))])
+
+
+# Names of classes and clients come from outside: no mathematics in them.
+# Any: what matplotlib calls the type of a setting differs from version to version.
+_PLAIN_TEXT: dict[Any, Any] = {
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.formatter.use_mathtext": False,
+}

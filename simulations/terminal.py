@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import codecs
 import io
+import logging
 import sys
 
 from rich.console import Console
 
-__all__ = ["plain_where_needed", "terminal"]
+__all__ = ["name_cell", "plain_where_needed", "terminal"]
 
 _ERRORS = "fedkn-plain"
 
@@ -25,9 +26,44 @@ def plain_where_needed() -> None:
             stream.reconfigure(errors=_ERRORS)
 
 
+def name_cell(cell: str) -> None:
+    """Let every line of this process's log name `cell`, without colours where no terminal is.
+
+    Cells that run at once write into one file.
+    """
+    log = logging.getLogger("flwr")
+    for earlier in [one for one in log.filters if isinstance(one, _Named)]:
+        log.removeFilter(earlier)
+    log.addFilter(_Named(cell))
+
+
+class _Named(logging.Filter):
+    def __init__(self, cell: str) -> None:
+        super().__init__()
+        self._cell = cell
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = f"{self._cell}: {record.getMessage()}", ()
+        # Here, because Flower makes its handlers when it is imported, and colours what they write.
+        for handler in logging.getLogger("flwr").handlers:
+            if isinstance(handler, logging.StreamHandler) and hasattr(handler, "colored"):
+                handler.colored = handler.stream.isatty()
+        return True
+
+
 def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Return a console that shows text as it is: no markup, no emoji codes, no highlights."""
-    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+    """Return a console that shows text as it is: no markup, no emoji codes, no highlights.
+
+    In a notebook too, which rich would give a block of HTML for every line.
+    """
+    return Console(
+        stderr=stderr,
+        quiet=quiet,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        force_jupyter=False,
+    )
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

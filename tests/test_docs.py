@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+import fedkn
 from fedkn.config import ExperimentConfig
 from fedkn.normalizers import table
 
@@ -51,6 +52,16 @@ def test_normalizers_page_has_what_the_classes_declare() -> None:
     head, rest = text.split(start)
     expected = f"{head}{start}{table.markdown()}{end}{rest.split(end)[1]}"
     _hold_equal(path, text, expected)
+
+
+def test_the_page_of_the_public_names_has_them_all_and_no_other() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^### `fedkn\.(\w+)`$", text, re.MULTILINE)
+    assert sorted(named) == sorted(fedkn.__all__)
+    for name in fedkn.__all__:
+        part = getattr(fedkn, name)
+        if callable(part):
+            assert ">>> " in (part.__doc__ or "") or name in ("Event", "convert"), name
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -10,6 +10,7 @@ from pydantic import Field
 from fedkn.config import ExperimentConfig, Section, validated
 from fedkn.errors import UserError, unknown_name
 from fedkn.models import names as model_names
+from fedkn.references import is_reference, registered
 from fedkn.text import printable
 from fedkn.training.privacy_spent import PrivacySpent
 
@@ -34,7 +35,11 @@ class Consent(Section):
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         1e-5, description="at which max_epsilon is meant, whatever delta a run names"
     )
-    models: str = Field("", description="models that may be trained, with commas (empty: any)")
+    models: str = Field(
+        "",
+        description="models that may be trained, with commas, somebody's own as "
+        "package.module:name (empty: any)",
+    )
     max_rounds: int = Field(0, ge=0, description="refuse runs of more rounds (0: any number)")
     evaluation: bool = Field(
         True,
@@ -43,9 +48,10 @@ class Consent(Section):
 
     def check_names(self) -> None:
         """Raise UserError if `models` names one that there is not."""
+        known = (*model_names(), *registered("model"))
         for name in self._models():
-            if name not in model_names():
-                raise unknown_name("model in consent.models", name, model_names())
+            if name not in known and not is_reference(name):
+                raise unknown_name("model in consent.models", name, known)
 
     def allow_run(self, config: ExperimentConfig) -> None:
         """Raise UserError, with what the owner has decided, unless `config` may be run here."""

@@ -94,26 +94,27 @@ def summary_here(config: ExperimentConfig) -> DataSummary | None:
 
 def summary_of(images: Examples) -> DataSummary:
     """Return the summary of a device's own `images`, as if they were the experiment's."""
-    mean, deviation = channel_statistics(images)
-    shape = (images.in_channels, *images.image_size)
-    return DataSummary(images.classes, shape, tuple(mean.tolist()), tuple(deviation.tolist()))
+    return DataSummary.of(images, channel_statistics(images))
 
 
 def label_counts(images: Examples) -> dict[str, int]:
-    """Return the number of images of every class, in the order of the classes."""
-    counts = torch.bincount(images.targets, minlength=images.num_classes)
+    """Return the number of examples of every class, in their order; nothing without classes."""
+    if images.labels is None:
+        return {}
+    counts = torch.bincount(images.labels, minlength=images.num_classes)
     return dict(zip(images.classes, counts.tolist(), strict=True))
 
 
 def describe(images: Examples) -> str:
-    """Return in one line how many images there are, of which shape, and of each label."""
-    height, width = images.image_size
+    """Return in one line how many examples there are, of which kind, and of each label."""
+    kind = DataSummary.of(images)
     counts = label_counts(images)
     shown = ", ".join(
         f"{printable(name, 40)}: {count}" for name, count in list(counts.items())[:_SHOWN]
     )
     more = f", … {len(counts) - _SHOWN} more classes" if len(counts) > _SHOWN else ""
-    return f"{len(images)} images {images.in_channels}x{height}x{width} ({shown}{more})"
+    what = "images" if len(kind.shape) == 3 else "examples"
+    return f"{len(images)} {what} {kind.inputs} ({shown or f'targets: {kind.targets}'}{more})"
 
 
 _SHOWN = 20
@@ -129,14 +130,9 @@ def _kind(own: OwnData, data: DataConfig) -> str:
 def _image_size(data: DataConfig, wanted: DataSummary | None) -> int:
     if wanted is None:
         return data.image_size
-    _, height, width = wanted.shape
-    return height if height == width else 0
+    sides = wanted.shape[1:]
+    return sides[0] if len(sides) == 2 and sides[0] == sides[1] else 0
 
 
 def _whole(source: Source) -> Examples:
-    train, test = source.train, source.test
-    return Examples(
-        torch.cat([train.inputs, test.inputs]),
-        torch.cat([train.targets, test.targets]),
-        train.classes,
-    )
+    return source.train.joined(source.test)

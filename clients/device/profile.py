@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedkn.config import ExperimentConfig, Section, TrainConfig, validated
 from fedkn.errors import UserError
+from fedkn.tasks import Task
 from fedkn.training import Inputs, Workspace
 from fedkn.training.memory import step_memory
 
@@ -77,19 +78,26 @@ def node_profile(node_config: Mapping[str, Any]) -> Profile | None:
 
 
 def step_bytes(
-    workspace: Workspace, inputs: Inputs, example: Tensor, batch_size: int, train: TrainConfig
+    workspace: Workspace,
+    inputs: Inputs,
+    example: tuple[Tensor, Tensor],
+    batch_size: int,
+    *,
+    train: TrainConfig,
+    goal: Task,
 ) -> int:
     """Return how many bytes of tensors a training step holds at most: model, gradients, the rest.
 
-    Measured in one batch: `batch_size` copies of `example`, a uint8 image (1, C, H, W) on the
-    workspace's device. The model's tensors are not what they were afterwards.
+    Measured in one batch: `batch_size` copies of `example`, an input (1, C, H, W) and its target
+    (1, ...) on the workspace's device, trained on for `goal`. The model's tensors are not what they
+    were afterwards.
     """
     model = sum(tensor.nbytes for tensor in workspace.state().values())
     # Of gradients and velocity.
     vectors = workspace.optimizer.values.nbytes * (2 if train.momentum else 1)
-    x = inputs(example.expand(batch_size, -1, -1, -1))
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=x.device)
-    step = step_memory(workspace.model, x, labels, precision=train.precision)
+    some, targets = (one.expand(batch_size, *one.shape[1:]) for one in example)
+    x = inputs(some)
+    step = step_memory(workspace.model, x, targets, goal, precision=train.precision)
     return model + vectors + x.nbytes + step
 
 

@@ -65,8 +65,15 @@ def check_training(session: Session, partition: int) -> Iterator[Finding]:
     if config.privacy.mechanism == "example":
         size = 1
     lowered = f" (the experiment asks for {asked})" if session.largest_batch < asked else ""
-    images = session.client_data(partition)[0][:1]
-    held = step_bytes(session.workspace, session.inputs, images, size, train)
+    examples, targets = session.client_data(partition)
+    held = step_bytes(
+        session.workspace,
+        session.inputs,
+        (examples[:1], targets[:1]),
+        size,
+        train=train,
+        goal=session.task,
+    )
     free = psutil.virtual_memory().available
     message = f"{held / MIB:.1f} MiB at batch size {size}{lowered}, {free / MIB:.0f} MiB free"
     fits = held < free or session.workspace.device.type != "cpu"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,9 +13,17 @@ from torch.nn import functional as F
 from fedkn.data.examples import Examples
 from fedkn.errors import UserError, unknown_name
 
-__all__ = ["SCALINGS", "augment", "augment_pieces", "channel_statistics", "scale"]
+__all__ = [
+    "SCALINGS",
+    "augment",
+    "augment_pieces",
+    "channel_statistics",
+    "check_augmentation",
+    "check_scaling",
+    "scale",
+]
 
-SCALINGS: tuple[str, ...] = ("unit", "centered", "standardized")
+SCALINGS: tuple[str, ...] = ("unit", "centered", "standardized", "none")
 _CHUNK = 4096
 
 
@@ -86,56 +96,96 @@ def augment_pieces(
     return images.flatten(2).gather(2, index).view(count, channels, height, width)
 
 
-def scale(
-    images: Tensor, scaling: str, mean: Tensor | None = None, std: Tensor | None = None
-) -> Tensor:
-    """Return uint8 `images` as float32, scaled.
+def check_augmentation(data: Examples, *, flip: bool, crop_padding: int) -> None:
+    """Raise UserError if `data` cannot be augmented so: it must be images."""
+    if not flip and not crop_padding:
+        return
+    if len(data.shape) != 3:
+        sides = "x".join(map(str, data.shape))
+        raise UserError(
+            f"data.flip and data.crop_padding are for images (C, H, W), and these inputs are "
+            f"{sides}: leave them at false and 0, and augment in your own source"
+        )
 
-    ``unit`` is x/255, in [0, 1]; ``centered`` is (x/255 - 0.5)/0.5, in [-1, 1]; ``standardized``
-    is (x/255 - mean)/std with `mean` and `std` (C,) as `channel_statistics` gives them for the
-    training images.
+
+def scale(
+    inputs: Tensor, scaling: str, mean: Tensor | None = None, std: Tensor | None = None
+) -> Tensor:
+    """Return a batch of `inputs` as float32, scaled.
+
+    Of uint8 images ``unit`` is x/255, in [0, 1]; ``centered`` is (x/255 - 0.5)/0.5, in [-1, 1];
+    ``standardized`` is (x/255 - mean)/std with `mean` and `std` (C,) as `channel_statistics` gives
+    them for the training inputs. Of any other type ``standardized`` is (x - mean)/std, computed in
+    float64 and rounded once. ``none`` leaves the numbers as they are; int32 and int64 stay
+    integers, because they may be indices.
 
     Parameters
     ----------
-    images
-        uint8 tensor (N, C, H, W) on any device.
+    inputs
+        (N, C, ...) on any device.
 
     Raises
     ------
     UserError
-        The scaling is unknown, or is ``standardized`` and `mean` or `std` is missing.
+        The scaling is unknown or not one of the inputs' type, or is ``standardized`` and `mean` or
+        `std` is missing.
     """
-    if scaling not in SCALINGS:
-        raise unknown_name("scaling", scaling, SCALINGS)
-    unit = images.to(torch.float32).div_(255)
+    check_scaling(scaling, inputs.dtype)
+    if scaling == "none":
+        return inputs if inputs.dtype in _MAYBE_INDICES else inputs.to(torch.float32)
+    if scaling == "standardized" and (mean is None or std is None):
+        raise UserError("scaling 'standardized' needs the training inputs' mean and std")
+    if inputs.dtype != torch.uint8:
+        assert mean is not None
+        assert std is not None
+        wide = inputs.to(torch.float64)
+        return wide.sub_(_along(mean, wide)).div_(_along(std, wide)).to(torch.float32)
+    unit = inputs.to(torch.float32).div_(255)
     if scaling == "unit":
         return unit
     if scaling == "centered":
         return unit.sub_(0.5).div_(0.5)
-    if mean is None or std is None:
-        raise UserError("scaling 'standardized' needs the training images' mean and std")
-    shape = (-1, 1, 1)
-    return unit.sub_(mean.to(unit).view(shape)).div_(std.to(unit).view(shape))
+    assert mean is not None
+    assert std is not None
+    return unit.sub_(_along(mean, unit)).div_(_along(std, unit))
+
+
+def check_scaling(scaling: str, dtype: torch.dtype) -> None:
+    """Raise UserError if inputs of `dtype` cannot be scaled so, or nothing is."""
+    if scaling not in SCALINGS:
+        raise unknown_name("scaling", scaling, SCALINGS)
+    if scaling in ("unit", "centered") and dtype != torch.uint8:
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"scaling '{scaling}' is for uint8, whose values are 0..255, not for {name}: set "
+            "data.scaling = 'standardized', or scale them yourself and set 'none'"
+        )
 
 
 def channel_statistics(data: Examples) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each channel of x/255, float32 (C,) on the CPU.
+    """Return mean and standard deviation of each channel (axis 1) of the inputs, (C,) on the CPU.
 
-    Both are exact before the last rounding: integer histograms of the 256 values are summed over
-    chunks of images. The deviation is the population's. A channel of one value gets deviation 1,
-    so that standardizing it gives 0.
+    Of uint8 they are those of x/255 in float32, exact before the last rounding: integer histograms
+    of the 256 values are summed over chunks of images. Of any other type they are those of x in
+    float64: sums of chunks are added exactly, and squares are taken of what remains without the
+    mean (Chan, Golub and LeVeque, The American Statistician 37 (1983), eq. 1.7), so that a large
+    mean beside a small deviation costs no digits. The deviation is the population's. A channel of
+    one value gets deviation 1, so that standardizing it gives 0.
 
     Raises
     ------
     UserError
-        There are no images.
+        There are no examples, or numbers too large for the square of any to be a float64.
     """
     if len(data) == 0:
-        raise UserError("no images to take the mean and standard deviation of")
-    counts = torch.zeros(data.in_channels, 256, dtype=torch.float64)
+        raise UserError("no examples to take the mean and standard deviation of")
+    if data.inputs.dtype != torch.uint8:
+        return _wide_statistics(data.inputs)
+    channels = data.shape[0]
+    counts = torch.zeros(channels, 256, dtype=torch.float64)
     for start in range(0, len(data), _CHUNK):
         chunk = data.inputs[start : start + _CHUNK]
-        for channel in range(data.in_channels):
+        for channel in range(channels):
             values = chunk[:, channel].flatten()
             counts[channel] += torch.bincount(values, minlength=256).cpu()
     weights = counts / counts.sum(1, keepdim=True)
@@ -143,3 +193,59 @@ def channel_statistics(data: Examples) -> tuple[Tensor, Tensor]:
     mean = weights @ levels
     std = (weights * (levels - mean[:, None]).square()).sum(1).sqrt()
     return mean.float(), torch.where(std > 0, std, 1.0).float()
+
+
+def _wide_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    each = inputs[:1].numel()
+    rows = max(1, _NUMBERS // each)
+    channels = inputs.shape[1]
+    chunks = range(0, len(inputs), rows)
+    count = inputs.numel() // channels
+
+    def chunk(start: int, channel: int) -> np.ndarray:
+        part: np.ndarray = inputs[start : start + rows, channel].cpu().to(torch.float64).numpy()
+        return part.reshape(-1)
+
+    means, deviations = [], []
+    # NumPy adds on one thread: the same sums whatever the number of threads is.
+    for channel in range(channels):
+        first_value = float(inputs[0, channel].flatten()[0])
+        lowest = highest = first_value
+        sums, left, squares = [], [], []
+        with np.errstate(over="ignore", invalid="ignore"):
+            for start in chunks:
+                values = chunk(start, channel)
+                lowest, highest = min(lowest, values.min()), max(highest, values.max())
+                sums.append(values.sum() / count)
+            mean = _exact_sum(sums)
+            for start in chunks:
+                rest = chunk(start, channel) - mean
+                left.append(rest.sum())
+                squares.append(np.square(rest).sum())
+        error = _exact_sum(left) / count
+        variance = _exact_sum(squares) / count - error * error
+        if not math.isfinite(mean + variance):
+            raise UserError(
+                f"channel {channel} of the inputs holds numbers too large to be standardized: "
+                "scale them down, or set data.scaling = 'none'"
+            )
+        constant = lowest == highest
+        means.append(first_value if constant else mean + error)
+        deviations.append(1.0 if constant else math.sqrt(max(variance, 0.0)) or 1.0)
+    return torch.tensor(means, dtype=torch.float64), torch.tensor(deviations, dtype=torch.float64)
+
+
+def _exact_sum(values: Sequence[float]) -> float:
+    """Return the sum, rounded once; NaN where it is beyond float64."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return math.nan
+
+
+def _along(figures: Tensor, inputs: Tensor) -> Tensor:
+    return figures.to(inputs).view(-1, *(1,) * (inputs.ndim - 2))
+
+
+_NUMBERS = 1 << 22
+_MAYBE_INDICES = (torch.int32, torch.int64)

@@ -1,13 +1,17 @@
-"""What tells one set of images from another: digests of every pixel and every label."""
+"""What tells one set of examples from another: digests of every input and every target."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Self
+
+import torch
+from torch import Tensor
 
 from fedkn.data.examples import Examples
 
@@ -92,15 +96,36 @@ class Fingerprint:
 
 
 def _digests(data: Examples) -> list[bytes]:
-    """Return for each image SHA-256 of its pixels, followed by its label (8 bytes)."""
-    rows = data.inputs.cpu().contiguous().numpy().reshape(-1).data
-    labels = data.targets.cpu().numpy().astype("<i8").tobytes()
-    size = len(rows) // max(len(data), 1)
+    """Return for each example SHA-256 of its input, followed by its target and its origin."""
+    rows = _rows(data.inputs)
+    # Bytes alone do not tell which numbers they are; those of uint8 images have always stood so.
+    start = b"" if data.inputs.dtype == torch.uint8 else f"{data.inputs.dtype} ".encode()
     sha256 = hashlib.sha256
-    return [
-        sha256(rows[i * size : (i + 1) * size]).digest() + labels[8 * i : 8 * i + 8]
-        for i in range(len(data))
-    ]
+    inputs = [sha256(start + row if start else row).digest() for row in rows]
+    parts: list[Sequence[bytes | memoryview]] = [inputs, _targets(data.targets)]
+    if data.origins is not None:
+        parts.append(_rows(data.origins.ids))
+    return [b"".join(own) for own in zip(*parts, strict=True)]
+
+
+def _targets(targets: Tensor) -> Sequence[bytes | memoryview]:
+    """Return for each target the 8 bytes of a class, else a digest."""
+    rows = _rows(targets)
+    if targets.dtype == torch.int64 and targets.ndim == 1:
+        return rows
+    start = f"{targets.dtype} {tuple(targets.shape[1:])} ".encode()
+    return [hashlib.sha256(start + row).digest() for row in rows]
+
+
+def _rows(values: Tensor) -> list[memoryview]:
+    """Return the bytes of every example of `values` (N, ...), little-endian."""
+    array = values.cpu().contiguous().view(torch.uint8).numpy()
+    if sys.byteorder == "big":
+        size = values.element_size()
+        array = array.reshape(-1, size)[:, ::-1].copy()
+    flat = array.reshape(-1).data
+    size = len(flat) // max(len(values), 1)
+    return [flat[i * size : (i + 1) * size] for i in range(len(values))]
 
 
 def _digest(parts: Iterable[bytes]) -> str:

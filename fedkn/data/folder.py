@@ -1,10 +1,11 @@
-"""Images in folders, one folder for each class."""
+"""Images in folders, one folder for each class, or for each client and class."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,13 @@ import torch
 
 from fedkn.data.decoded import load_decoded
 from fedkn.data.decoding import decode_files, refusal, unusable
-from fedkn.data.examples import Examples, Source
-from fedkn.data.layout import ImageFile, Layout, read_layout
+from fedkn.data.examples import Examples, Origins, Source
+from fedkn.data.layout import ImageFile, Layout, read_client_layout, read_layout
 from fedkn.data.split import limited, stratified_split
 from fedkn.errors import UserError
 from fedkn.text import printable
 
-__all__ = ["load_image_folder"]
+__all__ = ["load_client_folders", "load_image_folder"]
 
 # Part of the cache's key: another way of decoding needs another number here.
 _DECODING = "2"
@@ -62,8 +63,35 @@ def load_image_folder(
         No such folder, no images, one class only, different sizes without `image_size`, files
         that cannot be used, or no place to write the cache.
     """
+    return _load("image_folder", root, image_size, (train_limit, test_limit), skip_damaged)
+
+
+def load_client_folders(
+    root: Path | None,
+    image_size: int,
+    *,
+    train_limit: int = 0,
+    test_limit: int = 0,
+    skip_damaged: bool = False,
+) -> Source:
+    """Return the images of ``root/<client>/<class>/*``, with whose each is (`read_client_layout`).
+
+    As `load_image_folder` in all else. The folders may as well be domains. Of every client a fifth
+    is held out for tests.
+
+    Raises
+    ------
+    UserError
+        As `load_image_folder`.
+    """
+    return _load("client_folders", root, image_size, (train_limit, test_limit), skip_damaged)
+
+
+def _load(
+    name: str, root: Path | None, image_size: int, limits: tuple[int, int], skip_damaged: bool
+) -> Source:
     if root is None:
-        raise UserError("source 'image_folder' needs a folder: set data.root (--root DIR)")
+        raise UserError(f"source '{name}' needs a folder: set data.root (--root DIR)")
     if not root.is_dir():
         raise UserError(
             f"no folder {printable(root)}: set data.root (--root DIR) to a folder of images"
@@ -71,16 +99,18 @@ def load_image_folder(
     if image_size < 0:
         raise UserError(f"data.image_size must be at least 0, got {image_size}")
     try:
-        layout = read_layout(root)
+        layout = _READERS[name](root)
     except OSError as error:
         raise UserError(f"cannot read {printable(error.filename)}: {error.strerror}") from error
-    train, test = _divided(layout)
-    train, test = _limited(train, train_limit, "train"), _limited(test, test_limit, "test")
+    train, test = _divided(name, layout)
+    strata = _client if layout.clients else _label
+    train = _limited(train, strata, limits[0], "train")
+    test = _limited(test, strata, limits[1], "test")
     files = [*train, *test]
     paths = [file.path for file in files]
     cached = load_decoded(
         root,
-        _variant(image_size, train_limit, test_limit),
+        _variant(name, image_size, *limits),
         _key(root, files, image_size, len(train)),
         lambda: decode_files(paths, image_size, skip_damaged=skip_damaged),
     )
@@ -93,35 +123,53 @@ def load_image_folder(
     used = [index for index in range(len(files)) if index not in left_out]
     cut = sum(index < len(train) for index in used)
     labels = torch.tensor([files[index].label for index in used], dtype=torch.int64)
+    data = Examples(cached.images, labels, layout.classes)
+    if layout.clients:
+        clients = torch.tensor([files[index].client for index in used], dtype=torch.int64)
+        data = replace(data, origins=Origins(clients, layout.clients))
     return Source(
-        "image_folder",
-        Examples(cached.images[:cut], labels[:cut], layout.classes),
-        Examples(cached.images[cut:], labels[cut:], layout.classes),
+        name,
+        data.between(0, cut),
+        data.between(cut, len(used)),
         held_out=layout.test is None,
         notes=notes,
     )
 
 
-def _divided(layout: Layout) -> tuple[list[ImageFile], list[ImageFile]]:
+_READERS = {"image_folder": read_layout, "client_folders": read_client_layout}
+
+
+def _divided(name: str, layout: Layout) -> tuple[list[ImageFile], list[ImageFile]]:
     if layout.test is not None:
         return layout.train, layout.test
-    kept, held = stratified_split(
-        _labels(layout.train), 0.2, seed=0, purpose="test images of image_folder"
-    )
+    strata = _strata(layout.train, _client if layout.clients else _label)
+    kept, held = stratified_split(strata, 0.2, seed=0, purpose=f"test images of {name}")
     return [layout.train[index] for index in kept], [layout.train[index] for index in held]
 
 
-def _limited(files: list[ImageFile], limit: int, part: str) -> list[ImageFile]:
-    chosen = limited(_labels(files), limit, part)
+def _limited(
+    files: list[ImageFile], strata: Callable[[ImageFile], int], limit: int, part: str
+) -> list[ImageFile]:
+    chosen = limited(_strata(files, strata), limit, part)
     return files if chosen is None else [files[index] for index in chosen]
 
 
-def _labels(files: Sequence[ImageFile]) -> np.ndarray:
-    return np.array([file.label for file in files], dtype=np.int64)
+def _strata(files: Sequence[ImageFile], of: Callable[[ImageFile], int]) -> np.ndarray:
+    return np.array([of(file) for file in files], dtype=np.int64)
 
 
-def _variant(image_size: int, train_limit: int, test_limit: int) -> str:
+def _label(file: ImageFile) -> int:
+    return file.label
+
+
+def _client(file: ImageFile) -> int:
+    return file.client
+
+
+def _variant(name: str, image_size: int, train_limit: int, test_limit: int) -> str:
     size = f"{image_size}px" if image_size else "native"
+    # Beside the same images read as an image folder.
+    size = f"clients+{size}" if name == "client_folders" else size
     return f"{size}+{train_limit}+{test_limit}" if train_limit or test_limit else size
 
 

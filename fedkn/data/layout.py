@@ -14,7 +14,7 @@ from fedkn.data.decoding import EXTENSIONS
 from fedkn.errors import UserError
 from fedkn.text import printable
 
-__all__ = ["ImageFile", "Layout", "image_files", "read_layout"]
+__all__ = ["ImageFile", "Layout", "image_files", "read_client_layout", "read_layout"]
 
 _ENDINGS = tuple(sorted(EXTENSIONS))
 _KINDS = f"(looked for {', '.join(_ENDINGS)})"
@@ -43,6 +43,7 @@ class ImageFile(NamedTuple):
     label: int
     size: int
     modified: int
+    client: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,15 @@ class Layout:
         Sorted by class and path. `test` is None where no part of the folder is set apart for tests.
     notes
         What was passed over, in sentences.
+    clients
+        Names of the clients' folders, sorted; empty where there are none.
     """
 
     classes: tuple[str, ...]
     train: list[ImageFile]
     test: list[ImageFile] | None
     notes: tuple[str, ...]
+    clients: tuple[str, ...] = ()
 
 
 def read_layout(root: Path) -> Layout:
@@ -120,6 +124,58 @@ def read_layout(root: Path) -> Layout:
     )
 
 
+def read_client_layout(root: Path) -> Layout:
+    """Return what lies in `root`: ``<client>/<class>/*``.
+
+    The classes are those of all clients, sorted; a client may lack some. A client without an image
+    is named in the notes. What is passed over is what `read_layout` passes over.
+
+    Raises
+    ------
+    UserError
+        No folders of clients, images where folders of classes should be, not at least two classes,
+        or no images.
+    OSError
+        A folder cannot be read.
+    """
+    passed = _Passed()
+    clients = _subfolders(root)
+    own = {client: _subfolders(root / folder) for client, folder in clients.items()}
+    classes = sorted({name for names in own.values() for name in names})
+    if not clients or len(classes) < 2:
+        raise UserError(
+            f"{printable(root)} must hold ROOT/<client>/<class>/*, of two classes or more; it has "
+            f"{len(clients)} folders with {len(classes)} class folders in them (ROOT/<class>/* and "
+            "ROOT/train/<class>/* are data.source = 'image_folder')"
+        )
+    if {_part(name) for name in clients} <= {*_PARTS}:
+        raise UserError(
+            f"{printable(root)} has the parts {_named([*clients])}, not clients: set data.source = "
+            "'image_folder', or data.root to the folder of the clients"
+        )
+    passed.beside(root, {*clients.values()}, "client")
+    files: list[ImageFile] = []
+    empty = []
+    for number, (client, folder) in enumerate(clients.items()):
+        loose = [entry.name for entry in _entries(root / folder) if _is_image(entry.name)]
+        if loose and not own[client]:
+            raise UserError(
+                f"{printable(root / folder)} holds images (such as {printable(loose[0])}) but no "
+                "class folders: put them into ROOT/<client>/<class>/"
+            )
+        passed.beside(root / folder, {*own[client].values()})
+        in_order = {name: own[client].get(name, "") for name in classes}
+        found = _of_classes(root / folder, in_order, passed)
+        if not found:
+            empty.append(client)
+        files += [file._replace(client=number) for file in found]
+    if not files:
+        raise UserError(f"no images in the class folders of {printable(root)} {_KINDS}")
+    if empty:
+        passed.say(f"{len(empty)} of {len(clients)} clients without an image: {_named(empty)}")
+    return Layout(tuple(classes), files, None, passed.notes(), tuple(clients))
+
+
 def image_files(folder: Path | str) -> list[str]:
     """Return the paths in `folder`, at any depth, that end as image files do, sorted.
 
@@ -139,12 +195,12 @@ class _Passed:
     def say(self, sentence: str) -> None:
         self._sentences.append(sentence)
 
-    def beside(self, folder: Path, used: set[str]) -> None:
+    def beside(self, folder: Path, used: set[str], kind: str = "class") -> None:
         """Note what lies in `folder` beside the folders that are `used`."""
         others = sorted(entry.name for entry in _entries(folder) if entry.name not in used)
         if strange := [name for name in others if _is_image(name) or (folder / name).is_dir()]:
             self.say(
-                f"not read, because it belongs to no class of {printable(folder)}: "
+                f"not read, because it belongs to no {kind} of {printable(folder)}: "
                 f"{_named(strange)}"
             )
 
@@ -212,6 +268,13 @@ def _subfolders(folder: Path | os.DirEntry[str]) -> dict[str, str]:
 
 
 def _files(folder: Path, classes: dict[str, str], passed: _Passed) -> list[ImageFile]:
+    files = _of_classes(folder, classes, passed)
+    if not files:
+        raise UserError(f"no images in the class folders of {printable(folder)} {_KINDS}")
+    return files
+
+
+def _of_classes(folder: Path, classes: dict[str, str], passed: _Passed) -> list[ImageFile]:
     files: list[ImageFile] = []
     for label, name in enumerate(classes.values()):
         if not name:
@@ -229,8 +292,6 @@ def _files(folder: Path, classes: dict[str, str], passed: _Passed) -> list[Image
                 f"class folder {printable(folder / name)} holds files but no images {_KINDS}"
             )
         files += sorted(own)
-    if not files:
-        raise UserError(f"no images in the class folders of {printable(folder)} {_KINDS}")
     return files
 
 

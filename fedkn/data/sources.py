@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fedkn.data.arrays import load_arrays
 from fedkn.data.digits import load_digits
+from fedkn.data.digits_domains import load_digits_domains
 from fedkn.data.examples import Source
-from fedkn.data.folder import load_image_folder
+from fedkn.data.folder import load_client_folders, load_image_folder
+from fedkn.data.own import load_own_source
 from fedkn.data.torchvision_sources import TORCHVISION_SOURCES, load_torchvision
-from fedkn.errors import UserError, unknown_name
+from fedkn.errors import UserError
+from fedkn.references import find
 from fedkn.text import printable
 
 __all__ = ["load", "names"]
@@ -35,27 +39,31 @@ def load(
     download: bool = False,
     image_size: int = 0,
     *,
+    options: Mapping[str, Any] | None = None,
     train_limit: int = 0,
     test_limit: int = 0,
     skip_damaged: bool = False,
 ) -> Source:
-    """Return the source `name`, decoded into uint8 tensors; its notes are logged as warnings.
+    """Return the source `name`; its notes are logged as warnings.
 
     Parameters
     ----------
     name
-        One of `names()`.
+        One of `names()`, ``package.module:function`` of somebody's own, or what a package has
+        registered (`fedkn.references`).
     root
         Folder that holds the data, or for `arrays` the .npz file (None or "": not given);
         `digits` needs none.
     download
         Fetch what is missing in `root`; for the sources that torchvision can download.
     image_size
-        Resize the images of `image_folder` to this height and width (0: as they are).
+        Resize the images of a folder to this height and width (0: as they are).
+    options
+        Keyword arguments of a source of somebody's own, or what `huggingface` takes.
     train_limit, test_limit
-        Use so many training and test images, drawn by `fedkn.data.split.limited` (0: all).
+        Use so many training and test examples, drawn by `fedkn.data.split.limited` (0: all).
     skip_damaged
-        Leave out files of `image_folder` that cannot be used, instead of refusing all.
+        Leave out files of a folder of images that cannot be used, instead of refusing all.
 
     Raises
     ------
@@ -63,28 +71,37 @@ def load(
         The name is unknown, or the data are missing, damaged or unfit; the message says what to
         change.
     """
-    if name not in _LOADERS:
-        raise unknown_name("source", name, _LOADERS)
-    if image_size and name != "image_folder":
-        raise UserError(f"data.image_size is for source 'image_folder', not for '{name}': leave 0")
+    found = find("source", name, _LOADERS)
+    shown, own = printable(name, 120), name not in _LOADERS
+    if image_size and name not in _RESIZED:
+        raise UserError(f"data.image_size is for folders of images, not for '{shown}': leave 0")
+    if options and not own and name not in _TOLD:
+        raise UserError(f"source '{shown}' takes no options: leave data.options out")
+    where = Path(root) if root else None
     asked = _Asked(
-        Path(root) if root else None, download, image_size, train_limit, test_limit, skip_damaged
+        where, download, image_size, train_limit, test_limit, skip_damaged, options or {}
     )
-    source = _LOADERS[name](asked)
+    source = asked.of(load_own_source(name, found, where, asked.options)) if own else found(asked)
     source = replace(source, notes=(*source.notes, *_missing_classes(source)))
     for note in source.notes:
-        _LOG.warning("source '%s': %s", name, note)
+        _LOG.warning("source '%s': %s", shown, note)
     return source
 
 
 def _missing_classes(source: Source) -> tuple[str, ...]:
-    counts = torch.bincount(source.train.targets, minlength=source.num_classes)
+    targets = source.train.targets
+    if targets.dtype != torch.int64 or not source.num_classes:
+        return ()
+    known = targets[(targets >= 0) & (targets < source.num_classes)]
+    counts = torch.bincount(known, minlength=source.num_classes)
     missing = [source.train.classes[label] for label in (counts == 0).nonzero().flatten().tolist()]
     if not missing:
         return ()
     shown = ", ".join(printable(name, 60) for name in missing[:_NAMED])
     more = f", and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-    return (f"no training image of {len(missing)} of {source.num_classes} classes: {shown}{more}",)
+    return (
+        f"no training example of {len(missing)} of {source.num_classes} classes: {shown}{more}",
+    )
 
 
 @dataclass(frozen=True)
@@ -95,9 +112,10 @@ class _Asked:
     train_limit: int
     test_limit: int
     skip_damaged: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, source: Source) -> Source:
-        """Return `source` with as many images as are asked for."""
+        """Return `source` with as many examples as are asked for."""
         return replace(
             source,
             train=source.train.limited(self.train_limit, "train"),
@@ -113,8 +131,12 @@ def _torchvision(name: str, asked: _Asked) -> Source:
     return asked.of(load_torchvision(name, asked.root, asked.download))
 
 
-def _image_folder(asked: _Asked) -> Source:
-    return load_image_folder(
+def _digits_domains(asked: _Asked) -> Source:
+    return asked.of(load_digits_domains())
+
+
+def _image_folder(asked: _Asked, load: Callable[..., Source]) -> Source:
+    return load(
         asked.root,
         asked.image_size,
         train_limit=asked.train_limit,
@@ -129,7 +151,11 @@ def _arrays(asked: _Asked) -> Source:
 
 _LOADERS: Mapping[str, Callable[[_Asked], Source]] = {
     "digits": _digits,
+    "digits_domains": _digits_domains,
     **{name: partial(_torchvision, name) for name in TORCHVISION_SOURCES},
-    "image_folder": _image_folder,
+    "image_folder": partial(_image_folder, load=load_image_folder),
+    "client_folders": partial(_image_folder, load=load_client_folders),
     "arrays": _arrays,
 }
+_RESIZED = ("image_folder", "client_folders")
+_TOLD = ("huggingface",)

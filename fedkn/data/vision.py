@@ -17,7 +17,7 @@ import torch
 
 from fedkn.data.optional import require
 
-__all__ = ["import_torchvision", "way_round_taken"]
+__all__ = ["import_torchvision", "needs_way_round", "way_round_taken"]
 
 _SYMPTOM = "operator torchvision::nms does not exist"
 _BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -38,13 +38,18 @@ def import_torchvision() -> ModuleType:
     try:
         return require("torchvision", "torchvision", "simulation")
     except RuntimeError as error:
-        if _SYMPTOM not in str(error):
+        if not needs_way_round(error):
             raise
     # Only now: declaring first would clash with a healthy build, which declares them itself.
     _declare_operators()
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
     return importlib.import_module("torchvision")
+
+
+def needs_way_round(error: RuntimeError) -> bool:
+    """Whether `error` says that torchvision's compiled part cannot be loaded."""
+    return _SYMPTOM in str(error)
 
 
 def way_round_taken() -> bool:

@@ -3,6 +3,7 @@
 from fedkn.models.builder import build, names
 from fedkn.models.conversion import Conversion, convert
 from fedkn.models.folding import fold_batch_norm
+from fedkn.models.initial import initialize
 from fedkn.models.published import load_published_weights
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "build",
     "convert",
     "fold_batch_norm",
+    "initialize",
     "load_published_weights",
     "names",
 ]

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from fedkn import seeds
-from fedkn.layers import KNConv2d
+from fedkn.layers import KNConv1d, KNConv2d, SqueezeExcite2d
 
 __all__ = ["initialize"]
 
@@ -20,7 +20,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     a layer among its kind, so the same architecture starts from the same convolutions whatever its
     normalizer: comparisons between normalizers are paired.
     """
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d | KNConv2d)]
+    convolutions = [m for m in model.modules() if isinstance(m, _Conv)]
     for place, conv in enumerate(convolutions):
         generator = seeds.torch_generator(seed, "initial weights", "convolution", place)
         nn.init.kaiming_normal_(
@@ -28,8 +28,15 @@ def initialize(model: nn.Module, seed: int) -> None:
         )
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
-    for place, linear in enumerate(m for m in model.modules() if isinstance(m, nn.Linear)):
+    attention = {m for s in model.modules() if isinstance(s, SqueezeExcite2d) for m in s.modules()}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    # A normalizer's own come last: the head then begins as it does with any other.
+    for place, linear in enumerate(sorted(linears, key=attention.__contains__)):
         generator = seeds.torch_generator(seed, "initial weights", "linear", place)
         bound = 1 / math.sqrt(linear.in_features)
         nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
-        nn.init.zeros_(linear.bias)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | KNConv1d | KNConv2d

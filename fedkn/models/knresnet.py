@@ -75,6 +75,7 @@ def basic(spec: ModelSpec, channels: int, inner: int, then_norm: bool) -> nn.Mod
     branch = chain(
         conv1=make.conv_norm(channels, inner, 2, padding=1, activation="relu"),
         conv2=make.conv(inner, channels, 2, then_norm=then_norm),
+        end=make.branch_end(channels),
     )
     return PreActivationResidual(make.norm_act(channels, "relu"), branch)
 
@@ -86,6 +87,7 @@ def bottleneck(spec: ModelSpec, channels: int, inner: int, then_norm: bool) -> n
         conv1=make.conv_norm(channels, inner, 2, padding=1, activation="relu"),
         conv2=make.conv_norm(inner, inner, 3, padding=1, activation="relu"),
         conv3=make.conv(inner, channels, 2, then_norm=then_norm),
+        end=make.branch_end(channels),
     )
     return PreActivationResidual(make.norm_act(channels, "relu"), branch)
 
@@ -97,6 +99,7 @@ def bottleneck_1x1(spec: ModelSpec, channels: int, inner: int, then_norm: bool) 
         conv1=make.conv_norm(channels, inner, 1, activation="relu"),
         conv2=make.conv_norm(inner, inner, 3, padding=1, activation="relu"),
         conv3=make.conv(inner, channels, 1, then_norm=then_norm),
+        end=make.branch_end(channels),
     )
     return PreActivationResidual(make.norm_act(channels, "relu"), branch)
 

@@ -51,11 +51,13 @@ def mobilenet_v2(spec: ModelSpec) -> nn.Module:
 def _inverted(spec: ModelSpec, inputs: int, outputs: int, expansion: int, stride: int) -> nn.Module:
     make = spec.normalizer
     inner = inputs * expansion
+    residual = stride == 1 and inputs == outputs
     branch = chain(
         expand=None if expansion == 1 else make.conv_norm(inputs, inner, 1, activation="relu6"),
         depthwise=make.conv_norm(
             inner, inner, 3, stride=stride, padding=1, groups=inner, activation="relu6"
         ),
         project=make.conv_norm(inner, outputs, 1),
+        end=make.branch_end(outputs) if residual else None,
     )
-    return Residual(branch) if stride == 1 and inputs == outputs else branch
+    return Residual(branch) if residual else branch

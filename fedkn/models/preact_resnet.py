@@ -67,5 +67,6 @@ def _block(
     branch = chain(
         conv1=make.conv_norm(inputs, outputs, 3, stride=stride, padding=1, activation=activation),
         conv2=make.conv(outputs, outputs, 3, then_norm=then_norm, padding=1),
+        end=make.branch_end(outputs),
     )
     return PreActivationResidual(make.norm_act(inputs, activation), branch, shortcut)

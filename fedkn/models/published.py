@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fedkn.errors import UserError
+from fedkn.models.weights import read_tensors, tensor_problem
 from fedkn.text import printable
 
 __all__ = ["load_published_weights"]
@@ -42,7 +40,7 @@ def load_published_weights(
     if isinstance(path_or_state_dict, Mapping):
         content: Mapping[str, Any] = path_or_state_dict
     else:
-        content = _read(Path(path_or_state_dict))
+        content = read_tensors(Path(path_or_state_dict))
     weights = content["model"] if isinstance(content.get("model"), Mapping) else content
     target = model.state_dict()
     # A convolution that is followed by norm or activation is called "….conv" in our chains.
@@ -59,7 +57,7 @@ def load_published_weights(
                 f"the checkpoint's '{theirs}' is {shape}, the model's '{key}' is "
                 f"{tuple(target[key].shape)}: {_ADVICE}"
             )
-        problem = "is there under another name too" if key in found else _problem(tensor)
+        problem = "is there under another name too" if key in found else tensor_problem(tensor)
         if problem:
             raise UserError(f"the checkpoint's '{theirs}' {problem}: fetch it again")
         found[key] = tensor
@@ -75,48 +73,9 @@ _ADVICE = (
 )
 
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _problem(tensor: Tensor) -> str | None:
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _FLOATS:
-        return f"is no plain tensor of floating point ({tensor.dtype}, {tensor.layout})"
-    return None if tensor.isfinite().all() else "holds numbers that are not finite"
-
-
 def _translated(theirs: str) -> str:
     plain = theirs.replace(".conv1x1.", ".")
     for pattern, ours in _NAMES:
         if pattern.fullmatch(plain):
             return pattern.sub(ours, plain)
     return ""
-
-
-def _check_sums(path: Path) -> None:
-    """Raise ValueError where a sum in the file does not match: torch.load does not look at them."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if (bad := archive.testzip()) is not None:
-                raise ValueError(f"the checksum of {bad} does not match")
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        _check_sums(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read checkpoint '{path}': {error.strerror or error}") from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"'{path}' holds more than tensors and is refused, because reading it could run code: "
-            "use the authors' checkpoint as published"
-        ) from None
-    # What PyTorch raises on damaged bytes ranges from struct.error to AssertionError.
-    except Exception as error:
-        why = printable(error, 100) or type(error).__name__
-        raise UserError(
-            f"'{path}' is not a checkpoint, or is damaged ({why}): fetch it again"
-        ) from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"'{path}' holds a {type(content).__name__}, not a dict of tensors")
-    return content

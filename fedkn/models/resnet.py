@@ -54,6 +54,7 @@ def _basic(spec: ModelSpec, inputs: int, inner: int, stride: int) -> nn.Module:
     return chain(
         unit1=make.conv_norm(inputs, inner, 3, stride=stride, padding=1, activation="relu"),
         unit2=make.conv_norm(inner, inner, 3, padding=1),
+        end=make.branch_end(inner),
     )
 
 
@@ -63,4 +64,5 @@ def _bottleneck(spec: ModelSpec, inputs: int, inner: int, stride: int) -> nn.Mod
         unit1=make.conv_norm(inputs, inner, 1, activation="relu"),
         unit2=make.conv_norm(inner, inner, 3, stride=stride, padding=1, activation="relu"),
         unit3=make.conv_norm(inner, 4 * inner, 1),
+        end=make.branch_end(4 * inner),
     )

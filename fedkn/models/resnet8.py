@@ -38,5 +38,9 @@ def _unit(spec: ModelSpec, in_channels: int, out_channels: int) -> nn.Module:
 
 
 def _residual(spec: ModelSpec, channels: int) -> nn.Module:
-    branch = chain(unit1=_unit(spec, channels, channels), unit2=_unit(spec, channels, channels))
+    branch = chain(
+        unit1=_unit(spec, channels, channels),
+        unit2=_unit(spec, channels, channels),
+        end=spec.normalizer.branch_end(channels),
+    )
     return Residual(branch)

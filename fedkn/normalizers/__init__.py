@@ -5,27 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 from fedkn.errors import UserError, unknown_name
+from fedkn.normalizers.anfr import ANFRNormalizer
 from fedkn.normalizers.base import Normalizer
 from fedkn.normalizers.batch import BatchNormalizer
+from fedkn.normalizers.bcn import BatchChannelNormalizer
 from fedkn.normalizers.brn import BatchRenormalizer
+from fedkn.normalizers.dyt import DynamicTanhNormalizer
 from fedkn.normalizers.evonorm_s import EvoNormSNormalizer
 from fedkn.normalizers.fbn import FBNNormalizer
 from fedkn.normalizers.feature_norm import FeatureNormalizer
 from fedkn.normalizers.fedbn import FedBNNormalizer
+from fedkn.normalizers.fedwon import FedWonNormalizer
 from fedkn.normalizers.fixbn import FixBNNormalizer
 from fedkn.normalizers.frn import FilterResponseNormalizer
+from fedkn.normalizers.ghost import GhostBatchNormalizer
 from fedkn.normalizers.group import GroupNormalizer
 from fedkn.normalizers.hbn import HBNNormalizer
 from fedkn.normalizers.instance import InstanceNormalizer
 from fedkn.normalizers.kernel import KernelNormalizer
 from fedkn.normalizers.layer import LayerNormalizer
 from fedkn.normalizers.lcn import LocalContextNormalizer
+from fedkn.normalizers.nf import NormalizerFreeNormalizer
 from fedkn.normalizers.none import NoNormalizer
+from fedkn.normalizers.online import OnlineNormalizer
+from fedkn.normalizers.proxy import ProxyNormalizer
 from fedkn.normalizers.rms import RMSNormalizer
 from fedkn.normalizers.rule import FederationRule, Forward, TensorRole
 from fedkn.normalizers.silobn import SiloBNNormalizer
 from fedkn.normalizers.sws import ScaledWeightStandardizationNormalizer
 from fedkn.normalizers.ws_group import WeightStandardizedGroupNormalizer
+from fedkn.normalizers.ws_kernel import WeightStandardizedKernelNormalizer
+from fedkn.references import find
+from fedkn.text import printable
 
 __all__ = [
     "FederationRule",
@@ -47,12 +58,21 @@ _CLASSES: dict[str, type[Normalizer]] = {
         InstanceNormalizer,
         WeightStandardizedGroupNormalizer,
         KernelNormalizer,
+        WeightStandardizedKernelNormalizer,
         ScaledWeightStandardizationNormalizer,
+        NormalizerFreeNormalizer,
+        FedWonNormalizer,
+        ANFRNormalizer,
         FilterResponseNormalizer,
         EvoNormSNormalizer,
+        ProxyNormalizer,
         RMSNormalizer,
         LocalContextNormalizer,
+        DynamicTanhNormalizer,
         BatchRenormalizer,
+        GhostBatchNormalizer,
+        BatchChannelNormalizer,
+        OnlineNormalizer,
         FeatureNormalizer,
         FedBNNormalizer,
         SiloBNNormalizer,
@@ -74,16 +94,48 @@ def create(name: str, **settings: Any) -> Normalizer:
             raise UserError(f"normalizer '{name}' has no options: drop '{option}'")
         if option not in valid:
             raise unknown_name(f"option of normalizer '{name}'", option, valid)
-    return _CLASSES[name](**settings)
+    try:
+        return _class(name)(**settings)
+    except UserError:
+        raise
+    except Exception as error:
+        if name in _CLASSES:
+            raise
+        raise UserError(
+            f"normalizer '{name}' cannot be made ({type(error).__name__}: {printable(error, 200)})"
+        ) from error
 
 
 def names() -> tuple[str, ...]:
-    """Return the names that `create` knows."""
+    """Return the names of fedkn's own, without those of somebody's own."""
     return tuple(_CLASSES)
 
 
 def options(name: str) -> tuple[str, ...]:
     """Return the names of the options of the normalizer called `name`."""
-    if name not in _CLASSES:
-        raise unknown_name("normalizer", name, _CLASSES)
-    return tuple(_CLASSES[name].options())
+    return tuple(_class(name).options())
+
+
+def _class(name: str) -> type[Normalizer]:
+    """Return the class of a normalizer: ours, by reference, or registered by a package."""
+    found = find("normalizer", name, _CLASSES)
+    if not isinstance(found, type) or not issubclass(found, Normalizer):
+        raise UserError(
+            f"normalizer '{printable(name, 120)}' is no class made from "
+            "fedkn.normalizers.Normalizer (docs/normalizers.md#your-own)"
+        )
+    missing = [*_abstract(found), *(key for key in _DECLARED if not hasattr(found, key))]
+    if missing:
+        raise UserError(
+            f"normalizer '{printable(name, 120)}' does not say its {', '.join(missing)}: give "
+            f"class {found.__name__} these"
+        )
+    return found
+
+
+def _abstract(found: type[Normalizer]) -> list[str]:
+    return sorted(getattr(found, "__abstractmethods__", ()))
+
+
+_DECLARED = ("name", "title", "affine")
+"""What every normalizer says of itself; the rest is for the page of docs."""

@@ -109,6 +109,11 @@ class LayerFactory(ABC):
         """Return what stands between the last pooling and the linear layer, on (N, features)."""
         return None
 
+    def branch_end(self, channels: int) -> nn.Module | None:
+        """Return what ends a residual branch, before its (N, channels, H, W) are added."""
+        del channels
+        return None
+
     def _norm_act(self, channels: int, activation: str | None) -> dict[str, nn.Module | None]:
         """Return norm and activation by the names of the children; layers may be one, or more."""
         return {"norm": self.norm(channels), "activation": activation_layer(activation)}

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from fedkn.layers import FederatedBatchNorm2d
+from fedkn.normalizers.frozen import is_at_rest
 from fedkn.normalizers.pooled import PooledNormalizer, moment_role
 from fedkn.normalizers.rule import Forward, TensorRole
 
@@ -61,7 +62,7 @@ class FBNNormalizer(PooledNormalizer):
         """Put the moments of the round's batches in the place of the global statistics."""
         del forward, round
         for layer in model.modules():
-            if isinstance(layer, FederatedBatchNorm2d):
+            if isinstance(layer, FederatedBatchNorm2d) and not is_at_rest(layer):
                 layer.moments.write(layer.running_mean, layer.running_var)
 
     def role_of(self, module: nn.Module, tensor: str, round: int) -> TensorRole | None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from fedkn.layers import HybridBatchNorm2d, Moments
+from fedkn.normalizers.frozen import is_at_rest
 from fedkn.normalizers.pooled import PooledNormalizer, moment_role
 from fedkn.normalizers.rule import Forward, TensorRole
 from fedkn.normalizers.statistics_pass import measure
@@ -59,7 +60,11 @@ class HBNNormalizer(PooledNormalizer):
     def end_training(self, model: nn.Module, forward: Forward, round: int) -> None:
         """Put the moments of the client's data in the place of the global statistics."""
         del round
-        layers = [layer for layer in model.modules() if isinstance(layer, HybridBatchNorm2d)]
+        layers = [
+            layer
+            for layer in model.modules()
+            if isinstance(layer, HybridBatchNorm2d) and not is_at_rest(layer)
+        ]
         moments: dict[nn.Module, Moments] = {
             layer: Moments(layer.num_channels, layer.running_mean.device) for layer in layers
         }

@@ -44,13 +44,17 @@ class KernelNormalizer(Normalizer):
     memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
     published_scaling: ClassVar[Literal["unit", "standardized"]] = "unit"
 
+    _layer: ClassVar[type[KNConv2d]] = KNConv2d
+
     dropout_p: float | None = None
     eval_mode: EvalMode = "expected"
 
     def __post_init__(self) -> None:
         p = self.dropout_p
         if p is not None and not (math.isfinite(p) and 0 <= p < 1):
-            raise UserError(f"dropout_p = {p!r} of normalizer 'kernel' must be at least 0, below 1")
+            raise UserError(
+                f"dropout_p = {p!r} of normalizer '{self.name}' must be at least 0, below 1"
+            )
         if self.eval_mode not in get_args(EvalMode):
             raise unknown_name("eval_mode", str(self.eval_mode), get_args(EvalMode))
 
@@ -112,7 +116,7 @@ class KernelNormalizer(Normalizer):
         activation: Literal["relu"] | None,
         options: ConvOptions,
     ) -> nn.Module:
-        return KNConv2d(
+        return self._layer(
             in_channels,
             out_channels,
             kernel_size,

@@ -22,5 +22,8 @@ class Needs:
     mixes_examples: ClassVar[bool] = False
     """Whether, in training, what it makes of one example depends on the others in the batch. Then
     there are no gradients of single examples, and differential privacy refuses it."""
+    adaptive_clip: ClassVar[float] = 0.0
+    """What its paper clips each unit's gradient to, as a part of the unit's weights (0: nothing);
+    `AdaptiveClipping`, for ``train.adaptive_clip = "published"``."""
     published_scaling: ClassVar[Literal["unit", "standardized"]] = "standardized"
     """Pixel scaling in its paper: [0, 1], or standardized by the training images."""

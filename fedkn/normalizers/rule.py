@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import nn
 
 from fedkn.errors import UserError
+from fedkn.normalizers.frozen import is_fixed
 
 __all__ = ["Federated", "FederationRule", "Forward", "TensorRole"]
 
@@ -31,6 +32,8 @@ class TensorRole(StrEnum):
     """A client's biased variance about that mean: pooled by the law of total variance."""
     COUNTER = "counter"
     """An integer count: never averaged; the server's value stays as it is."""
+    FIXED = "fixed"
+    """Never sent and never changed: every machine builds it as it is (``model.frozen``)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,17 +76,22 @@ class Federated:
     def federation_rule(self, model: nn.Module, round: int = 1) -> FederationRule:
         """Return the role of every tensor of `model`, in the order of its ``state_dict``.
 
-        Parameters of which the normalizer says nothing are shared. Raises UserError for a buffer
-        of which it says nothing: whether one may be averaged cannot be guessed.
+        Parameters of which the normalizer says nothing are shared, and those that are not trained
+        (``requires_grad``) are fixed, as are buffers that were frozen. Raises UserError for a
+        buffer of which it says nothing: whether one may be averaged cannot be guessed.
         """
         roles: dict[str, TensorRole] = {}
         for module, name, tensor, is_buffer in _tensors(model):
+            if is_fixed(module, tensor):
+                roles[name] = TensorRole.FIXED
+                continue
             role = self.role_of(module, tensor, round)
             if role is None and is_buffer:
                 raise UserError(
                     f"the '{self.name}' normalizer has no federation rule for buffer '{name}' of "
                     f"{type(module).__name__}: build or convert the model with the normalizer "
-                    "that owns this layer, or register the buffer with persistent=False"
+                    f"that owns this layer, leave it as it is by model.frozen = '{name}', or "
+                    "register the buffer with persistent=False"
                 )
             roles[name] = TensorRole.SHARED if role is None else role
         keys = list(model.state_dict())

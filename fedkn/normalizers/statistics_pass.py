@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkn.layers import Moments
+from fedkn.normalizers.frozen import is_at_rest
 from fedkn.normalizers.rule import Forward
 
 __all__ = ["measure", "recalibrate"]
@@ -43,7 +44,11 @@ def recalibrate(model: nn.Module, forward: Forward) -> None:
     inputs that were measured. (PreciseBN: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", arXiv
     2105.07576, which averages over many batches.)
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, _BatchNorm) and m.track_running_stats and not is_at_rest(m)
+    ]
     moments: dict[nn.Module, Moments] = {}
     for norm in norms:
         assert norm.running_mean is not None

@@ -96,8 +96,8 @@ def train_concurrently(
             begun.append(
                 LocalRound(
                     workspace,
-                    client.images,
-                    client.labels,
+                    client.examples,
+                    client.targets,
                     client.task,
                     inputs=inputs,
                     normalizer=normalizer,

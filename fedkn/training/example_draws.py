@@ -15,24 +15,28 @@ from torch import Tensor
 __all__ = ["example_names"]
 
 
-def example_names(images: Tensor, labels: Tensor) -> list[str]:
+def example_names(examples: Tensor, targets: Tensor) -> list[str]:
     """Return a name for each example that no other example changes, beyond equal ones.
 
-    A name is the BLAKE2b digest of the image's bytes and its label, and a count that tells equal
+    A name is the BLAKE2b digest of the example's bytes and its target, and a count that tells equal
     examples apart: n equal ones have the counts 0 to n - 1. So the names of a data set without one
     of its examples are the names of the whole but one, whichever example it is.
 
     Args:
-        images: uint8, (N, C, H, W). labels: int64, (N,).
+        examples: (N, ...), of any dtype. targets: (N, ...), of any dtype.
     """
     seen: Counter[str] = Counter()
     names = []
-    shape = repr(tuple(images.shape[1:])).encode()
-    pixels = images.detach().to("cpu", torch.uint8).contiguous().numpy()
-    for image, label in zip(pixels, labels.tolist(), strict=True):
+    shape = repr(tuple(examples.shape[1:])).encode()
+    inputs = examples.detach().cpu().contiguous().numpy()
+    wanted = targets.detach().cpu().contiguous().numpy()
+    # A class by its number in digits: of images with labels names are what they have always been.
+    number = targets.dtype == torch.int64 and targets.dim() == 1
+    for one, target in zip(inputs, wanted, strict=True):
         digest = hashlib.blake2b(shape, digest_size=16)
-        digest.update(b"%d:" % label)
-        digest.update(image.tobytes())
+        digest.update(b"%d" % target if number else target.tobytes())
+        digest.update(b":")
+        digest.update(one.tobytes())
         name = digest.hexdigest()
         names.append(f"{name}-{seen[name]}")
         seen[name] += 1

@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkn.config import TrainConfig
 from fedkn.normalizers import Forward, Normalizer
 from fedkn.seeds import derive
+from fedkn.tasks import CLASSIFICATION, Task
 from fedkn.training.batches import plan_batches
 from fedkn.training.draws import Draws, own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.precision import computing_in, training_scores
 from fedkn.training.recorded import PlannedSteps
-from fedkn.training.rule import BegunRules, LocalRule, take_step
+from fedkn.training.rule import AsideStep, BegunRules, LocalRule, take_step, takes_aside
 from fedkn.training.step_batches import LocalBatch, step_batches
 from fedkn.training.workspace import Workspace
 
@@ -34,6 +34,7 @@ class LocalTask:
     Attributes:
         seed: the experiment's; round_: from 1; client: the partition id.
         train: batches, momentum, weight decay, clipping and precision.
+        goal: what the network is trained for, which says the loss.
         learning_rate: of this round, which the server knows from its schedule.
         rules: what is to be changed of plain local SGD (none: nothing, as in FedAvg).
         given: what the server sent for the rules beside the model, by parameter.
@@ -51,6 +52,7 @@ class LocalTask:
     given: Mapping[str, Tensor] = field(default_factory=dict)
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     largest_batch: int = 0
+    goal: Task = CLASSIFICATION
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class LocalUpdate:
         examples: examples trained on, once for each time; steps: local steps taken, each of which
             is one of the optimizer's, whatever number of local batches it accumulates.
         skipped_batches, skipped_examples: too small for the normalizer.
-        loss: mean cross entropy (nats) over the examples trained on, before each step.
+        loss: the task's, mean over the examples trained on, before each step.
         seconds: wall-clock time of the training alone.
         carried: what the client needs in its next round, by name, as the rules say.
         epsilon: the privacy spent so far, this round included; None without DP-SGD.
@@ -82,26 +84,26 @@ class LocalUpdate:
 
 def train_locally(
     workspace: Workspace,
-    images: Tensor,
-    labels: Tensor,
+    examples: Tensor,
+    targets: Tensor,
     task: LocalTask,
     *,
     inputs: Inputs,
     normalizer: Normalizer,
 ) -> LocalUpdate:
-    """Train the loaded model on uint8 `images` (N, C, H, W) with int64 `labels` (N,).
+    """Train the loaded model on `examples` (N, C, H, W) with their `targets` (N, ...).
 
     Every step: the batches of `plan_batches`, augmented and scaled, each forward with all random
     draws, the network's own included, from the task's seeds (`fedkn.training.draws`), in
-    ``train.precision``, cross entropy and backward; the mean of their gradients, each weighted by
-    its examples, clipped; SGD. The task's rules change that gradient before and after it is
-    clipped. Images and labels are on the model's device. The model's `normalizer` says what is too
-    small a batch, and prepares and completes its layers.
+    ``train.precision``, the loss of the task's goal and backward; the mean of their gradients, each
+    weighted by its examples, clipped; SGD. The task's rules change that gradient before and after
+    it is clipped. Examples and targets are on the model's device. The model's `normalizer` says
+    what is too small a batch, and prepares and completes its layers.
 
     Where the layers treat every example by itself and drop nothing, a step over several batches is
     that over one batch of all their examples.
     """
-    local = LocalRound(workspace, images, labels, task, inputs=inputs, normalizer=normalizer)
+    local = LocalRound(workspace, examples, targets, task, inputs=inputs, normalizer=normalizer)
     return local.at_once()
 
 
@@ -118,8 +120,8 @@ class LocalRound:
     def __init__(
         self,
         workspace: Workspace,
-        images: Tensor,
-        labels: Tensor,
+        examples: Tensor,
+        targets: Tensor,
         task: LocalTask,
         *,
         inputs: Inputs,
@@ -129,11 +131,11 @@ class LocalRound:
         train, optimizer = task.train, workspace.attached()
         self._workspace = workspace
         self._task = task
-        self._images = images
+        self._examples = examples
         self._inputs = inputs
         self._normalizer = normalizer
         self._plan = plan_batches(
-            len(labels),
+            len(targets),
             train,
             normalizer.minimum_batch,
             seed=task.seed,
@@ -147,12 +149,15 @@ class LocalRound:
         workspace.model.train()
         normalizer.begin_training(workspace.model, task.round_)
         self._recorded = None
-        if workspace.recorder is not None:
-            planned = PlannedSteps(task, self._plan, images, labels, inputs, self._rules.acting)
+        self._aside = tuple(entry for entry in self._rules.acting if takes_aside(entry[0]))
+        if workspace.recorder is not None and not self._aside:
+            planned = PlannedSteps(task, self._plan, examples, targets, inputs, self._rules.acting)
             with computing_in(train.precision, workspace.device):
                 self._recorded = workspace.recorder.begin(planned)
         draws = (task.seed, task.round_, task.client)
-        self._batches = iter(step_batches(images, labels, self._plan.steps, inputs, draws))
+        self._batches = iter(
+            step_batches(examples, targets, self._plan.steps, inputs, draws, moved=task.goal.moved)
+        )
 
     @property
     def alone(self) -> bool:
@@ -189,7 +194,7 @@ class LocalRound:
         """Complete the model's tensors when all steps are taken, and return what came of it."""
         workspace, plan, task = self._workspace, self._plan, self._task
         model = workspace.model
-        forward = _pass_over(model, self._images, self._inputs)
+        forward = _pass_over(model, self._examples, self._inputs)
         if draws is not None:
             draws.reseed(self._seed("statistics"))
         with computing_in("float32", workspace.device):
@@ -207,28 +212,43 @@ class LocalRound:
 
     def _compute(self, batches: list[LocalBatch], draws: Draws) -> None:
         task, train = self._task, self._task.train
-        optimizer, model = self._workspace.optimizer, self._workspace.model
-        optimizer.zero_grad()
-        size = sum(len(batch.labels) for batch in batches)
-        for x, answers, dropout in batches:
-            with draws.seeded(dropout):
-                loss = F.cross_entropy(training_scores(model, x, train.precision), answers)
-            share = None if len(batches) == 1 else loss.new_tensor(len(answers) / size)
-            loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
-            self._total.add_(loss.detach(), alpha=len(answers))
+        optimizer = self._workspace.optimizer
+
+        def differentiate() -> None:
+            self._differentiate(batches, draws)
+
+        for rule, begun in self._aside:
+            rule.aside(AsideStep(optimizer, train, task.learning_rate, differentiate), *begun)
+        self._differentiate(batches, draws, self._total)
         take_step(
             optimizer, self._rules.acting, task.learning_rate, train, clip_norm=train.clip_norm
         )
+
+    def _differentiate(
+        self, batches: list[LocalBatch], draws: Draws, total: Tensor | None = None
+    ) -> None:
+        """Put the gradient over `batches` into the optimizer's; add their loss to `total`."""
+        task, model = self._task, self._workspace.model
+        self._workspace.optimizer.zero_grad()
+        size = sum(len(batch.targets) for batch in batches)
+        for x, targets, dropout in batches:
+            with draws.seeded(dropout):
+                scores = training_scores(model, x, task.train.precision)
+                loss = task.goal.mean_loss(scores, targets)
+            share = None if len(batches) == 1 else loss.new_tensor(len(targets) / size)
+            loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
+            if total is not None:
+                total.add_(loss.detach(), alpha=len(targets))
 
     def _seed(self, purpose: str, *more: int) -> int:
         task = self._task
         return derive(task.seed, purpose, task.round_, task.client, *more)
 
 
-def _pass_over(model: nn.Module, images: Tensor, inputs: Inputs) -> Forward:
+def _pass_over(model: nn.Module, examples: Tensor, inputs: Inputs) -> Forward:
     @torch.no_grad()
     def forward(batch_size: int) -> None:
-        for start in range(0, len(images), batch_size):
-            model(inputs(images[start : start + batch_size]))
+        for start in range(0, len(examples), batch_size):
+            model(inputs(examples[start : start + batch_size]))
 
     return forward

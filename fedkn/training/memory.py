@@ -8,32 +8,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
+from fedkn.tasks import Task
 from fedkn.training.draws import own_draws
 from fedkn.training.precision import training_scores
 
 __all__ = ["peak_bytes", "saved_activations", "step_memory"]
 
 
-def step_memory(model: nn.Module, x: Tensor, labels: Tensor, *, precision: str = "float32") -> int:
+def step_memory(
+    model: nn.Module, x: Tensor, targets: Tensor, goal: Task, *, precision: str = "float32"
+) -> int:
     """Return the most bytes that one forward and backward pass holds in tensors at once.
 
     Beyond the model's parameters, gradients, and the batch `x` (N, C, H, W), float32, itself:
     activations kept for the backward pass, gradients of activations, and temporary tensors.
-    `labels` is (N,), int64; `precision` is ``train.precision``. The step leaves its marks:
-    gradients are zero afterwards, the model is in training mode, and running statistics have seen
-    the batch.
+    `targets` are (N, ...), `goal` says the loss; `precision` is ``train.precision``. The step
+    leaves its marks: gradients are zero afterwards, the model is in training mode, and running
+    statistics have seen the batch.
     """
     for parameter in model.parameters():
-        if parameter.grad is None:
+        if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
 
     def step() -> None:
         with draws.seeded(0):
-            loss = F.cross_entropy(training_scores(model, x, precision), labels)
+            loss = goal.mean_loss(training_scores(model, x, precision), targets)
         loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
 
     model.train()

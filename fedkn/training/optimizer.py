@@ -23,7 +23,8 @@ class FlatSGD:
     ``torch.nn.utils.clip_grad_norm_``, equal to float32 rounding.
 
     Attributes:
-        values, gradients: the vectors. started: whether a step was taken since `restart`.
+        values, gradients: the vectors. named_values, named_gradients: they by parameter, as views.
+        started: whether a step was taken since `restart`.
 
     Raises:
         UserError: if the trainable parameters differ in dtype or device, have no shape yet (lazy
@@ -40,6 +41,8 @@ class FlatSGD:
         self._velocity = torch.zeros(size, dtype=dtype, device=device)
         self.started = False
         self._named_velocity: dict[str, Tensor] = {}
+        self.named_values: dict[str, Tensor] = {}
+        self.named_gradients: dict[str, Tensor] = {}
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         offset = 0
         for name, parameter in named.items():
@@ -49,6 +52,7 @@ class FlatSGD:
             values.copy_(parameter.detach())
             gradient = _laid_out(self.gradients[span], parameter)
             self._gradients.append((parameter, gradient))
+            self.named_values[name], self.named_gradients[name] = values, gradient
             parameter.grad = gradient
             parameter.data = values
             offset = span.stop

@@ -16,7 +16,6 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkn.config import PrivacyConfig, TrainConfig
@@ -40,8 +39,8 @@ __all__ = ["poisson_batch", "refuse_unprivate", "steps_of_a_round", "train_priva
 
 def train_privately(
     workspace: Workspace,
-    images: Tensor,
-    labels: Tensor,
+    examples: Tensor,
+    targets: Tensor,
     task: LocalTask,
     *,
     inputs: Inputs,
@@ -56,7 +55,7 @@ def train_privately(
 
     with g_i an example's gradient, C the ``privacy.clip_norm``, z standard normal, B the expected
     batch size: ``train.batch_size * train.accumulate``, or all of the client's examples where they
-    are fewer. Then follow the task's rules, weight decay and momentum, which see the images through
+    are fewer. Then follow the task's rules, weight decay and momentum, which see examples through
     noise alone. ``train.clip_norm`` is not applied.
 
     Each example goes through the model alone, whatever the batch: neither ``train.accumulate`` nor
@@ -78,7 +77,7 @@ def train_privately(
     started = time.perf_counter()
     refuse_unprivate(normalizer, workspace.model, task.train.precision)
     train, optimizer, model = task.train, workspace.attached(), workspace.model
-    size, seed, round_, client = len(labels), task.seed, task.round_, task.client
+    size, seed, round_, client = len(targets), task.seed, task.round_, task.client
     plan = plan_batches(
         size, train, normalizer.minimum_batch, seed=seed, round_=round_, client=client
     )
@@ -89,18 +88,18 @@ def train_privately(
     # Not completed by end_training, which looks at all images without noise: only layers with
     # buffers need it, and those are refused.
     normalizer.begin_training(model, round_)
-    examples = _Examples(workspace, images, labels, inputs, (seed, round_, client))
+    each = _Examples(workspace, examples, targets, inputs, task)
     total = torch.zeros((), dtype=torch.float64, device=workspace.device)
     summed = torch.zeros_like(optimizer.gradients)
     seen = 0
-    examples.refuse_mixing()
+    each.refuse_mixing()
     for step in range(len(plan.steps)):
         draw, noise = (_generator(task, what, step, privacy) for what in ("poisson", "noise"))
         batch = poisson_batch(size, expected / size, draw).tolist()
         # Without examples the sum is zero and the step is noise alone.
         summed.zero_()
         for example in batch:
-            total += examples.differentiate(example, step)
+            total += each.differentiate(example, step)
             _add_clipped(summed, optimizer.gradients, privacy.clip_norm)
         seen += len(batch)
         optimizer.gradients.copy_(summed)
@@ -172,27 +171,30 @@ class _Examples:
     def __init__(
         self,
         workspace: Workspace,
-        images: Tensor,
-        labels: Tensor,
+        examples: Tensor,
+        targets: Tensor,
         inputs: Inputs,
-        draws: tuple[int, int, int],
+        task: LocalTask,
     ) -> None:
         self._workspace = workspace
-        self._images, self._labels, self._inputs = images, labels, inputs
-        self._draws = draws
-        self._names = example_names(images, labels)
+        self._examples, self._targets, self._inputs = examples, targets, inputs
+        self._task = task
+        self._names = example_names(examples, targets)
 
     def differentiate(self, example: int, step: int) -> Tensor:
         """Put the gradient of `example` in place of the optimizer's; return its loss, float64."""
-        seed, *place = self._draws
-        key = derive(seed, "example", *place, step, self._names[example])
-        image = self._images[example : example + 1]
+        task = self._task
+        key = derive(task.seed, "example", task.round_, task.client, step, self._names[example])
+        some, wanted = self._examples[example : example + 1], self._targets[example : example + 1]
         if self._inputs.augments:
-            image = self._inputs.augmented(image, torch_generator(key, "augment"))
+
+            def augmented(one: Tensor) -> Tensor:
+                return self._inputs.augmented(one, torch_generator(key, "augment"))
+
+            some, wanted = augmented(some), task.goal.moved(wanted, augmented)
         self._workspace.optimizer.zero_grad()
         with _seeded(self._workspace.device, derive(key, "network")):
-            scores = self._workspace.model(self._inputs(image))
-            loss = F.cross_entropy(scores, self._labels[example : example + 1])
+            loss = task.goal.mean_loss(self._workspace.model(self._inputs(some)), wanted)
             loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
         return loss.detach().double()
 
@@ -206,7 +208,7 @@ class _Examples:
             self.differentiate(example, 0)
             return self._workspace.optimizer.gradients.clone()
 
-        few = self._inputs(self._images[:_FEW])
+        few = self._inputs(self._examples[:_FEW])
         refuse_mixing(model, few, gradient, lambda: _seeded(few.device, 0))
         _TRIED.add(model)
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkn.config import TrainConfig
@@ -49,14 +48,14 @@ class Capture(Protocol):
 class PlannedSteps:
     """A client's steps of one round, and what they are taken on.
 
-    `images` (N, C, H, W) and `labels` (N,) are on the model's device, `acting` are the rules that
-    change a step, each with the vectors that it reads.
+    `examples` (N, C, H, W) and `targets` (N, ...) are on the model's device, `acting` are the rules
+    that change a step, each with the vectors that it reads.
     """
 
     task: LocalTask
     plan: BatchPlan
-    images: Tensor
-    labels: Tensor
+    examples: Tensor
+    targets: Tensor
     inputs: Inputs
     acting: Acting
 
@@ -84,15 +83,16 @@ class StepRecorder:
 
         The workspace is as it is to be before the first step, and is left so.
         """
-        task, plan, images = planned.task, planned.plan, planned.images
+        task, plan, examples = planned.task, planned.plan, planned.examples
         if self.refusal or not plan.steps:
             return None
         modes = tuple(module.training for module in self._workspace.model.modules())
-        setting = (task.train, tuple(rule for rule, _ in planned.acting), modes, planned.inputs)
+        rules = tuple(rule for rule, _ in planned.acting)
+        setting = (task.train, task.goal, rules, modes, planned.inputs)
         try:
-            with own_draws(images.device, 0) as draws:
+            with own_draws(examples.device, 0) as draws:
                 if setting not in self._calls:
-                    some = planned.inputs(images[plan.steps[0][0].to(images.device)])
+                    some = planned.inputs(examples[plan.steps[0][0].to(examples.device)])
                     self._calls[setting] = self._trial(some, task.train, draws)
                 if self.refusal:
                     return None
@@ -145,16 +145,16 @@ class StepRecorder:
 
     def _with_room(self, planned: PlannedSteps, calls: int) -> _Tables:
         """Return tables for so much, or for a chunk of it; graphs read them where they are."""
-        images, plan = planned.images, planned.plan
+        examples, plan = planned.examples, planned.plan
         largest = max(map(_size, plan.steps))
-        most = max(largest, _BYTES_AT_ONCE // max(1, images[:1].nbytes))
+        most = max(largest, _BYTES_AT_ONCE // max(1, examples[:1].nbytes))
         room = min(plan.examples, most)
         known = self._tables
-        if known is None or not known.take(images, room, calls):
+        if known is None or not known.take(examples, planned.targets, room, calls):
             self._graphs.clear()
             room = min(max(256, 1 << (room - 1).bit_length()), most)
             calls = max(calls, 0 if known is None else known.keys.shape[1])
-            self._tables = known = _Tables(self._workspace, images, room, calls)
+            self._tables = known = _Tables(self._workspace, planned, room, calls)
         return known
 
 
@@ -193,25 +193,31 @@ class RecordedSteps:
         planned, tables = self._planned, self._tables
         steps, task, inputs = planned.plan.steps, planned.task, planned.inputs
         end, examples = first, 0
-        while end < len(steps) and examples + _size(steps[end]) <= len(tables.labels):
+        while end < len(steps) and examples + _size(steps[end]) <= len(tables.targets):
             examples += _size(steps[end])
             end += 1
         where = torch.cat([batch for step in steps[first:end] for batch in step])
-        where = where.to(planned.images.device)
-        pixels = planned.images.index_select(0, where)
+        where = where.to(planned.examples.device)
+        taken = planned.examples.index_select(0, where)
+        wanted = planned.targets.index_select(0, where)
         if inputs.augments:
-            generators = (
-                torch_generator(*_draw(task, "augment", number)) for number in range(first, end)
-            )
-            pixels = inputs.augmented_pieces(pixels, list(map(_size, steps[first:end])), generators)
+            pieces = list(map(_size, steps[first:end]))
+
+            def augmented(some: Tensor) -> Tensor:
+                generators = (
+                    torch_generator(*_draw(task, "augment", step)) for step in range(first, end)
+                )
+                return inputs.augmented_pieces(some, pieces, generators)
+
+            taken, wanted = augmented(taken), task.goal.moved(wanted, augmented)
         seeds = [
             derive(*_draw(task, "dropout", number), *((part,) if part else ()))
             for number in range(first, end)
             for part in range(len(steps[number]))
         ]
         keys = keys_of(torch.tensor(seeds).to(where.device), tables.keys.shape[1])
-        tables.pixels[:examples].copy_(pixels)
-        tables.labels[:examples].copy_(planned.labels.index_select(0, where))
+        tables.examples[:examples].copy_(taken)
+        tables.targets[:examples].copy_(wanted)
         tables.keys[: len(seeds)].copy_(keys)
         tables.example.zero_()
         tables.batch.zero_()
@@ -221,10 +227,11 @@ class RecordedSteps:
 class _Tables:
     """What recorded steps read and where they write it, at addresses that do not change."""
 
-    def __init__(self, workspace: Workspace, images: Tensor, room: int, calls: int) -> None:
+    def __init__(self, workspace: Workspace, planned: PlannedSteps, room: int, calls: int) -> None:
         device = workspace.device
-        self.pixels = images.new_empty((room, *images.shape[1:]))
-        self.labels = torch.zeros(room, dtype=torch.int64, device=device)
+        self.examples = planned.examples.new_empty((room, *planned.examples.shape[1:]))
+        # Zeros, which are targets too: a step is tried before the tables are filled.
+        self.targets = planned.targets.new_zeros((room, *planned.targets.shape[1:]))
         self.keys = torch.zeros((room, calls), dtype=torch.int64, device=device)
         self.offsets = torch.arange(room, device=device)
         self.example = torch.zeros(1, dtype=torch.int64, device=device)
@@ -246,18 +253,21 @@ class _Tables:
         places = iter(self._vectors)
         return tuple((rule, tuple(next(places) for _ in vectors)) for rule, vectors in rules)
 
-    def take(self, images: Tensor, room: int, calls: int) -> bool:
-        """Whether so many examples like `images` fit, each a batch with so many dropout calls."""
+    def take(self, examples: Tensor, targets: Tensor, room: int, calls: int) -> bool:
+        """Whether so many such examples fit, each a batch with so many dropout calls."""
+        own, given = (self.examples, self.targets), (examples, targets)
         return (
-            self.pixels.shape[1:] == images.shape[1:]
-            and self.pixels.dtype == images.dtype
-            and len(self.labels) >= room
+            all(
+                (one.shape[1:], one.dtype) == (other.shape[1:], other.dtype)
+                for one, other in zip(own, given, strict=True)
+            )
+            and len(self.targets) >= room
             and self.keys.shape[1] >= calls
         )
 
 
 _BYTES_AT_ONCE = 1 << 26
-"""Of pixels in the tables: longer rounds are taken in chunks."""
+"""Of examples in the tables: longer rounds are taken in chunks."""
 _MOST_GRAPHS = 32
 """Kept for one workspace; each has memory of its own."""
 
@@ -268,16 +278,17 @@ def _step_of(
     """Return a local step over batches of `sizes`, on the tables: `train_locally`'s."""
     model, optimizer, inputs = workspace.model, workspace.optimizer, planned.inputs
     train, acting = planned.task.train, tables.acting(planned.acting)
+    goal = planned.task.goal
     size = sum(sizes)
 
     def step() -> None:
         optimizer.zero_grad()
         where = tables.example + tables.offsets[:size]
-        pixels = torch.split(inputs(tables.pixels.index_select(0, where)), list(sizes))
-        answers = torch.split(tables.labels.index_select(0, where), list(sizes))
-        for x, y in zip(pixels, answers, strict=True):
+        scaled = torch.split(inputs(tables.examples.index_select(0, where)), list(sizes))
+        wanted = torch.split(tables.targets.index_select(0, where), list(sizes))
+        for x, y in zip(scaled, wanted, strict=True):
             with dropout_keys(tables.keys.index_select(0, tables.batch).squeeze(0)):
-                loss = F.cross_entropy(training_scores(model, x, train.precision), y)
+                loss = goal.mean_loss(training_scores(model, x, train.precision), y)
             share = None if len(sizes) == 1 else torch.full_like(loss, len(y) / size)
             loss.backward(share)  # type: ignore[no-untyped-call]  # torch annotates it so
             tables.total.add_(loss.detach(), alpha=len(y))

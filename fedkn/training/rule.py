@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedkn.config import TrainConfig
+from fedkn.config import ExperimentConfig, TrainConfig
 from fedkn.training.optimizer import FlatSGD
 
 if TYPE_CHECKING:
     from fedkn.training.local import LocalTask
 
-__all__ = ["Acting", "BegunRules", "LocalRule", "Vectors", "carried_part", "take_step"]
+__all__ = [
+    "OWN_MODEL",
+    "Acting",
+    "AsideStep",
+    "BegunRules",
+    "LocalRule",
+    "Vectors",
+    "carried_part",
+    "take_step",
+    "takes_aside",
+]
 
 Vectors = tuple[Tensor, ...]
+
+OWN_MODEL = "own/"
+"""What a client carries under this and a tensor's name is that of its own model, to evaluate."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +41,22 @@ class LocalRule:
     which were recorded for one client serve the others. The tensors that its steps read are made by
     `begin`, which returns them, and are given back to whatever needs them.
 
-    `gradient`, `correct` and `stacked` change the gradients in place by operations on tensors,
-    which may be recorded into a CUDA graph: nothing else may decide what they do, and what they
-    read stays where it is and as it was.
+    `gradient`, `limit`, `correct` and `stacked` change the gradients in place by operations on
+    tensors, which may be recorded into a CUDA graph: nothing else may decide what they do, and what
+    they read stays where it is and as it was.
     """
 
     alone: ClassVar[str] = ""
     """Why clients under this rule cannot be trained together, stacked; empty if they can."""
+    keeps_model: ClassVar[bool] = False
+    """Whether a client keeps a model of its own, whole, beside the one that it sends."""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Let a rule be used alone that changes steps and does not say how for stacked clients."""
+        super().__init_subclass__(**settings)
+        changes = any(_changed(cls, method) for method in ("gradient", "correct", "aside"))
+        if changes and not cls.alone and not _changed(cls, "stacked"):
+            cls.alone = f"{cls.__name__} changes the steps of one client at a time"
 
     @classmethod
     def of(cls, told: Mapping[str, Any], given: Mapping[str, Tensor]) -> Self:
@@ -45,6 +67,38 @@ class LocalRule:
         """
         del told, given
         return cls()
+
+    @classmethod
+    def stays(cls, config: ExperimentConfig, model: nn.Module) -> frozenset[str]:
+        """Return the names of `model`'s parameters that stay on the client; most share all.
+
+        Server and client ask before the first round: raises UserError if `model` cannot be trained
+        under the rule.
+        """
+        del config, model
+        return frozenset()
+
+    def on(self, config: ExperimentConfig, model: nn.Module) -> Self:
+        """Return the rule for the parameters of `model`, where it is not the same for all."""
+        del config, model
+        return self
+
+    @property
+    def prelude(self) -> tuple[LocalRule, int] | None:
+        """The rule of a pass before its own, from whose end its own begins, and that pass's epochs.
+
+        It is over the same batches, and nothing that it carries is kept.
+        """
+        return None
+
+    @property
+    def own(self) -> LocalRule | None:
+        """The rule by which a client then trains its own model, from where that was.
+
+        It is over the same batches. It is `given` the global model as it was received, and what it
+        carries is not kept. A rule that returns None trains it otherwise, if it keeps one.
+        """
+        return None
 
     @property
     def acts(self) -> bool:
@@ -64,9 +118,26 @@ class LocalRule:
         del optimizer, task
         return ()
 
+    def aside(self, step: AsideStep, *begun: Tensor) -> None:
+        """Do what else a step is for, before it is taken: for a model beside the one that is sent.
+
+        What is left of the optimizer's values and velocity must be what was found. Steps of a rule
+        that has this are neither recorded nor stacked, and `begun` may be written to.
+        """
+        del step, begun
+
     def gradient(self, values: Tensor, gradients: Tensor, *begun: Tensor) -> None:
         """Add to the gradient of the loss that of what the rule adds to the loss: then clipped."""
         del values, gradients, begun
+
+    def limit(
+        self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor], *, stacked: bool
+    ) -> None:
+        """Limit that gradient parameter by parameter, in place, before its whole norm is clipped.
+
+        Of one client, or `stacked` of K at once: then every tensor has a first axis of K.
+        """
+        del values, gradients, stacked
 
     def correct(self, values: Tensor, gradients: Tensor, *begun: Tensor) -> None:
         """Add to the gradient after it was clipped, and weight decay added."""
@@ -95,6 +166,22 @@ class LocalRule:
 
 
 Acting = tuple[tuple[LocalRule, Vectors], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class AsideStep:
+    """A step that is about to be taken, to whom takes one beside it.
+
+    Attributes:
+        optimizer: of the model that is sent. train, learning_rate: of the step.
+        differentiate: put the gradient of the step's loss at the optimizer's present values into
+            its gradients, as the step itself is about to: the same batches, the same draws.
+    """
+
+    optimizer: FlatSGD
+    train: TrainConfig
+    learning_rate: float
+    differentiate: Callable[[], None]
 
 
 class BegunRules:
@@ -134,10 +221,21 @@ def take_step(
     values, gradients = optimizer.values, optimizer.gradients
     for rule, begun in acting:
         rule.gradient(values, gradients, *begun)
+    for rule, _ in acting:
+        rule.limit(optimizer.named_values, optimizer.named_gradients, stacked=False)
     optimizer.limit(clip_norm=clip_norm, weight_decay=train.weight_decay)
     for rule, begun in acting:
         rule.correct(values, gradients, *begun)
     optimizer.move(learning_rate, momentum=train.momentum)
+
+
+def _changed(rule: type[LocalRule], method: str) -> bool:
+    return getattr(rule, method) is not getattr(LocalRule, method)
+
+
+def takes_aside(rule: LocalRule) -> bool:
+    """Whether a rule does something beside its steps."""
+    return rule.acts and _changed(type(rule), "aside")
 
 
 def carried_part(carried: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -35,7 +34,7 @@ from fedkn.training.rule import LocalRule
 from fedkn.training.stacked_batches import Batch, StackedBatches, StackedClient
 from fedkn.training.stacked_workspace import StackedTables, StackedWorkspace
 
-__all__ = ["train_stacked"]
+__all__ = ["forward_of", "train_stacked"]
 
 
 def train_stacked(
@@ -60,7 +59,10 @@ def train_stacked(
             precision than float32, or as `StackedWorkspace.load`.
     """
     started = time.perf_counter()
-    kinds = {(c.task.round_, c.task.train, c.task.learning_rate, c.task.rules) for c in clients}
+    kinds = {
+        (c.task.round_, c.task.train, c.task.learning_rate, c.task.rules, c.task.goal)
+        for c in clients
+    }
     if len(kinds) != 1:
         raise ValueError("clients that train together must be given the same training")
     train, rules = clients[0].task.train, clients[0].task.rules
@@ -108,7 +110,7 @@ def train_stacked(
 def _plan(client: StackedClient, minimum_batch: int) -> BatchPlan:
     task = client.task
     return plan_batches(
-        len(client.labels),
+        len(client.targets),
         task.train,
         minimum_batch,
         seed=task.seed,
@@ -124,7 +126,7 @@ def _steps(
     rules = _acting(task)
     if workspace.capture is None:
         for batch in batches.one_by_one():
-            yield partial(_step, workspace, batch, task.train, rules, partly=False)
+            yield partial(_step, workspace, batch, task, rules, partly=False)
         return
     replayed = _Replayed(workspace, batches, task, workspace.capture)
     for step in range(len(batches)):
@@ -160,7 +162,7 @@ class _Replayed:
         while stack // 2 >= active:
             stack //= 2
         rules = _acting(task)
-        key = (stack, self._tables.shape, task.train, rules)
+        key = (stack, self._tables.shape, task.train, task.goal, rules)
         if key not in workspace.steps:
             changed = (*workspace.values, *workspace.velocity, workspace.losses)
             tables, inputs = self._tables, self._batches.inputs
@@ -168,7 +170,7 @@ class _Replayed:
                 lambda: _step(
                     workspace,
                     tables.batch(stack, inputs),
-                    task.train,
+                    task,
                     rules,
                     partly=True,
                 ),
@@ -181,16 +183,16 @@ class _Replayed:
         batches = self._batches
         tables = self._tables
         self._filled = end = min(len(batches), first + tables.room)
-        images, labels = batches.taken(first, end)
-        here = slice(0, end - first), slice(0, images.shape[1])
+        examples, targets = batches.taken(first, end)
+        here = slice(0, end - first), slice(0, examples.shape[1])
         for table, values in (
-            (tables.images, images),
-            (tables.labels, labels),
+            (tables.examples, examples),
+            (tables.targets, targets),
             (tables.weights, batches.weights[first:end]),
             (tables.keys, batches.keys[first:end]),
         ):
             table[here].copy_(values)
-        tables.weights[: end - first, images.shape[1] :].zero_()
+        tables.weights[: end - first, examples.shape[1] :].zero_()
         tables.place.zero_()
 
 
@@ -201,7 +203,7 @@ def _acting(task: LocalTask) -> tuple[LocalRule, ...]:
 def _step(
     workspace: StackedWorkspace,
     batch: Batch,
-    train: TrainConfig,
+    task: LocalTask,
     rules: tuple[LocalRule, ...],
     *,
     partly: bool,
@@ -210,22 +212,23 @@ def _step(
     active = len(batch.keys)
     # New leaves on the same memory: only the head of the stack has a step to take.
     values = [value.detach()[:active].requires_grad_() for value in workspace.values]
-    named = dict(zip(workspace.initial, values, strict=True))
-    forward = torch.func.vmap(_forward(workspace.model))
+    named = {**workspace.shared(active), **dict(zip(workspace.initial, values, strict=True))}
+    forward = torch.func.vmap(forward_of(workspace.model))
     try:
         with StackedConvolutions():
-            scores = forward(named, batch.images, batch.keys)
+            outputs = forward(named, batch.x, batch.keys)
     except RuntimeError as error:
         raise _refusal(workspace.model, error) from error
-    losses = F.cross_entropy(scores.flatten(0, 1), batch.labels.flatten(), reduction="none")
-    sums = (losses.view_as(batch.labels) * batch.weights).sum(1)
+    # Of every example by itself, so that all clients' can be asked for at once.
+    losses = task.goal.losses(outputs.flatten(0, 1), batch.targets.flatten(0, 1))
+    sums = (losses.view_as(batch.weights) * batch.weights).sum(1)
     sizes = batch.weights.sum(1)
     # A client without such a step has no examples in it.
     gradients = list(torch.autograd.grad((sums / sizes.clamp_min(1.0)).sum(), values))
     with torch.no_grad():
         workspace.losses[:active] += sums.double()
         taking = sizes.clamp_max(1.0) if partly else None
-        _update(workspace, gradients, train, rules, taking=taking)
+        _update(workspace, gradients, task.train, rules, taking=taking)
 
 
 def _refusal(model: nn.Module, error: RuntimeError) -> Exception:
@@ -255,13 +258,19 @@ def _is_random(module: nn.Module) -> bool:
     return any(word in name for word in ("dropout", "droppath", "stochasticdepth", "rrelu"))
 
 
-def _forward(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
-    def forward(parameters: dict[str, Tensor], images: Tensor, keys: Tensor) -> Tensor:
+def forward_of(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
+    """Return one client's forward pass, as a function of its parameters, inputs and keys."""
+
+    def forward(parameters: dict[str, Tensor], x: Tensor, keys: Tensor) -> Tensor:
         with dropout_keys(keys):
-            out: Tensor = functional_call(model, parameters, (images,))
+            out: Tensor = functional_call(model, parameters, (x,))
         return out
 
     return forward
+
+
+def _named(workspace: StackedWorkspace, tensors: list[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(workspace.initial, tensors, strict=True))
 
 
 def _update(
@@ -281,6 +290,8 @@ def _update(
     values = [value[:active] for value in workspace.values]
     for rule in rules:
         rule.stacked(values, gradients, [begun[:active] for begun in workspace.begun])
+    for rule in rules:
+        rule.limit(_named(workspace, values), _named(workspace, gradients), stacked=True)
     if train.clip_norm:
         squares = [g.flatten(1).square().sum(1) for g in gradients]
         norms = torch.stack(squares).sum(0).sqrt()

@@ -22,14 +22,14 @@ __all__ = ["Batch", "StackedBatches", "StackedClient"]
 class StackedClient:
     """One of the clients: its task, the tensors it starts from, and its examples.
 
-    Tensors of the model that are not in `received` start as initialised. `images` (N, C, H, W) are
-    uint8, `labels` (N,) int64, both on the model's device.
+    Tensors of the model that are not in `received` start as initialised. `examples` (N, C, H, W)
+    and `targets` (N, ...) are on the model's device.
     """
 
     task: LocalTask
     received: Mapping[str, Tensor]
-    images: Tensor
-    labels: Tensor
+    examples: Tensor
+    targets: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,20 +37,15 @@ class Batch:
     """One step's batches of K clients, B examples each.
 
     Attributes:
-        images: (K, B, C, H, W), float32. labels: (K, B), int64.
+        x: what the model is given, (K, B, C, H, W), float32. targets: (K, B, ...).
         weights: (K, B), 1 for examples, 0 for what fills up a shorter batch.
         keys: (K, calls), of the dropout calls of each client's forward pass.
     """
 
-    images: Tensor
-    labels: Tensor
+    x: Tensor
+    targets: Tensor
     weights: Tensor
     keys: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four of them."""
-        return self.images, self.labels, self.weights, self.keys
 
 
 class StackedBatches:
@@ -73,15 +68,15 @@ class StackedBatches:
     ) -> None:
         self._tasks = [client.task for client in clients]
         self.inputs = inputs
-        self._images = torch.cat([client.images for client in clients])
-        self._labels = torch.cat([client.labels for client in clients])
+        self._examples = torch.cat([client.examples for client in clients])
+        self._targets = torch.cat([client.targets for client in clients])
         self._steps = [len(plan.steps) for plan in plans]
         sizes = [np.array([len(b) for b in plan.batches], dtype=np.int64) for plan in plans]
         steps, width = self._steps[0], max((int(s.max()) for s in sizes if len(s)), default=0)
         shape = (steps, len(clients), width)
         # What fills up is an example of the batch itself, or of the first client, without weight.
         rows, self._sizes = np.zeros(shape, np.int64), np.zeros(shape[:2], np.int64)
-        starts = np.cumsum([0, *(len(client.labels) for client in clients)])
+        starts = np.cumsum([0, *(len(client.targets) for client in clients)])
         for place, (plan, counts) in enumerate(zip(plans, sizes, strict=True)):
             if not len(counts):
                 continue
@@ -91,7 +86,7 @@ class StackedBatches:
             slots = first[:, None] + np.where(slots < counts[:, None], slots, 0)
             chosen = torch.cat(plan.batches).numpy()
             rows[: len(counts), place] = chosen[slots] + starts[place]
-        device = self._labels.device
+        device = self._targets.device
         weights = np.arange(width) < self._sizes[:, :, None]
         self._rows = torch.from_numpy(rows).to(device)
         self.weights = torch.from_numpy(weights.astype(np.float32)).to(device)
@@ -110,17 +105,17 @@ class StackedBatches:
         for step in range(len(self)):
             clients = self.active(step)
             width = int(self._sizes[step, :clients].max())
-            images, labels = self._taken(step, step + 1, clients, width)
-            x = self.inputs(images.flatten(0, 2)).contiguous()
+            examples, targets = self._taken(step, step + 1, clients, width)
+            x = self.inputs(examples.flatten(0, 2)).contiguous()
             yield Batch(
                 x.view(clients, width, *x.shape[1:]),
-                labels[0],
+                targets[0],
                 self.weights[step, :clients, :width],
                 self.keys[step, :clients],
             )
 
     def taken(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return images (S, K, B, C, H, W), uint8, augmented, and labels (S, K, B) of some steps.
+        """Return examples (S, K, B, C, H, W), augmented, and targets (S, K, B, ...) of some steps.
 
         Of all clients: those without such a step have examples of no weight.
         """
@@ -128,23 +123,29 @@ class StackedBatches:
 
     def _taken(self, begin: int, end: int, clients: int, width: int) -> tuple[Tensor, Tensor]:
         rows = self._rows[begin:end, :clients, :width]
-        images = self._images[rows.flatten()]
+        places = rows.flatten()
+        examples, targets = self._examples[places], self._targets[places]
         if self.inputs.augments:
-            images = self._augmented(images, begin, end, clients, width)
-        return images.view(*rows.shape, *images.shape[1:]), self._labels[rows]
 
-    def _augmented(self, images: Tensor, begin: int, end: int, clients: int, width: int) -> Tensor:
+            def augmented(some: Tensor) -> Tensor:
+                return self._augmented(some, begin, end, clients, width)
+
+            examples = augmented(examples)
+            targets = self._tasks[0].goal.moved(targets, augmented)
+        return examples.unflatten(0, rows.shape), targets.unflatten(0, rows.shape)
+
+    def _augmented(self, some: Tensor, begin: int, end: int, clients: int, width: int) -> Tensor:
         # Drawn for the true batch: what fills it up must not change the draws.
         places = [(step, client) for step in range(begin, end) for client in range(clients)]
         true = torch.from_numpy(self._sizes[begin:end, :clients].flatten())
-        own = (torch.arange(width) < true[:, None]).flatten().to(images.device)
+        own = (torch.arange(width) < true[:, None]).flatten().to(some.device)
         generators = (
             torch_generator(t.seed, "augment", t.round_, t.client, step)
             for step, client in places
             for t in (self._tasks[client],)
         )
-        images[own] = self.inputs.augmented_pieces(images[own], true.tolist(), generators)
-        return images
+        some[own] = self.inputs.augmented_pieces(some[own], true.tolist(), generators)
+        return some
 
     def _seeds(self, purpose: str) -> np.ndarray:
         seeds = np.zeros((len(self), len(self._tasks)), np.int64)

@@ -10,13 +10,14 @@ from torch.func import functional_call
 
 from fedkn.errors import UserError
 from fedkn.layers.kernel.dropout import dropout_stream
+from fedkn.normalizers.frozen import is_fixed
 from fedkn.training.captured import Captured
 from fedkn.training.inputs import Inputs
 from fedkn.training.recorded import Capture
 from fedkn.training.stacked_batches import Batch, StackedBatches, StackedClient
 from fedkn.training.transfer import moved
 
-__all__ = ["StackedTables", "StackedWorkspace"]
+__all__ = ["StackedTables", "StackedWorkspace", "stackable_parameters"]
 
 
 class StackedWorkspace:
@@ -27,21 +28,16 @@ class StackedWorkspace:
         size: the most clients at once.
 
     Raises:
-        UserError: if the model has tensors that are not trainable parameters, such as BatchNorm's
-            running statistics.
+        UserError: if the model has tensors that change without being trained, such as BatchNorm's
+            running statistics, or parameters in several places.
     """
 
     def __init__(self, model: nn.Module, size: int) -> None:
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if odd := sorted(model.state_dict().keys() - parameters.keys()):
-            raise UserError(
-                f"clients of a model with buffers, fixed or shared parameters ({odd[0]}, …) cannot "
-                "train together: set engine = 'inprocess'"
-            )
+        parameters, self.fixed = stackable_parameters(model)
         self.model = model
         self._kinds = _kinds(model)
         self.size = size
-        self.initial = {name: p.detach().clone().contiguous() for name, p in parameters.items()}
+        self.initial = {name: p.clone() for name, p in parameters.items()}
         self.values = [_stacked(p, size) for p in self.initial.values()]
         self.velocity = [torch.zeros_like(v) for v in self.values]
         self.begun = [torch.zeros_like(v) for v in self.values]
@@ -106,12 +102,16 @@ class StackedWorkspace:
             velocity.zero_()
         self.losses.zero_()
 
+    def shared(self, clients: int) -> dict[str, Tensor]:
+        """Return the frozen parameters, each as often as there are `clients`: views."""
+        return {name: p.expand(clients, *p.shape) for name, p in self.fixed.items()}
+
     def calls(self, client: StackedClient, inputs: Inputs) -> int:
         """Return how many dropout calls a forward pass makes."""
         if self._calls is None:
-            some = inputs(client.images[:2]).contiguous()
+            some = inputs(client.examples[:2]).contiguous()
             with dropout_stream(0) as stream, torch.no_grad():
-                functional_call(self.model, self.initial, (some,))
+                functional_call(self.model, {**self.fixed, **self.initial}, (some,))
             self._calls = stream.calls
         return self._calls
 
@@ -125,48 +125,80 @@ class StackedWorkspace:
         return [{name: value[place] for name, value in here.items()} for place in range(clients)]
 
 
+def stackable_parameters(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the parameters of `model` that each client has for itself, and those of all: frozen.
+
+    Contiguous, as is what is computed on: vmap knows no other layout. Raises UserError, as
+    `StackedWorkspace`.
+    """
+    parameters: dict[str, Tensor] = {}
+    fixed: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        kind = parameters if parameter.requires_grad else fixed
+        kind[name] = parameter.detach().contiguous()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        own = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
+        if odd := [name for name in own if dot + name not in parameters]:
+            raise UserError(
+                f"clients of a model whose '{dot}{odd[0]}' is a parameter of another layer too "
+                "cannot train together: set engine = 'inprocess'"
+            )
+        kept = [name for name, buffer in module._buffers.items() if buffer is not None]
+        for name in kept:
+            passing = name in module._non_persistent_buffers_set
+            if not passing and not is_fixed(module, name):
+                raise UserError(
+                    f"clients of a model that keeps buffers cannot train together "
+                    f"({type(module).__name__} '{prefix}' keeps {name}): set engine = 'inprocess'"
+                )
+    return parameters, fixed
+
+
 class StackedTables:
     """What recorded steps read, at addresses that do not change: `room` steps of all clients."""
 
-    def __init__(self, room: int, size: int, images: Tensor, calls: int) -> None:
-        """`images` are one step's, (K, B, C, H, W)."""
+    def __init__(self, room: int, size: int, examples: Tensor, targets: Tensor, calls: int) -> None:
+        """`examples` (K, B, C, H, W) and `targets` (K, B, ...) are one step's."""
         self.room = room
-        self.images = images.new_zeros((room, size, *images.shape[1:]))
-        shape = self.images.shape[:3]
-        self.labels = torch.zeros(shape, dtype=torch.int64, device=images.device)
-        self.weights = torch.zeros(shape, device=images.device)
-        self.keys = torch.zeros((*shape[:2], calls), dtype=torch.int64, device=images.device)
-        self.place = torch.zeros(1, dtype=torch.int64, device=images.device)
+        self.examples = examples.new_zeros((room, size, *examples.shape[1:]))
+        self.targets = targets.new_zeros((room, size, *targets.shape[1:]))
+        shape, device = self.examples.shape[:3], examples.device
+        self.weights = torch.zeros(shape, device=device)
+        self.keys = torch.zeros((*shape[:2], calls), dtype=torch.int64, device=device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the images, and how many dropout calls there are: what a recorded step is for."""
-        return *self.images.shape, self.keys.shape[-1]
+        """Of the examples, and how many dropout calls there are: what a recorded step is for."""
+        return *self.examples.shape, self.keys.shape[-1]
 
     @staticmethod
     def of(workspace: StackedWorkspace, batches: StackedBatches) -> StackedTables:
         """Return the workspace's tables for batches of that kind, made where there are none."""
-        some, _ = batches.taken(0, 1)
+        some, wanted = batches.taken(0, 1)
         kind = (*some.shape[2:], batches.keys.shape[-1])
         if kind not in workspace.tables:
             room = _BYTES_AT_ONCE // max(1, some[:, :1].nbytes * workspace.size)
             room = max(1, min(room, _MOST_STEPS))
-            workspace.tables[kind] = StackedTables(room, workspace.size, some[0], kind[-1])
+            workspace.tables[kind] = StackedTables(
+                room, workspace.size, some[0], wanted[0], kind[-1]
+            )
         return workspace.tables[kind]
 
     def batch(self, clients: int, inputs: Inputs) -> Batch:
         """Return the batch of the step whose turn it is, and move on to the next."""
-        images, labels, weights, keys = (
+        examples, targets, weights, keys = (
             table[:, :clients].index_select(0, self.place).squeeze(0)
-            for table in (self.images, self.labels, self.weights, self.keys)
+            for table in (self.examples, self.targets, self.weights, self.keys)
         )
-        x = inputs(images.flatten(0, 1)).contiguous()
+        x = inputs(examples.flatten(0, 1)).contiguous()
         self.place.add_(1)
-        return Batch(x.view(*images.shape[:2], *x.shape[1:]), labels, weights, keys)
+        return Batch(x.view(*examples.shape[:2], *x.shape[1:]), targets, weights, keys)
 
 
 _BYTES_AT_ONCE = 1 << 26
-"""Of pixels in the tables: longer rounds are taken in chunks."""
+"""Of examples in the tables: longer rounds are taken in chunks."""
 _MOST_STEPS = 256
 
 

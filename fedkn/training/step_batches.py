@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,24 +11,28 @@ from torch import Tensor
 from fedkn.seeds import derive, torch_generator
 from fedkn.training.inputs import Inputs
 
-__all__ = ["LocalBatch", "step_batches"]
+__all__ = ["LocalBatch", "Moved", "step_batches"]
+
+Moved = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""How targets follow where augmentation moves inputs: `fedkn.tasks.Task.moved`."""
 
 
 class LocalBatch(NamedTuple):
-    """Images (n, C, H, W), float32, their labels (n,), and the seed of the dropout."""
+    """What the model is given (n, C, H, W), float32, targets (n, ...), the seed of the dropout."""
 
-    images: Tensor
-    labels: Tensor
+    x: Tensor
+    targets: Tensor
     dropout: int
 
 
 def step_batches(
-    images: Tensor,
-    labels: Tensor,
+    examples: Tensor,
+    targets: Tensor,
     steps: Sequence[Sequence[Tensor]],
     inputs: Inputs,
     draws: tuple[int, int, int],
     *,
+    moved: Moved,
     first: int = 0,
 ) -> Iterator[list[LocalBatch]]:
     """Yield the local batches of one step after another.
@@ -38,27 +42,32 @@ def step_batches(
     tiny batches the calls cost more than the work.
 
     Args:
-        images, labels: the client's, uint8 (N, C, H, W) and int64 (N,).
+        examples, targets: the client's, (N, C, H, W) and (N, ...).
         steps: for every step its batches, each the indices of its examples, int64; none is empty.
         draws: seed, round and client.
+        moved: lets targets follow augmentation.
         first: the number of the first of `steps` in the client's round.
     """
     seed, *place = draws
-    each = images.shape[1:].numel()
+    each = examples.shape[1:].numel()
     for begin, end in _together(steps, max(1, _NUMBERS_AT_ONCE // each)):
         batches = [batch for step in steps[begin:end] for batch in step]
-        where = torch.cat(batches).to(images.device)
-        pixels = images.index_select(0, where)
+        where = torch.cat(batches).to(examples.device)
+        taken, wanted = examples.index_select(0, where), targets.index_select(0, where)
         if inputs.augments:
-            sizes = [sum(map(len, step)) for step in steps[begin:end]]
-            generators = (
-                torch_generator(seed, "augment", *place, first + number)
-                for number in range(begin, end)
-            )
-            pixels = inputs.augmented_pieces(pixels, sizes, generators)
+            pieces = [sum(map(len, step)) for step in steps[begin:end]]
+            numbers = range(first + begin, first + end)
+
+            def augmented(
+                some: Tensor, pieces: list[int] = pieces, numbers: range = numbers
+            ) -> Tensor:
+                generators = (torch_generator(seed, "augment", *place, step) for step in numbers)
+                return inputs.augmented_pieces(some, pieces, generators)
+
+            taken, wanted = augmented(taken), moved(wanted, augmented)
         sizes = [len(batch) for batch in batches]
-        scaled = iter(torch.split(inputs(pixels), sizes))
-        answers = iter(torch.split(labels.index_select(0, where), sizes))
+        scaled = iter(torch.split(inputs(taken), sizes))
+        answers = iter(torch.split(wanted, sizes))
         for number in range(begin, end):
             yield [
                 LocalBatch(

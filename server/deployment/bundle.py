@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import zipfile
+from io import BytesIO
 from pathlib import Path
 
 from flwr.cli.build import build_fab_from_files
 
 from fedkn import __version__
 from fedkn.config import ExperimentConfig
-from fedkn.errors import FedknError
+from fedkn.errors import FedknError, UserError
+from server.deployment.own_code import NOTHING, OwnCode
 
 __all__ = ["build_bundle"]
 
@@ -22,10 +25,14 @@ PACKAGES = ("fedkn", "clients", "server")
 _LEFT_OUT = ("server/deployment/",)
 
 
-def build_bundle() -> bytes:
+def build_bundle(own: OwnCode = NOTHING) -> bytes:
     """Return the bundle: fedkn, clients and server, and every configuration key's default.
 
-    Raises FedknError if Flower refuses it, which is a fault of this installation.
+    With the user's `own` code, which every device then runs.
+
+    Raises:
+        UserError: Flower leaves a file of the user's out, or all of it is too large.
+        FedknError: Flower refuses ours, which is a fault of this installation.
     """
     files: dict[str, bytes | Path] = {"pyproject.toml": _project().encode()}
     for package in PACKAGES:
@@ -34,10 +41,20 @@ def build_bundle() -> bytes:
             name = f"{package}/{path.relative_to(folder).as_posix()}"
             if not name.startswith(_LEFT_OUT):
                 files[name] = path
+    files |= own.files
     try:
-        return build_fab_from_files(files)[0]
+        bundle = build_fab_from_files(files)[0]
     except ValueError as error:
-        raise FedknError(f"Flower does not take our code as an app: {error}") from None
+        kind = UserError if own.files else FedknError
+        raise kind(f"Flower does not take the code as an app: {error}") from None
+    with zipfile.ZipFile(BytesIO(bundle)) as taken:
+        missing = sorted(own.files.keys() - set(taken.namelist()))
+    if missing:
+        raise UserError(
+            f"Flower leaves '{missing[0]}' out of its bundle (names such as test_….py, and folders "
+            "such as build and lib): give the module another name"
+        )
+    return bundle
 
 
 def _folder(package: str) -> Path:

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from fedkn.config import TrainConfig
-from fedkn.federation import CORRECT, EVALUATION_LOSS, EXAMPLES, PARTITION, TRAIN_LOSS
+from fedkn.federation import EVALUATION_LOSS, EXAMPLES, PARTITION, TRAIN_LOSS, VALUE
+from fedkn.tasks import Task
 from fedkn.text import printable
 
 __all__ = [
@@ -61,6 +62,7 @@ def training_ranges(
     *,
     round_timeout: float = 0.0,
     private: bool = False,
+    least_loss: float = 0.0,
 ) -> dict[str, Range]:
     """Return the ranges of an update of client `partition`, which declared so many `examples`.
 
@@ -69,7 +71,7 @@ def training_ranges(
 
     Args:
         round_timeout: seconds that a round waits for updates. private: whether updates have an
-            epsilon.
+            epsilon. least_loss: the task's.
     """
     passes = train.local_epochs * examples
     steps = train.local_epochs * -(-examples // (train.batch_size * train.accumulate))
@@ -82,7 +84,7 @@ def training_ranges(
         "steps": Range(int, 1, steps),
         "skipped-batches": Range(int, 0, passes),
         "skipped-examples": Range(int, 0, passes),
-        TRAIN_LOSS: Range(float, 0.0, _LARGEST_LOSS),
+        TRAIN_LOSS: _loss_range(least_loss),
         "train-seconds": Range(float, 0.0, max(round_timeout, _DAY)),
         "state-lost": Range(int, 0, 1),
         "data-changed": Range(int, 0, 1),
@@ -91,19 +93,28 @@ def training_ranges(
     }
 
 
-def evaluation_ranges(fraction: float, partition: int, examples: int) -> dict[str, Range]:
-    """Return the ranges of client `partition`'s evaluation of its own model.
+def evaluation_ranges(
+    fraction: float, partition: int, examples: int, task: Task
+) -> dict[str, Range]:
+    """Return the ranges of client `partition`'s evaluation of its own model, trained for `task`.
 
     It declared so many `examples` to train on; how many it can keep from training follows from
     the `fraction` that it was asked to keep.
     """
+    metric = task.metric
     held = math.ceil((examples + 1) * fraction / (1 - fraction)) + 1
     return {
         PARTITION: Range(int, partition, partition),
         EXAMPLES: Range(int, 1, held),
-        CORRECT: Range(int, 0, held),
-        EVALUATION_LOSS: Range(float, 0.0, _LARGEST_LOSS),
+        VALUE: Range(
+            float, max(metric.lowest, -_LARGEST_VALUE), min(metric.highest, _LARGEST_VALUE)
+        ),
+        EVALUATION_LOSS: _loss_range(task.least_loss),
     }
+
+
+def _loss_range(least: float) -> Range:
+    return Range(float, max(least, -_LARGEST_LOSS), _LARGEST_LOSS)
 
 
 def numbers_in(record: Mapping[str, Any], ranges: Mapping[str, Range]) -> dict[str, Any]:
@@ -144,6 +155,8 @@ _TIMES_THE_MEDIAN = 10
 _MOST = 10**9
 # Losses are computed in float32; those of a diverged model are large, and honest.
 _LARGEST_LOSS = 3.5e38
+# The root of what a squared float32 can be, and to spare.
+_LARGEST_VALUE = 1e39
 # That of any noise which can be called so.
 _LARGEST_EPSILON = 1e15
 # Clients of a simulation are not held to server.round_timeout.

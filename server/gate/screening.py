@@ -70,6 +70,7 @@ class Screen:
         max_norm: refuse an update farther than this (Euclidean, over all tensors) from `sent`;
             0 is no bound.
         round_timeout: seconds that the round waits. private: whether updates have an epsilon.
+        least_loss: the task's.
         spreads, counts: the names of tensors that hold variances or deviations, and counts of
             batches.
     """
@@ -83,6 +84,7 @@ class Screen:
         max_norm: float = 0.0,
         round_timeout: float = 0.0,
         private: bool = False,
+        least_loss: float = 0.0,
         spreads: Collection[str] = (),
         counts: Collection[str] = (),
     ) -> None:
@@ -92,6 +94,7 @@ class Screen:
         self._max_norm = max_norm
         self._round_timeout = round_timeout
         self._private = private
+        self._least_loss = least_loss
         self._spreads, self._counts = (sent.keys() & set(names) for names in (spreads, counts))
 
     def check(self, message: Message) -> Update:
@@ -158,6 +161,7 @@ class Screen:
             declared,
             round_timeout=self._round_timeout,
             private=self._private,
+            least_loss=self._least_loss,
         )
         try:
             return numbers_in(record, ranges)

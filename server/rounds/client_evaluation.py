@@ -1,4 +1,4 @@
-"""Every client's own model on its own held-out images: what the clients themselves get."""
+"""Every client's own model on its own held-out examples: what the clients themselves get."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 
 from fedkn.config import ExperimentConfig
-from fedkn.experiment import data_summary
+from fedkn.experiment import data_summary, task_of
 from fedkn.federation import (
     ARRAYS,
     CONFIG,
-    CORRECT,
     DATA,
     EVALUATION_LOSS,
     EXAMPLES,
+    FIXED,
     METRICS,
     PARTITION,
+    VALUE,
     data_record,
     failure_reason,
 )
+from fedkn.tasks import Metric
 from fedkn.text import printable
 from server.gate.exchange import exchange
 from server.gate.plausible import Range, evaluation_ranges, named, numbers_in
@@ -39,25 +41,28 @@ class ClientEvaluation:
     """How the clients' own models do.
 
     Attributes:
-        clients: per client ``{"client", "examples", "correct", "loss"}``, ordered by client.
+        clients: per client ``{"client", "examples", "value", "loss"}``, ordered by client.
         failed: ``{"client", "reason"}`` of those who gave no usable answer.
+        metric: what the values are of.
     """
 
     clients: list[dict[str, Any]]
     failed: list[dict[str, Any]]
+    metric: Metric
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields of the log's line: accuracies are fractions, each client counts once.
+        """Return the fields of the log's line, figures of the values; each client counts once.
 
         ``worst_tenth`` is the mean over the tenth of the clients that do worst (at least one).
         """
-        accuracies = sorted(entry["correct"] / entry["examples"] for entry in self.clients)
-        worst = accuracies[: max(1, len(accuracies) // 10)]
+        sign = self.metric.sign
+        values = sorted((entry["value"] for entry in self.clients), key=lambda value: sign * value)
+        worst = values[: max(1, len(values) // 10)]
         losses = [entry["loss"] for entry in self.clients]
         return {
-            "mean": float(np.mean(accuracies)) if accuracies else None,
+            "mean": float(np.mean(values)) if values else None,
             "worst_tenth": float(np.mean(worst)) if worst else None,
-            "deviation": float(np.std(accuracies)) if accuracies else None,
+            "deviation": float(np.std(values)) if values else None,
             "loss": float(np.mean(losses)) if losses else None,
             "clients": self.clients,
             "failed": self.failed,
@@ -71,18 +76,21 @@ def evaluate_clients(
     config: ExperimentConfig,
     grid: Grid,
     membership: Membership,
+    fixed_sha256: str = "",
 ) -> ClientEvaluation:
     """Let every client that is online evaluate the global `tensors` with its own."""
     everyone = range(config.partition.clients)
-    fraction = config.evaluation.client_fraction
+    fraction, task = config.evaluation.client_fraction, task_of(config)
     members = membership.online(everyone)
     content: dict[str, ArrayRecord | ConfigRecord] = {
         ARRAYS: sent_through(grid, tensors),
         DATA: data_record(data_summary(config)),
     }
+    fixed = {FIXED: fixed_sha256} if fixed_sha256 else {}
+    told = participation.told
     messages = {
         partition: Message(
-            RecordDict({**content, CONFIG: ConfigRecord(dict(participation.told(partition)))}),
+            RecordDict({**content, CONFIG: ConfigRecord({**fixed, **told(partition)})}),
             dst_node_id=member.node_id,
             message_type=MessageType.EVALUATE,
         )
@@ -105,7 +113,7 @@ def evaluate_clients(
                 continue
             waiting.remove(partition)
             member = members[partition]
-            ranges = evaluation_ranges(fraction, partition, member.examples)
+            ranges = evaluation_ranges(fraction, partition, member.examples, task)
             try:
                 metrics = _answer(reply, partition)
                 if reply.metadata.src_node_id != member.node_id:
@@ -117,6 +125,7 @@ def evaluate_clients(
     return ClientEvaluation(
         [clients[partition] for partition in sorted(clients)],
         [{"client": partition, "reason": reasons[partition]} for partition in sorted(reasons)],
+        task.metric,
     )
 
 
@@ -135,8 +144,5 @@ def _answer(reply: Message, partition: int) -> MetricRecord:
 
 def _figures(metrics: MetricRecord, ranges: Mapping[str, Range]) -> dict[str, Any]:
     found = numbers_in(metrics, ranges)
-    examples, correct = found[EXAMPLES], found[CORRECT]
-    if correct > examples:
-        raise ValueError(f"impossible figures: {correct} of {examples} correct")
-    loss = found[EVALUATION_LOSS]
-    return {"client": found[PARTITION], "examples": examples, "correct": correct, "loss": loss}
+    names = {"client": PARTITION, "examples": EXAMPLES, "value": VALUE, "loss": EVALUATION_LOSS}
+    return {name: found[key] for name, key in names.items()}

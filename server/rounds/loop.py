@@ -20,6 +20,7 @@ from fedkn.federation import (
     CONFIG,
     CONTROL,
     DATA,
+    FIXED,
     LEARNING_RATE,
     ROUND,
     data_record,
@@ -185,6 +186,7 @@ def _ask(
     instructions = aggregator.training_config(
         round_, tensors, ConfigRecord({ROUND: round_, LEARNING_RATE: rate})
     )
+    fixed = {FIXED: federation.model.fixed_sha256} if federation.model.fixed_sha256 else {}
     record = sent_through(grid, tensors)
     control = sent_through(grid, aggregator.control(tensors))
     content: dict[str, ArrayRecord | ConfigRecord] = {
@@ -198,7 +200,9 @@ def _ask(
             RecordDict(
                 {
                     **content,
-                    CONFIG: ConfigRecord({**instructions, **participation.told(partition)}),
+                    CONFIG: ConfigRecord(
+                        {**instructions, **fixed, **participation.told(partition)}
+                    ),
                 }
             ),
             dst_node_id=member.node_id,
@@ -222,6 +226,7 @@ def _collected(
         max_norm=0.0 if config.server.max_update_norm == "auto" else config.server.max_update_norm,
         round_timeout=config.server.round_timeout,
         private=config.privacy.mechanism == "example",
+        least_loss=model.task.least_loss,
         spreads=model.spreads,
         counts=model.counts,
     )

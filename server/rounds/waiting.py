@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from server.metrics_log import MetricsLog
+from server.observers import Audience
 
 __all__ = ["Waiting"]
 
@@ -32,7 +32,7 @@ class Waiting:
 
     def __init__(
         self,
-        log: MetricsLog,
+        log: Audience,
         age: Callable[[int], float | None],
         refresh: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,

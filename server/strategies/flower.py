@@ -28,7 +28,16 @@ from fedkn.federation import ARRAYS, CONFIG, EXAMPLES, METRICS, TRAIN_LOSS
 from server.gate.screening import Update
 from server.strategies.base import Arrays, NoAggregate, Strategy
 
-__all__ = ["FlowerStrategy", "quiet_flower"]
+__all__ = ["EVERY_NODE", "FlowerStrategy", "quiet_flower"]
+
+EVERY_NODE: dict[str, Any] = {
+    "fraction_train": 1.0,
+    "fraction_evaluate": 0.0,
+    "min_train_nodes": 1,
+    "min_evaluate_nodes": 0,
+    "min_available_nodes": 1,
+}
+"""Arguments with which Flower's strategies train every node that they are shown."""
 
 
 class FlowerStrategy(Strategy):
@@ -53,10 +62,15 @@ class FlowerStrategy(Strategy):
     def instructions(self, round_: int, parameters: Arrays, config: ConfigRecord) -> ConfigRecord:
         """Return `config` with what the strategy adds to it; it notes the parameters."""
         with quiet_flower():
-            (message,) = self._strategy.configure_train(
-                round_, self._record(parameters), config, _OneNode()
+            messages = list(
+                self._strategy.configure_train(round_, self._record(parameters), config, _OneNode())
             )
-        return message.content.config_records[CONFIG]
+        if len(messages) != 1 or CONFIG not in messages[0].content.config_records:
+            raise UserError(
+                f"{type(self._strategy).__name__}.configure_train must return one message for each "
+                f"node that it is shown, with the config under '{CONFIG}': fedkn draws the cohort"
+            )
+        return messages[0].content.config_records[CONFIG]
 
     def aggregate(
         self, round_: int, sent: Arrays, updates: Sequence[Update]
@@ -74,7 +88,15 @@ class FlowerStrategy(Strategy):
                 raise NoAggregate(str(error)) from error
         if record is None:
             raise NoAggregate(f"{len(updates)} updates are too few for the strategy")
-        return self._named(record[_ALL].numpy(), sent) if self._parameters else {}
+        if not self._parameters:
+            return {}
+        size = sum(sent[name].size for name in self._parameters)
+        if list(record) != [_ALL] or record[_ALL].numpy().size != size:
+            raise UserError(
+                f"{type(self._strategy).__name__}.aggregate_train must return an ArrayRecord of "
+                f"the one array '{_ALL}' that the updates have, of {size} numbers"
+            )
+        return self._named(record[_ALL].numpy(), sent)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return momentum and second moments, by attribute, of all parameters in their order."""

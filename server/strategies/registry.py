@@ -1,4 +1,4 @@
-"""Strategies by name, with the options of the configuration: server halves of ours, and Flower's.
+"""Strategies by name, with the options of the configuration: ours, Flower's, and somebody's own.
 
 An algorithm of ours is known by the name of its two files (`fedkn.algorithms`); of Flower's
 strategies only the aggregation is their own, and their clients train as FedAvg's do.
@@ -28,9 +28,11 @@ from fedkn import algorithms
 from fedkn.config import ExperimentConfig, StrategyConfig
 from fedkn.errors import UserError, unknown_name
 from fedkn.federation import TRAIN_LOSS
+from fedkn.references import registered
 from server.strategies.base import Strategy
 from server.strategies.differential_privacy import PrivateMean
-from server.strategies.flower import FlowerStrategy, quiet_flower
+from server.strategies.flower import EVERY_NODE, FlowerStrategy, quiet_flower
+from server.strategies.own import OwnStrategy
 
 __all__ = ["create_strategy", "names"]
 
@@ -50,8 +52,14 @@ def create_strategy(config: ExperimentConfig, parameters: Sequence[str] = ()) ->
             cohort is too small for what it promises.
     """
     name = config.strategy.name
-    if name not in names():
-        raise unknown_name("strategy", name, names())
+    own = algorithms.is_own(name)
+    if not own and name not in names():
+        raise unknown_name("strategy", name, [*names(), *registered("strategy")])
+    if config.strategy.options and not own:
+        raise UserError(
+            f"strategy '{name}' takes no strategy.options: what it can be set to are settings of "
+            "their own, strategy.… (docs/strategies.md)"
+        )
     mechanism = config.privacy.mechanism
     of_clients = mechanism.startswith(("server_", "client_"))
     if of_clients and name not in (means := _plain_means()):
@@ -60,6 +68,8 @@ def create_strategy(config: ExperimentConfig, parameters: Sequence[str] = ()) ->
             f"'{name}' does not take: set strategy.name to {' or '.join(means)}"
         )
     with quiet_flower():
+        if own:
+            return OwnStrategy(config, parameters)
         if name in _FLOWERS:
             return FlowerStrategy(_flowers(name, config), parameters)
         strategy = _server_half(name)(config)
@@ -87,14 +97,7 @@ def _flowers(name: str, config: ExperimentConfig) -> FedAvg:
         )
     build, options = _FLOWERS[name]
     arguments = {key: value for key, value in options(config).items() if value != "default"}
-    return build(
-        fraction_train=1.0,
-        fraction_evaluate=0.0,
-        min_train_nodes=1,
-        min_evaluate_nodes=0,
-        min_available_nodes=1,
-        **arguments,
-    )
+    return build(**EVERY_NODE, **arguments)
 
 
 # Updates needed to tolerate f malicious clients, a·f + b as (a, b): arXiv 1703.02757, Prop. 4.2,

@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from fedkn.tables import read_toml
 from simulations.commands import options as o
-from simulations.commands.options import given
+from simulations.commands.options import axes_given, given
 
 __all__ = ["compare"]
 
@@ -25,6 +24,7 @@ def compare(
     normalizer: o.Normalizers = None,
     batch_size: o.BatchSizes = None,
     partition: o.Partitions = None,
+    axis: o.AxisValues = None,
     seeds: o.Seeds = None,
     learning_rate: o.LearningRates = None,
     source: o.SourceName = None,
@@ -44,7 +44,7 @@ def compare(
 ) -> None:
     """Compare normalizers x batch sizes x partitions x seeds, and write a report.
 
-    For each normalizer, batch size and partition the learning rate is searched on validation
+    For each of these and each value of further axes the learning rate is searched on validation
     images; the results are measured on test images. Stop it with Ctrl-C, go on with fedkn resume.
 
     Examples:
@@ -53,29 +53,36 @@ def compare(
 
       fedkn compare --source mnist --root ~/data --download --partition iid,dirichlet:alpha=0.1
 
+      fedkn compare --normalizer kernel,group --axis strategy.name=fedavg,scaffold
+
       fedkn compare mine.toml --rounds 30 --set train.momentum=0.9 --name momentum
     """
-    from simulations.commands import launch
-    from simulations.comparison.grid import GridConfig
+    from simulations.api import running
+    from simulations.commands.launch import carry_out, repeat_command
 
-    flags = given(
-        settings,
-        compare__normalizers=normalizer,
-        compare__batch_sizes=batch_size,
-        compare__partitions=partition,
-        compare__seeds=seeds,
-        compare__learning_rates=learning_rate,
-        compare__workers=workers,
-        compare__name=name,
-        data__source=source,
-        data__root=None if root is None else str(root),
-        data__download=download or None,
-        partition__clients=clients,
-        cohort=cohort,
-        rounds=rounds,
-        model__name=model,
-        seed=seed,
+    exact = axes_given(axis) | given(settings)
+    carry_out(
+        lambda: running.compare(
+            file,
+            normalizer=normalizer,
+            batch_size=batch_size,
+            partition=partition,
+            seeds=seeds,
+            learning_rate=learning_rate,
+            source=source,
+            root=root,
+            download=download or None,
+            clients=clients,
+            cohort=cohort,
+            rounds=rounds,
+            model=model,
+            seed=seed,
+            workers=workers,
+            name=name,
+            settings=exact,
+            out=out,
+            progress=not as_json,
+            command=repeat_command(),
+        ),
+        as_json=as_json,
     )
-    grid = GridConfig.resolve(read_toml(file) if file else {}, flags)
-    grid, run = launch.created(grid, "compare", out)
-    launch.execute(grid, run, as_json=as_json)

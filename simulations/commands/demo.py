@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from importlib.resources import as_file, files
 
 from fedkn.tables import read_toml
 from simulations.commands import options as o
-from simulations.commands.options import given
 
 __all__ = ["demo"]
 
@@ -29,11 +29,19 @@ def demo(
 
       fedkn demo
     """
-    from simulations.commands import launch
-    from simulations.comparison.grid import GridConfig
+    from simulations.api import running
+    from simulations.commands.launch import carry_out, repeat_command
 
     with as_file(files("simulations") / "presets" / "demo.toml") as preset:
         table = read_toml(preset)
-    flags = given(None, compare__workers=workers, compare__name=name)
-    grid, run = launch.created(GridConfig.resolve(table, flags), "demo", out)
-    launch.execute(grid, run, as_json=as_json)
+    carry_out(
+        lambda: running.compare(
+            table,
+            workers=workers,
+            name=name or f"demo-{datetime.now():%Y%m%d-%H%M%S}",
+            out=out,
+            progress=not as_json,
+            command=repeat_command(),
+        ),
+        as_json=as_json,
+    )

@@ -64,7 +64,7 @@ def run(
     from server.deployment.control import Control, advice
     from server.deployment.fleet import Fleet
     from server.deployment.startup import wait_for_devices
-    from simulations.commands import launch
+    from simulations.api import beginning
     from simulations.runs.deployed_run import run_deployed, unfinished_run
 
     say = _sayer()
@@ -72,8 +72,8 @@ def run(
     if resume:
         if config or settings or name:
             raise UserError("--resume takes the run as it was begun: leave the other options out")
-        grid, folder = launch.begun(opened.runs / resume)
-        launch.refuse_other_data(grid, folder)
+        grid, folder = beginning.begun(opened.runs / resume)
+        beginning.refuse_other_data(grid, folder, say)
     else:
         grid = _grid(opened, read_toml(config) if config else {}, given(settings))
         folder = None
@@ -94,13 +94,13 @@ def follow(fleet: FleetFolder, name: RunName, *, debug: o.Debug = False) -> None
     Ctrl-C ends this command, not the run.
     """
     from server.deployment.control import Control
-    from simulations.commands import launch
+    from simulations.api import beginning
     from simulations.runs.deployed_run import follow_run
 
     say = _sayer()
     with Control(_opened(fleet)) as control:
         opened, folder, run = _going_on(fleet, name, control)
-        cell = _cell(launch.begun(folder.path)[0], folder)
+        cell = _cell(beginning.begun(folder.path)[0], folder)
         tail = folder.tail_of_last()
         _show(
             opened,
@@ -114,12 +114,12 @@ def follow(fleet: FleetFolder, name: RunName, *, debug: o.Debug = False) -> None
 def stop(fleet: FleetFolder, name: RunName, *, debug: o.Debug = False) -> None:
     """End a run that goes on; its checkpoints stay."""
     from server.deployment.control import Control
-    from simulations.commands import launch
+    from simulations.api import beginning
 
     with Control(_opened(fleet)) as control:
         _, folder, run = _going_on(fleet, name, control)
         control.stop(run.run_id)
-    again = launch.how_to_resume_deployed(folder.path, fleet)
+    again = beginning.how_to_resume_deployed(folder.path, fleet)
     _sayer()(f"stopped; what was done is kept. Go on with: {again}")
 
 
@@ -163,11 +163,11 @@ def _show(
     stops: bool = True,
 ) -> None:
     """Wait for the end of `run`, which Ctrl-C `stops` or not; show and report what came of it."""
-    from simulations.commands import launch
+    from simulations.api import beginning
     from simulations.report import build_report
 
     say = _sayer()
-    again = launch.how_to_resume_deployed(folder.path, fleet.path)
+    again = beginning.how_to_resume_deployed(folder.path, fleet.path)
     try:
         progress = run()
     except KeyboardInterrupt:
@@ -179,8 +179,8 @@ def _show(
     except FedknError as error:
         raise FedknError(f"{error}. Results so far: {folder.path}. Go on with: {again}") from None
     say(
-        f"accuracy {progress.accuracy:.4f} after {cell.rounds} rounds, {progress.seconds:.0f} s; "
-        f"weights {progress.weights_sha256[:16]}"
+        f"{progress.metric.name} {progress.value:.4f} after {cell.rounds} rounds, "
+        f"{progress.seconds:.0f} s; weights {progress.weights_sha256[:16]}"
     )
     if progress.missing:
         say(missing_updates(progress))
@@ -202,7 +202,7 @@ def _grid(fleet: Fleet, table: Mapping[str, Any], flags: Mapping[str, Any]) -> G
     """Return the grid of a single cell: the experiment, on as many partitions as devices."""
     from simulations.comparison.grid import GridConfig
 
-    if "compare" in table:
+    if "compare" in table or any(key.startswith("compare.axes.") for key in flags):
         raise UserError("a comparison runs in simulation: use fedkn compare, or drop [compare]")
     base = {
         "partition.clients": fleet.clients,
@@ -218,11 +218,12 @@ def _grid(fleet: Fleet, table: Mapping[str, Any], flags: Mapping[str, Any]) -> G
 
 
 def _created(fleet: Fleet, grid: GridConfig, name: str | None) -> tuple[GridConfig, RunFolder]:
-    from simulations.commands import launch
+    from simulations.api import beginning
+    from simulations.commands.launch import repeat_command
 
     chosen = name or f"run-{datetime.now():%Y%m%d-%H%M%S}"
     grid = grid.overlay(compare__name=chosen)
-    return launch.created(grid, "run", fleet.runs / chosen)
+    return beginning.created(grid, "run", fleet.runs / chosen, repeat_command())
 
 
 def _cell(grid: GridConfig, folder: RunFolder) -> ExperimentConfig:

@@ -9,8 +9,10 @@ import typer
 
 from fedkn.errors import UserError
 from fedkn.text import printable
+from simulations.api.settings import refuse_set_by_runs
 
 __all__ = [
+    "AxisValues",
     "BatchSizes",
     "Clients",
     "Cohort",
@@ -30,6 +32,7 @@ __all__ = [
     "Settings",
     "SourceName",
     "Workers",
+    "axes_given",
     "given",
 ]
 
@@ -64,6 +67,15 @@ Partitions = Annotated[
         metavar="SPEC,…",
         rich_help_panel=_AXES,
         help="Such as iid, dirichlet:alpha=0.3, shards:shards_per_client=2, quantity:sigma=1.",
+    ),
+]
+AxisValues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--axis",
+        metavar="KEY=VALUE,…",
+        rich_help_panel=_AXES,
+        help="Vary any other setting too, as strategy.name=fedavg,scaffold; repeatable.",
     ),
 ]
 Seeds = Annotated[
@@ -153,14 +165,27 @@ def given(settings: list[str] | None, **flags: Any) -> dict[str, Any]:
         shown = printable(setting, 80)
         if not equals:
             raise UserError(f"--set {shown}: write KEY=VALUE, as in --set train.momentum=0.9")
-        if instead := _SET_BY_RUNS.get(key.strip()):
-            raise UserError(f"--set {shown}: a run sets {key.strip()} itself ({instead})")
+        refuse_set_by_runs(key.strip())
         keys[key.strip()] = value.strip()
     return keys
 
 
-_SET_BY_RUNS = {
-    "checkpoint.folder": "the run folder: --out",
-    "checkpoint.cell": "from its settings",
-    "evaluation.split": "rates are chosen on validation images, results are on test images",
-}
+def axes_given(axes: list[str] | None) -> dict[str, str]:
+    """Return the dotted keys that ``--axis`` options set.
+
+    Raises UserError for one without ``=``, and for one that is given twice.
+    """
+    keys: dict[str, str] = {}
+    for axis in axes or ():
+        key, equals, values = axis.partition("=")
+        shown = printable(axis, 80)
+        if not equals:
+            raise UserError(
+                f"--axis {shown}: write KEY=VALUE,VALUE, as in --axis strategy.name=fedavg,scaffold"
+            )
+        if (name := f"compare.axes.{key.strip()}") in keys:
+            raise UserError(
+                f"--axis {shown}: {key.strip()} is given twice; give all values at once"
+            )
+        keys[name] = values
+    return keys

@@ -1,4 +1,4 @@
-"""``fedkn report``: the report of a run, from its folder alone."""
+"""``fedkn report``: the report of runs, from their folders alone."""
 
 # ruff: noqa: PLC0415 - torch takes seconds to import, and --help does not need it
 
@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
+from fedkn.text import printable
 from simulations.commands import options as o
 
 __all__ = ["report"]
@@ -19,41 +22,64 @@ __all__ = ["report"]
 def report(
     *,
     folders: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            rich_help_panel="Output",
+            help="The page (default: report.html in the run folder; of several runs "
+            "report-NAME-NAME.html beside the first one's).",
+        ),
+    ] = None,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Rebuild the report of runs, finished or not, and print its table.
+    """Rebuild the report of a run, finished or not, and print its table.
 
-    Example:
+    Several runs get one report: their cells side by side, and those that they have in common tested
+    against each other.
+
+    Examples:
 
       fedkn report runs/demo-20261123-064512
+
+      fedkn report runs/with-momentum runs/without --out momentum.html
     """
     from fedkn.errors import UserError
-    from simulations.report import build_report, summary_dict, summary_table
+    from simulations.report import build_report, digest_dict, summary_table
     from simulations.runs.flower_runs import open_run
     from simulations.terminal import terminal
 
     runs = [open_run(folder) for folder in folders]
-    written: list[Path | None] = []
-    problem = None
-    for run in runs:
-        try:
-            written.append(build_report(run))
-        except UserError as error:
-            # The numbers can be shown all the same.
-            written.append(None)
-            problem = problem or error
+    written, problem = None, None
+    # What is wrong with the run folders is no problem of writing: it comes first.
+    summary = digest_dict(runs)
+    try:
+        written = build_report(runs, out)
+    except UserError as error:
+        # The numbers can be shown all the same.
+        problem = error
     if as_json:
-        summaries = [
-            {"run": str(run.path), "report": path and str(path), **summary_dict(run)}
-            for run, path in zip(runs, written, strict=True)
-        ]
-        sys.stdout.write(json.dumps({"runs": summaries}) + "\n")
+        path = written and str(written)
+        listed = [{"report": path, **of} for of in summary["runs"]]
+        sys.stdout.write(json.dumps({"report": path, **summary, "runs": listed}) + "\n")
     else:
         console = terminal()
-        for run, path in zip(runs, written, strict=True):
+        for run in runs:
             console.print(summary_table(run))
-            if path:
-                console.print(f"Report:  {path}", soft_wrap=True)
+        for sentence in _beside(summary["beside"] or {}):
+            console.print(Text(printable(sentence, 1000)), soft_wrap=True)
+        if written:
+            console.print(f"Report:  {written}", soft_wrap=True)
     if problem:
         raise problem
+
+
+def _beside(beside: Mapping[str, Any]) -> Iterator[str]:
+    """What several runs show side by side, in sentences."""
+    yield from beside.get("verdicts", ())
+    for reason in beside.get("untested", ()):
+        yield f"{reason}."
+    if beside.get("settings"):
+        keys = ", ".join(beside["settings"])
+        yield f"Cells that the runs have in common differ in: {keys} (values in the report)."

@@ -30,6 +30,9 @@ def resume(
 
       fedkn resume runs/compare-20261123-064512
     """
-    from simulations.commands import launch
+    from simulations.api import running
+    from simulations.commands.launch import carry_out
 
-    launch.carry_on(folder, workers, as_json=as_json)
+    carry_out(
+        lambda: running.resume(folder, workers=workers, progress=not as_json), as_json=as_json
+    )

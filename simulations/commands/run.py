@@ -62,33 +62,32 @@ def run(
 
       fedkn run mine.toml --learning-rate 0.1 --set strategy.name=fedadam
     """
-    from simulations.commands import launch
-    from simulations.comparison.grid import GridConfig, groups
+    from simulations.api import running
+    from simulations.commands.launch import carry_out, repeat_command
 
-    table = read_toml(file) if file else {}
-    if "compare" in table:
+    if file and "compare" in read_toml(file):
         raise UserError(f"'{file}' describes a comparison: use fedkn compare {file}")
-    flags = given(
-        settings,
-        normalizer__name=normalizer,
-        train__batch_size=batch_size,
-        train__learning_rate=learning_rate,
-        compare__partitions=partition,
-        compare__name=name,
-        data__source=source,
-        data__root=None if root is None else str(root),
-        data__download=download or None,
-        partition__clients=clients,
-        cohort=cohort,
-        rounds=rounds,
-        model__name=model,
-        seed=seed,
+    exact = given(settings)
+    carry_out(
+        lambda: running.run(
+            file,
+            normalizer=normalizer,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            partition=partition,
+            source=source,
+            root=root,
+            download=download or None,
+            clients=clients,
+            cohort=cohort,
+            rounds=rounds,
+            model=model,
+            seed=seed,
+            name=name,
+            settings=exact,
+            out=out,
+            progress=not as_json,
+            command=repeat_command(),
+        ),
+        as_json=as_json,
     )
-    grid = GridConfig.single(table, flags)
-    if len(groups(grid)) != 1 or any(text.startswith("compare.") for text in settings or ()):
-        raise UserError(
-            "fedkn run runs one experiment, with one normalizer on one partition and one seed: "
-            "use fedkn compare for several"
-        )
-    grid, folder = launch.created(grid, "run", out)
-    launch.execute(grid, folder, as_json=as_json, each_round=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from simulations.comparison.grid import Cell
 from simulations.comparison.scheduler import Board, expected_cost
+from simulations.runs.axes import Point
 
 __all__ = ["Estimator"]
 
@@ -26,8 +27,9 @@ class Estimator:
     def seconds_left(self, board: Board) -> float | None:
         """Return the estimate, None until a round was measured.
 
-        A cell takes its remaining rounds times the seconds of a round with the same normalizer and
-        batch size, scaled by `expected_cost`; of a pair not measured yet, those of all rounds.
+        A cell takes its remaining rounds times the seconds of a round with the same normalizer,
+        batch size and point of the axes, scaled by `expected_cost`; of what was not measured yet,
+        those of all rounds.
         What rounds do not contain (evaluation, building a model) is added in proportion.
         """
         history = board.history
@@ -37,8 +39,8 @@ class Estimator:
                 self._before[cell.id] = history[cell.id].seconds
             if self._begin is None and history[cell.id].begun:
                 self._begin = self._clock()
-        spent: dict[tuple[str, int], float] = defaultdict(float)
-        cost: dict[tuple[str, int], float] = defaultdict(float)
+        spent: dict[_Kind, float] = defaultdict(float)
+        cost: dict[_Kind, float] = defaultdict(float)
         fresh = 0.0
         for cell in self._seen.values():
             record = history[cell.id]
@@ -61,8 +63,11 @@ class Estimator:
         return overhead * max(total / board.workers, longest)
 
 
-def _kind(cell: Cell) -> tuple[str, int]:
-    return cell.group.normalizer, cell.group.batch_size
+_Kind = tuple[str, int, Point]
+
+
+def _kind(cell: Cell) -> _Kind:
+    return cell.group.normalizer, cell.group.batch_size, cell.group.point
 
 
 def _round_cost(cell: Cell) -> float:

@@ -11,14 +11,20 @@ A grid is one experiment (every table of `fedkn.config.ExperimentConfig`) plus t
     batch_sizes = [1, 2]
     partitions = ["dirichlet:alpha=0.3", "shards:shards_per_client=2"]
     seeds = 5
+    [compare.axes]
+    "strategy.name" = ["fedavg", "scaffold"]
 
-A group is one normalizer x batch size x partition: it has one learning-rate search and one result
-cell for each seed.
+A group is one normalizer x batch size x partition x value of every further axis: it has one
+learning-rate search and one result cell for each seed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -34,7 +40,19 @@ from fedkn.config import (
     check_keys,
     validated,
 )
-from fedkn.errors import UserError
+from fedkn.errors import UserError, unknown_name
+from fedkn.options import read_options
+from fedkn.references import is_reference
+from fedkn.tables import nest, shown
+from simulations.comparison.axes import (
+    Settings,
+    checked_axes,
+    combinations,
+    point_at,
+    slug,
+    taken_out,
+)
+from simulations.runs.axes import Point, point_label
 
 __all__ = [
     "Cell",
@@ -42,6 +60,8 @@ __all__ = [
     "GridConfig",
     "Group",
     "Purpose",
+    "cells_in",
+    "experiments",
     "groups",
     "partitions",
     "result_cells",
@@ -54,6 +74,7 @@ __all__ = [
 Purpose = Literal["search", "result"]
 
 _LARGEST_SEED_COUNT = 1000
+_MOST_CELLS = 100_000
 
 
 def _entries(value: Any) -> Any:
@@ -101,6 +122,9 @@ class CompareConfig(Section):
     )
     search_seeds: int = Field(1, ge=1, le=100, description="seeds for each learning rate searched")
     search_rounds: int = Field(0, ge=0, description="rounds of a search cell (0: rounds)")
+    axes: dict[str, tuple[Scalar, ...]] = Field(
+        {}, description="further settings to vary, and the values of each"
+    )
     workers: int = Field(0, ge=0, description="cells that run at the same time (0: one per core)")
 
 
@@ -112,26 +136,32 @@ class GridConfig(ExperimentConfig):
     @classmethod
     def resolve(cls, *layers: Any) -> Self:
         """Return the grid of the defaults overlaid by each of `layers`; see ExperimentConfig."""
-        grid = super().resolve(*layers)
-        if searches(grid) and grid.data.validation_fraction == 0:
+        rest, axes = [], {}
+        for layer in layers:
+            if not isinstance(layer, Mapping):
+                raise UserError(f"{shown(layer)}: must be a table of settings")
+            without, found = taken_out(layer)
+            rest.append(without)
+            axes |= found
+        grid = super().resolve(*rest)
+        if axes:
+            checked = checked_axes(grid.experiment, axes)
+            compare = grid.compare.model_copy(update={"axes": checked})
+            grid = grid.model_copy(update={"compare": compare})
+        if (cells := cells_in(grid)) > _MOST_CELLS:
             raise UserError(
-                "data.validation_fraction = 0 leaves no images to search a learning rate on: "
-                "raise it, or give a single compare.learning_rates"
+                f"a comparison of {cells:,} cells is too large ({_MOST_CELLS:,} at most): give "
+                "fewer values, seeds or learning rates"
             )
-        for spec in grid.compare.partitions:
-            partition = _partition(grid.partition, spec)
-            if grid.cohort > partition.clients:
-                raise UserError(
-                    f"cohort ({grid.cohort}) is larger than the {partition.clients} clients of "
-                    f"partition '{spec}': lower cohort"
-                )
+        for experiment in experiments(grid).values():
+            _check_experiment(grid, experiment)
         return grid
 
     @classmethod
     def single(cls, *layers: Any) -> Self:
         """Return the grid of one experiment, of `layers` as in `resolve`: nothing is searched."""
         one = {"compare.seeds": 1, "compare.workers": 1}
-        own = super().resolve(*layers, one)
+        own = super().resolve(*(taken_out(layer)[0] for layer in layers), one)
         axes = {
             "compare.normalizers": own.normalizer.name,
             "compare.batch_sizes": own.train.batch_size,
@@ -147,13 +177,27 @@ class GridConfig(ExperimentConfig):
 
 @dataclass(frozen=True)
 class Group:
-    """The cells that share a learning rate: one normalizer, batch size and partition."""
+    """The cells that share a learning rate: one normalizer, batch size, partition and point."""
 
     id: str
     """Readable and safe as a file name: ``kernel-b2-dirichlet0.3``."""
     normalizer: str
     batch_size: int
     partition: PartitionConfig
+    settings: Settings = ()
+    """Of the further axes."""
+
+    @property
+    def point(self) -> Point:
+        """Where the group stands on the further axes."""
+        return point_at(self.settings)
+
+    @property
+    def place(self) -> str:
+        """The partition and the point in words, short: ``dirichlet0.3, strategy.name scaffold``."""
+        partition = self.id.removeprefix(f"{_stem(self.normalizer, self.batch_size)}-")
+        partition = partition.removesuffix(f"-{slug(self.settings)}")
+        return ", ".join(filter(None, (partition, point_label(self.point))))
 
 
 @dataclass(frozen=True)
@@ -171,13 +215,64 @@ class Cell:
             raise ValueError(f"a {self.purpose} cell must be evaluated on the {expected} split")
 
 
+def file_name(normalizer: str) -> str:
+    """Return the name of a normalizer as part of a file's: ``mypackage.norms-Mine`` if it is own.
+
+    Different names stay different.
+    """
+    if is_reference(normalizer):
+        return normalizer.replace(":", "-")  # which no other part of it holds
+    plain = re.sub(r"[^A-Za-z0-9_.+]", "_", normalizer)
+    if plain == normalizer:
+        return plain
+    digest = hashlib.sha256(normalizer.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{plain[:60]}-{digest[:10]}"
+
+
 def groups(grid: GridConfig) -> tuple[Group, ...]:
     """Return the groups of `grid`, in the order of its axes."""
     return tuple(
-        Group(f"{normalizer}-b{batch_size}-{slug}", normalizer, batch_size, partition)
-        for slug, partition in _partitions(grid).items()
+        Group(
+            "-".join(filter(None, (_stem(normalizer, batch_size), name, slug(settings)))),
+            normalizer,
+            batch_size,
+            partition,
+            settings,
+        )
+        for settings in combinations(grid.compare.axes)
+        for name, partition in _partitions(grid).items()
         for normalizer in grid.compare.normalizers
         for batch_size in grid.compare.batch_sizes
+    )
+
+
+def experiments(grid: GridConfig) -> dict[Settings, ExperimentConfig]:
+    """Return the experiment at every combination of the further axes' values.
+
+    The grid's own, where it has none.
+    """
+    own = grid.experiment
+    try:
+        return {
+            settings: ExperimentConfig.resolve(own.flat(), nest(dict(settings)))
+            if settings
+            else own
+            for settings in combinations(grid.compare.axes)
+        }
+    except UserError as error:
+        raise UserError(f"a combination of the axes is impossible: {error}") from None
+
+
+def cells_in(grid: GridConfig) -> int:
+    """Return how many cells `grid` has, unless a search goes beyond its rates."""
+    compare = grid.compare
+    tried = len(compare.learning_rates) * compare.search_seeds if searches(grid) else 0
+    return (
+        len(compare.normalizers)
+        * len(compare.batch_sizes)
+        * max(1, len(compare.partitions))
+        * math.prod(len(values) for values in compare.axes.values())
+        * (compare.seeds + tried)
     )
 
 
@@ -199,14 +294,15 @@ def seeds(grid: GridConfig, purpose: Purpose) -> range:
 
 def search_cells(grid: GridConfig, group: Group, learning_rate: float) -> tuple[Cell, ...]:
     """Return the cells that try `learning_rate` on the validation split, one for each seed."""
-    rounds = grid.compare.search_rounds or grid.rounds
+    rounds = grid.compare.search_rounds
     return tuple(
         _cell(
             grid,
             group,
             f"search-{group.id}-lr{learning_rate:g}-s{seed}",
             "search",
-            {"seed": seed, "rounds": rounds, "train.learning_rate": learning_rate},
+            {"seed": seed, "train.learning_rate": learning_rate}
+            | ({"rounds": rounds} if rounds else {}),
         )
         for seed in seeds(grid, "search")
     )
@@ -239,6 +335,30 @@ def untrainable(group: Group) -> str:
     return f"{group.normalizer} needs a local batch of at least {needed}"
 
 
+def _check_experiment(grid: GridConfig, experiment: ExperimentConfig) -> None:
+    """Raise UserError for what `grid` cannot do with the experiment of one point."""
+    if searches(grid) and experiment.data.validation_fraction == 0:
+        raise UserError(
+            "data.validation_fraction = 0 leaves no images to search a learning rate on: "
+            "raise it, or give a single compare.learning_rates"
+        )
+    options = read_options(experiment.normalizer.options)
+    known = {name for each in grid.compare.normalizers for name in normalizers.options(each)}
+    for option in options.keys() - known if options else ():
+        raise unknown_name("option of these normalizers", option, known)
+    for spec in grid.compare.partitions:
+        partition = _partition(grid.partition, spec)
+        if experiment.cohort > partition.clients:
+            raise UserError(
+                f"cohort ({experiment.cohort}) is larger than the {partition.clients} clients of "
+                f"partition '{spec}': lower cohort"
+            )
+
+
+def _stem(normalizer: str, batch_size: int) -> str:
+    return f"{file_name(normalizer)}-b{batch_size}"
+
+
 def _partitions(grid: GridConfig) -> dict[str, PartitionConfig]:
     if not grid.compare.partitions:
         return {_slug(grid.partition, grid.partition): grid.partition}
@@ -250,6 +370,7 @@ def _slug(partition: PartitionConfig, own: PartitionConfig) -> str:
     setting = {
         "dirichlet": f"{partition.alpha:g}",
         "shards": str(partition.shards_per_client),
+        "labels": str(partition.labels_per_client),
         "quantity": f"{partition.sigma:g}",
     }
     slug = partition.scheme + setting.get(partition.scheme, "")
@@ -282,6 +403,7 @@ def _cell(
 ) -> Cell:
     layers: list[dict[str, Any]] = [
         grid.experiment.flat(),
+        nest(dict(group.settings)),
         {"partition": group.partition.model_dump()},
         {
             "normalizer.name": group.normalizer,
@@ -291,6 +413,14 @@ def _cell(
         },
         own,
     ]
-    if "groups" not in normalizers.options(group.normalizer):
+    known, axes = normalizers.options(group.normalizer), dict(group.settings)
+    if "groups" not in known and "normalizer.groups" not in axes:
         layers.append({"normalizer.groups": 0})
+    options = read_options(ExperimentConfig.resolve(*layers).normalizer.options)
+    own_options = {
+        key: value
+        for key, value in options.items()
+        if key in known or f"normalizer.options.{key}" in axes
+    }
+    layers.append({"normalizer.options": json.dumps(own_options) if own_options else ""})
     return Cell(name, purpose, group, ExperimentConfig.resolve(*layers))

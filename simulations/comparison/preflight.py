@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from fedkn.config import PartitionConfig
-from fedkn.data.partition import label_counts
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fedkn.algorithms import federation_rule, keeps_model
+from fedkn.config import ExperimentConfig, PartitionConfig
+from fedkn.data.partition import client_names, label_counts
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, device_of, federated_data, normalizer_of
 from fedkn.normalizers import TensorRole
 from fedkn.training import refuse_unprivate
+from server.observers import check_observers
 from server.strategies.registry import create_strategy
+from simulations.comparison.axes import Settings, point_at
 from simulations.comparison.grid import (
     GridConfig,
+    experiments,
     groups,
     partitions,
     result_cells,
@@ -18,7 +25,8 @@ from simulations.comparison.grid import (
     seeds,
     untrainable,
 )
-from simulations.runs.records import PartitionRecord, partition_label
+from simulations.runs.axes import point_label
+from simulations.runs.records import EXAMPLES, PartitionRecord, partition_label
 
 __all__ = ["check", "count_labels"]
 
@@ -35,11 +43,16 @@ def check(grid: GridConfig) -> list[PartitionRecord]:
     reasons = [untrainable(group) for group in groups(grid)]
     if all(reasons):
         raise UserError(f"nothing can be trained: {reasons[0]}; give a larger batch size")
-    create_strategy(grid.experiment)
-    device_of(grid.experiment)
-    for partition in partitions(grid):
-        for seed in seeds(grid, "search") if searches(grid) else ():
-            _count(grid, partition, seed)
+    for settings, experiment in experiments(grid).items():
+        with _at(settings):
+            create_strategy(experiment)
+            check_observers(experiment)
+            device_of(experiment)
+    for settings, experiment in _data_of(grid).items():
+        with _at(settings):
+            for partition in partitions(grid):
+                for seed in seeds(grid, "search") if searches(grid) else ():
+                    _count(experiment, partition, seed)
     tables = count_labels(grid)
     _check_models(grid)
     return tables
@@ -48,38 +61,75 @@ def check(grid: GridConfig) -> list[PartitionRecord]:
 def count_labels(grid: GridConfig) -> list[PartitionRecord]:
     """Return client x label counts of every partition of `grid`, for each seed of the results.
 
+    Where the grid varies the data, they are those of its own experiment, or of the first point.
     Raises UserError where the data or a partition of them cannot be had.
     """
-    return [
-        _count(grid, partition, seed)
-        for partition in partitions(grid)
-        for seed in seeds(grid, "result")
-    ]
+    tables: list[list[PartitionRecord]] = []
+    for settings, experiment in _data_of(grid).items():
+        with _at(settings):
+            tables.append(
+                [
+                    _count(experiment, partition, seed)
+                    for partition in partitions(grid)
+                    for seed in seeds(grid, "result")
+                ]
+            )
+    return tables[0]
 
 
-def _count(grid: GridConfig, partition: PartitionConfig, seed: int) -> PartitionRecord:
-    config = grid.experiment.model_copy(update={"partition": partition, "seed": seed})
+@contextmanager
+def _at(settings: Settings) -> Iterator[None]:
+    """Let an error say at which point of the axes it is."""
+    try:
+        yield
+    except UserError as error:
+        if not settings:
+            raise
+        raise UserError(f"with {point_label(point_at(settings))}: {error}") from None
+
+
+def _data_of(grid: GridConfig) -> dict[Settings, ExperimentConfig]:
+    """Return the experiments that differ in their clients' images, each by its first point."""
+    found: dict[object, Settings] = {}
+    every = experiments(grid)
+    for settings, experiment in every.items():
+        found.setdefault((experiment.data, experiment.evaluation.client_fraction), settings)
+    return {settings: every[settings] for settings in found.values()}
+
+
+def _count(experiment: ExperimentConfig, partition: PartitionConfig, seed: int) -> PartitionRecord:
+    config = experiment.model_copy(update={"partition": partition, "seed": seed})
     data = federated_data(config)
-    counts = label_counts(data.train.targets, data.parts, data.train.num_classes)
+    train, notes = data.train, list(data.notes)
     label = partition_label(partition)
-    classes, notes = list(data.train.classes), list(data.notes)
-    return PartitionRecord(label, seed, classes, counts.tolist(), notes)
+    names = list(client_names(partition.scheme, partition.clients, train.origins))
+    if train.labels is None:
+        sizes = [[len(part)] for part in data.parts]
+        return PartitionRecord(label, seed, [EXAMPLES], sizes, notes, names)
+    counts = label_counts(train.labels, data.parts, train.num_classes)
+    return PartitionRecord(label, seed, list(train.classes), counts.tolist(), notes, names)
 
 
 def _check_models(grid: GridConfig) -> None:
-    by_normalizer = {group.normalizer: group for group in groups(grid)}
+    by_normalizer = {(group.normalizer, group.settings): group for group in groups(grid)}
     keep_tensors = []
-    for name, group in by_normalizer.items():
+    for (name, settings), group in by_normalizer.items():
         config = result_cells(grid, group, grid.compare.learning_rates[0])[0].config
-        normalizer, model = normalizer_of(config), build_model(config)
-        if config.privacy.mechanism == "example":
-            refuse_unprivate(normalizer, model, config.train.precision)
-        rule = normalizer.federation_rule(model)
-        if TensorRole.LOCAL in rule.values():
+        with _at(settings):
+            normalizer, model = normalizer_of(config), build_model(config)
+            if config.privacy.mechanism == "example":
+                refuse_unprivate(normalizer, model, config.train.precision)
+            rule = federation_rule(config, normalizer, model)
+        if config.evaluation.client_fraction:
+            continue
+        if TensorRole.LOCAL in normalizer.federation_rule(model).values():
             keep_tensors.append(name)
-    if keep_tensors and not grid.evaluation.client_fraction:
-        keep = "keeps" if len(keep_tensors) == 1 else "keep"
+        elif TensorRole.LOCAL in rule.values() or keeps_model(config):
+            keep_tensors.append(config.strategy.name)
+    if keep_tensors:
+        keepers = [*dict.fromkeys(keep_tensors)]
+        keep = "keeps" if len(keepers) == 1 else "keep"
         raise UserError(
-            f"{', '.join(keep_tensors)} {keep} tensors on the clients: set "
+            f"{', '.join(keepers)} {keep} tensors on the clients: set "
             "evaluation.client_fraction (say 0.2), so that each client's own model can be evaluated"
         )

@@ -13,12 +13,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from simulations.comparison.duration import duration
 from simulations.comparison.estimate import Estimator
 from simulations.comparison.grid import Cell
 from simulations.comparison.scheduler import Board, Watcher
+from simulations.runs.axes import point_label
 from simulations.runs.history import History
 
-__all__ = ["RoundLines", "duration", "shown_progress"]
+__all__ = ["RoundLines", "shown_progress"]
 
 _LINE_INTERVAL = 10.0
 _LIVE_INTERVAL = 0.5
@@ -54,10 +56,10 @@ class RoundLines:
         rounds = self._cell.config.rounds
         evaluations = board.history[self._cell.id].evaluations
         for round_ in sorted(evaluations)[self._shown :]:
-            accuracy, loss = evaluations[round_]
+            value, loss = evaluations[round_]
             self._console.print(
                 f"round {round_:>{len(str(rounds))}}/{rounds}  "
-                f"accuracy {accuracy:.4f}  loss {loss:.4f}",
+                f"{board.history[self._cell.id].metric.name} {value:.4f}  loss {loss:.4f}",
                 highlight=False,
             )
         self._shown = len(evaluations)
@@ -128,22 +130,12 @@ class _LiveTable(_Notices):
                 cell.group.normalizer,
                 _what(cell),
                 str(cell.group.batch_size),
-                cell.group.id.split("-", 2)[2],
+                cell.group.place,
                 f"{record.round}/{cell.config.rounds}",
-                _accuracy(cell, board.history) or "…",
+                _value(cell, board.history) or "…",
             )
         waiting = Text(f"{len(board.waiting)} waiting", style="dim")
         return Group(head, table, waiting)
-
-
-def duration(seconds: float) -> str:
-    """Return `seconds` as exactly as is useful: ``45 s``, ``3 min 20 s``, ``2 h 05 min``."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _left(seconds: float | None) -> str:
@@ -156,16 +148,20 @@ def _what(cell: Cell) -> str:
     return f"seed {cell.config.seed}"
 
 
+def _where(cell: Cell) -> str:
+    return ", ".join(filter(None, (point_label(cell.group.point), _what(cell))))
+
+
 def _brief(cell: Cell, history: History) -> str:
-    accuracy = _accuracy(cell, history)
+    value = _value(cell, history)
     return (
-        f"{cell.group.normalizer} batch {cell.group.batch_size} ({_what(cell)}) "
+        f"{cell.group.normalizer} batch {cell.group.batch_size} ({_where(cell)}) "
         f"round {history[cell.id].round}/{cell.config.rounds}"
-        + (f" accuracy {accuracy}" if accuracy else "")
+        + (f" {history[cell.id].metric.name} {value}" if value else "")
     )
 
 
-def _accuracy(cell: Cell, history: History) -> str:
+def _value(cell: Cell, history: History) -> str:
     last = history[cell.id].last_evaluations(1)
     return f"{last[0][0]:.3f}" if last and not math.isnan(last[0][0]) else ""
 

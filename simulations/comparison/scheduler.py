@@ -131,6 +131,8 @@ class _Scheduler:
         """By the worker's place in the list."""
         self._started: dict[str, float] = {}
         self._deaths: dict[str, int] = {}
+        self._warned: dict[str, int] = {}
+        """How many of a cell's warnings were shown."""
         self._groups: dict[Group, _GroupState] = {}
 
     def run(self) -> Totals:
@@ -143,6 +145,7 @@ class _Scheduler:
                     self._start(place, ready.pop(0))
             ended = [self._receive(key.data) for key, _ in self._selector.select(_TICK)]
             self._history.poll()
+            self._pass_on_warnings(*self._running.values())
             if any(ended):
                 ready = self._ready()
             self._watcher.update(self._board())
@@ -221,6 +224,13 @@ class _Scheduler:
                     ranked.append((expected_cost(cell.config) + follows, cell))
         return [cell for _, cell in sorted(ranked, key=lambda pair: -pair[0])]
 
+    def _pass_on_warnings(self, *cells: Cell) -> None:
+        for cell in cells:
+            known = self._history[cell.id].warnings
+            for text in known[self._warned.get(cell.id, 0) :]:
+                self._watcher.notice(f"{cell.id}: {text}")
+            self._warned[cell.id] = len(known)
+
     # -- workers ----------------------------------------------------------------------------------
 
     def _start(self, place: int, cell: Cell) -> None:
@@ -274,6 +284,7 @@ class _Scheduler:
 
     def _finish(self, cell: Cell, error: str) -> None:
         self._history.poll()
+        self._pass_on_warnings(cell)
         status = self._history[cell.id].status
         if error and status != "failed":
             self._write_end(cell, "failed", error)

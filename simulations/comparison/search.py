@@ -9,27 +9,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fedkn.tasks.metric import Metric
 from simulations.comparison.grid import Cell, GridConfig, Group, search_cells
 from simulations.runs.history import CellHistory, History
+from simulations.runs.metric import judged_by
 from simulations.runs.rate_scores import LAST_EVALUATIONS, SearchedCell, rate_scores
 
-__all__ = ["Search", "Trial", "search"]
+__all__ = ["MOST_EXTENSIONS", "Search", "Trial", "search"]
 
-# How far beyond either end of the grid the search may go.
-_EXTENSIONS = 2
+MOST_EXTENSIONS = 2
+"""How many rates beyond either end of the grid the search may try."""
 
 
 @dataclass(frozen=True)
 class Trial:
     """One learning rate that was tried, its cells having ended.
 
-    `accuracy` and `loss` are means over the search seeds of the last evaluations on the validation
-    split, of the clients' own models where they keep tensors (see `rate_scores`); both NaN where a
-    cell failed or diverged.
+    `value` (of the metric) and `loss` are means over the search seeds of the last evaluations on
+    the validation split, of the clients' own models where they keep tensors (see `rate_scores`);
+    both NaN where a cell failed or diverged.
     """
 
     learning_rate: float
-    accuracy: float
+    value: float
     loss: float
 
 
@@ -55,24 +57,26 @@ class Search:
 def search(grid: GridConfig, group: Group, history: History) -> Search:
     """Return how far the search for `group`'s learning rate is.
 
-    The rate with the best accuracy wins, of equal ones that with the smaller loss. While the best
+    The rate with the best value of the metric wins, the highest or the lowest as the metric says,
+    of equal ones that with the smaller loss. While the best
     is at an end of the rates tried, the next one beyond it is tried too, at most two at each end.
     A single rate in the grid is taken as it is.
     """
     rates = sorted(grid.compare.learning_rates)
     if len(rates) == 1:
         return Search(chosen=rates[0])
-    room = {-1: _EXTENSIONS, 1: _EXTENSIONS}
+    room = {-1: MOST_EXTENSIONS, 1: MOST_EXTENSIONS}
     while True:
         cells = tuple(cell for rate in rates for cell in search_cells(grid, group, rate))
         pending = tuple(cell for cell in cells if not history[cell.id].status)
         if pending:
             return Search(cells, pending)
-        trials = _trials(grid, group, rates, history)
-        valid = [trial for trial in trials if not math.isnan(trial.accuracy)]
+        metric = judged_by(history[cell.id] for cell in cells)
+        trials = _trials(grid, group, rates, history, metric)
+        valid = [trial for trial in trials if not math.isnan(trial.value)]
         if not valid:
             return Search(cells, trials=trials)
-        best = max(valid, key=lambda trial: (trial.accuracy, -trial.loss)).learning_rate
+        best = max(valid, key=lambda trial: (metric.sign * trial.value, -trial.loss)).learning_rate
         side = -1 if best == rates[0] else 1 if best == rates[-1] else 0
         if not side or not room[side]:
             return Search(cells, trials=trials, chosen=best, at_edge=bool(side))
@@ -81,7 +85,7 @@ def search(grid: GridConfig, group: Group, history: History) -> Search:
 
 
 def _trials(
-    grid: GridConfig, group: Group, rates: list[float], history: History
+    grid: GridConfig, group: Group, rates: list[float], history: History, metric: Metric
 ) -> tuple[Trial, ...]:
     cells = {
         rate: [
@@ -90,7 +94,7 @@ def _trials(
         ]
         for rate in rates
     }
-    return tuple(Trial(rate, *score) for rate, score in rate_scores(cells).items())
+    return tuple(Trial(rate, *score) for rate, score in rate_scores(cells, metric).items())
 
 
 def _searched(seed: int, cell: CellHistory) -> SearchedCell:

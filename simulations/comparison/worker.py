@@ -26,6 +26,7 @@ from typing import Any
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
 from fedkn.locks import HELD
+from simulations.terminal import name_cell
 
 __all__ = ["Worker", "WorkerDiedError"]
 
@@ -188,6 +189,7 @@ def _resolved(runner: str) -> Callable[[ExperimentConfig], object]:
 
 def _run(run: Callable[[ExperimentConfig], object], config: ExperimentConfig) -> str:
     """Run a cell; return its error in one line, empty where there was none."""
+    name_cell(config.checkpoint.cell)
     try:
         run(config)
     except FedknError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
-from fedkn.experiment import device_of, federated_data, normalizer_of, why_alone
+from fedkn.experiment import device_of, federated_data, normalizer_of, own_stacking, why_alone
 from fedkn.machine import usable_cores
 from fedkn.models.catalog import ARCHITECTURES
 
@@ -33,11 +34,11 @@ def engine_of(config: ExperimentConfig) -> str:
         return "inprocess" if _never_together(config) else "batched"
     if why_alone(config):
         return "inprocess"
-    if config.model.name not in ARCHITECTURES:
-        return "inprocess"  # where building it says what is wrong
-    channels = _width(config)
-    _, _, height, width = federated_data(config).train.inputs.shape
-    numbers = config.train.batch_size * channels * height * width
+    if config.model.name in ARCHITECTURES:
+        sides = federated_data(config).train.shape[1:]
+        numbers = config.train.batch_size * _width(config) * math.prod(sides)
+    else:
+        numbers = config.train.batch_size * own_stacking(config).numbers
     one_by_one_is_fast = normalizer_of(config).memory_format is torch.channels_last
     return "batched" if numbers <= (_SMALL if one_by_one_is_fast else 2 * _SMALL) else "inprocess"
 

@@ -26,7 +26,7 @@ from flwr.serverapp import Grid, ServerApp
 from clients.local_state import STATE_FOLDER, folder_in_run
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
-from fedkn.experiment import build_model, device_of, federated_data, inputs_of
+from fedkn.experiment import build_model, device_of, federated_data, inputs_of, task_of
 from fedkn.machine import usable_cores
 from fedkn.training.memory import step_memory
 from server.app import app as server_app
@@ -71,7 +71,8 @@ def gpu_share(config: ExperimentConfig) -> float:
     model = build_model(config).to(device)
     train = federated_data(config).train
     some = train.select(np.arange(config.train.batch_size) % len(train)).to(device)
-    step = step_memory(model, inputs_of(config, device)(some.inputs), some.targets)
+    x = inputs_of(config, device)(some.inputs)
+    step = step_memory(model, x, some.targets, task_of(config))
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     images = train.inputs.numel() * train.inputs.element_size()
     needed = _CUDA_ITSELF + images + _COPIES * parameters + 2 * step

@@ -15,9 +15,9 @@ __all__ = ["Outcome", "outcome_in", "server_context"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an experiment ended: the final model's evaluation, hash and arrays."""
+    """How an experiment ended: the deciding metric's value and the loss, hash and arrays."""
 
-    accuracy: float
+    value: float
     loss: float
     weights_sha256: str
     arrays: ArrayRecord
@@ -37,11 +37,11 @@ def server_context(config: ExperimentConfig) -> Context:
 def outcome_in(context: Context) -> Outcome:
     """Return what the ServerApp left in its context."""
     metrics = context.state.metric_records[METRICS]
-    accuracy, loss = metrics["accuracy"], metrics["loss"]
-    assert not isinstance(accuracy, list)
+    value, loss = metrics["value"], metrics["loss"]
+    assert not isinstance(value, list)
     assert not isinstance(loss, list)
     return Outcome(
-        accuracy=float(accuracy),
+        value=float(value),
         loss=float(loss),
         weights_sha256=str(context.state.config_records[CONFIG]["weights-sha256"]),
         arrays=context.state.array_records[ARRAYS],

@@ -11,7 +11,7 @@ import torch
 
 from clients.session import Session
 from fedkn.config import ExperimentConfig
-from fedkn.experiment import build_model, device_of, federated_data, inputs_of
+from fedkn.experiment import build_model, device_of, federated_data, inputs_of, task_of
 from fedkn.training.concurrent import ConcurrentWorkspaces, train_concurrently
 from fedkn.training.memory import step_memory
 from fedkn.training.stacked import train_stacked
@@ -100,7 +100,7 @@ def _bytes_of_a_client(config: ExperimentConfig, device: torch.device, way: Toge
     size = config.train.batch_size
     some = data.select(np.arange(size) % len(data)).to(device)
     inputs = inputs_of(config, device)
-    step = step_memory(model, inputs(some.inputs), some.targets)
+    step = step_memory(model, inputs(some.inputs), some.targets, task_of(config))
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     return max(1, (_STACKED if way == "stacked" else _RECORDED) * step + _COPIES * parameters)
 

@@ -22,6 +22,7 @@ from simulations.engines.channel import ClosedError, receive, send
 from simulations.engines.host import Request
 from simulations.engines.local_host import host_of
 from simulations.engines.records import Bytes, pack, unpack
+from simulations.terminal import name_cell
 
 __all__ = ["IDLE", "READY", "WorkQueue", "WorkerProcess"]
 
@@ -156,6 +157,7 @@ def _main(parent: socket.socket, queue: WorkQueue) -> NoReturn:
     _, (run_config, together, parent_id), _ = receive(parent)
     _die_with(parent_id)
     config = ExperimentConfig.resolve(run_config)
+    name_cell(config.checkpoint.cell)
     host, found = host_of(config, together=together), data_summary(config)
     gc.freeze()  # as in the parent, but for good
     send(parent, READY, found)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkn import __version__
+from fedkn.algorithms import federation_rule
 from fedkn.config import ExperimentConfig
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError, unknown_name
@@ -32,7 +33,7 @@ from simulations.runs.flower_runs import open_run
 from simulations.runs.folder import RunFolder
 from simulations.runs.records import CellRecord
 
-__all__ = ["SomeImages", "TrainedModel", "load_trained_model"]
+__all__ = ["SomeImages", "TrainedModel", "load_trained_model", "trained_network"]
 
 _IMAGES = 256
 
@@ -123,8 +124,8 @@ def load_trained_model(path: Path, cell: str | None) -> TrainedModel:
         deviation=_numbers(program.deviation),
         run=path.resolve().name,
         cell=record.id,
-        round=checkpoint.round_,
-        weights_sha256=weights_sha256(checkpoint.tensors),
+        round=checkpoint.result_round,
+        weights_sha256=weights_sha256(checkpoint.result),
         model=config.model.name,
         normalizer=config.normalizer.name,
         fedkn=__version__,
@@ -138,6 +139,18 @@ def load_trained_model(path: Path, cell: str | None) -> TrainedModel:
         rounds=config.rounds,
         damaged=damaged,
     )
+
+
+def trained_network(path: Path, cell: str | None) -> nn.Module:
+    """Return the network of the newest good checkpoint of `cell` in the run folder `path`.
+
+    It is on the CPU, in evaluation mode. Cells are chosen, and errors raised, as by
+    `load_trained_model`.
+    """
+    record = _chosen(open_run(path), cell)
+    checkpoint, _ = _checkpoint(path / "cells" / record.id)
+    config = record.config.overlay(device="cpu", data__download=False)
+    return _network(config, checkpoint.data or data_summary(config), checkpoint).eval()
 
 
 def _chosen(run: RunFolder, cell: str | None) -> CellRecord:
@@ -187,23 +200,30 @@ def _checkpoint(folder: Path) -> tuple[Checkpoint, tuple[str, ...]]:
 
 def _network(config: ExperimentConfig, data: DataSummary, checkpoint: Checkpoint) -> nn.Module:
     network = build_model(config, data)
-    rule = normalizer_of(config).federation_rule(network)
+    normalizer = normalizer_of(config)
+    rule = federation_rule(config, normalizer, network)
     local = [name for name, role in rule.items() if role is TensorRole.LOCAL]
     if local:
+        normalizers_own = normalizer.federation_rule(network)[local[0]] is TensorRole.LOCAL
+        keeper = (
+            f"normalizer '{config.normalizer.name}'"
+            if normalizers_own
+            else f"strategy '{config.strategy.name}'"
+        )
         raise UserError(
-            f"with normalizer '{config.normalizer.name}' each client keeps tensors of its own "
+            f"with {keeper} each client keeps tensors of its own "
             f"({local[0]}, …), so the global model alone is not a trained one"
         )
     state = network.state_dict()
     expected = {name: tuple(state[name].shape) for name in on_the_wire(rule)}
-    found = {name: value.shape for name, value in checkpoint.tensors.items()}
+    found = {name: value.shape for name, value in checkpoint.result.items()}
     if found != expected:
         odd = sorted(dict(set(found.items()) ^ set(expected.items())))
         raise UserError(
             f"the checkpoint of cell '{config.checkpoint.cell}' does not fit its model "
             f"({', '.join(odd[:3])}): it was written by another fedkn"
         )
-    loaded = {name: torch.from_numpy(value) for name, value in checkpoint.tensors.items()}
+    loaded = {name: torch.from_numpy(value) for name, value in checkpoint.result.items()}
     network.load_state_dict(state | loaded)
     return network
 

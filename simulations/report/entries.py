@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from fedkn.tasks.metric import Metric
+from simulations.runs.metric import judged_by
 from simulations.runs.records import CellRecord
 from simulations.runs.results import ClientEvaluation
 from simulations.runs.statistics import (
@@ -24,7 +26,8 @@ __all__ = ["Entry", "OwnModels", "PrivacySpent", "entry_of"]
 class OwnModels:
     """The clients' own models on the clients' own images after the last round.
 
-    `final` is the mean over the clients by seed, and `accuracy` its mean over seeds. `worst_tenth`
+    `final` is the mean over the clients by seed, and `accuracy` (the metric's value, whatever the
+    metric is) its mean over seeds. `worst_tenth`
     (of the clients) and `spread` (standard deviation over the clients) are means over seeds.
     `failed` counts the clients that could not be evaluated, over all seeds.
     """
@@ -55,16 +58,18 @@ class PrivacySpent:
 
 @dataclass(frozen=True)
 class Entry:
-    """One normalizer at one batch size on one partition.
+    """One normalizer at one batch size on one partition, at one point of the further axes.
 
-    `final` is the global model's accuracy after the last round by seed, of completed cells alone;
-    `reached`, the first round with the target accuracy, of failed cells too: they did not reach
-    it, if they did not before they failed. Costs are medians over the cells that have any, NaN
-    where none has. `own` and `privacy` are None where there is nothing to tell.
+    `final` is the global model's value of `metric` after the last round by seed, of completed cells
+    alone, and `accuracy` its mean, whatever the metric is; `reached`, the first round that is as
+    good as the target, of failed cells too: they did not reach it, if they did not before they
+    failed. Costs are medians over the cells that have any, NaN where none has. `own` and `privacy`
+    are None where there is nothing to tell.
     """
 
     normalizer: str
     batch_size: int
+    metric: Metric
     planned: int
     cells: list[CellRecord]
     final: dict[int, float]
@@ -111,33 +116,40 @@ class Entry:
         return max((cell.local_tensors or 0 for cell in self.cells), default=0)
 
     def curves(self) -> list[dict[int, float]]:
-        """Return accuracy by round of the completed cells; of the others while none is."""
+        """Return values by round of the completed cells; of the others while none is."""
         completed = [cell for cell in self.cells if cell.status == "completed"]
-        curves = (c.accuracies(c.config.evaluation.split) for c in completed or self.cells)
+        curves = (c.values(c.config.evaluation.split) for c in completed or self.cells)
         return [curve for curve in curves if curve]
 
 
-def entry_of(normalizer: str, batch_size: int, planned: int, cells: list[CellRecord]) -> Entry:
-    """Return the entry of `cells`, of which `planned` or more are to come."""
+def entry_of(
+    normalizer: str, batch_size: int, planned: int, cells: list[CellRecord], metric: Metric
+) -> Entry:
+    """Return the entry of `cells`, of which `planned` or more are to come.
+
+    `metric` is that of cells that were not evaluated, and tell none.
+    """
+    if any(cell.evaluations for cell in cells):
+        metric = judged_by(cells)
     final, reached = {}, {}
     for cell in cells:
-        curve = cell.accuracies(cell.config.evaluation.split)
+        curve = cell.values(cell.config.evaluation.split)
         # Not the last that is found: a log may have lost lines.
-        last = curve.get(cell.config.rounds, math.nan)
+        last = curve.get(cell.result_round, math.nan)
         if cell.status == "completed" and math.isfinite(last):
             final[cell.config.seed] = last
-        if cell.status in ("completed", "failed"):
-            target = cell.config.evaluation.target_accuracy
-            reached[cell.config.seed] = rounds_to_target(curve, target)
+        if cell.status in ("completed", "failed") and not math.isnan(cell.target):
+            reached[cell.config.seed] = rounds_to_target(curve, cell.target, metric)
     timed = [cell for cell in cells if sum(r.steps for r in cell.rounds)]
     rounds = [entry for cell in cells for entry in cell.rounds]
     return Entry(
         normalizer=normalizer,
         batch_size=batch_size,
+        metric=metric,
         planned=max(planned, len(cells)),
         cells=cells,
         final=final,
-        accuracy=mean_interval(list(final.values())),
+        accuracy=mean_interval(list(final.values()), metric.lowest, metric.highest),
         reached=reached,
         rounds=summarize_rounds(list(reached.values())),
         ms_per_step=_median(
@@ -148,12 +160,12 @@ def entry_of(normalizer: str, batch_size: int, planned: int, cells: list[CellRec
         bytes_up=_median(r.bytes_up for r in rounds),
         peak_bytes=_median(cell.peak_bytes for cell in cells if cell.peak_bytes is not None),
         parameters=next((c.parameters for c in cells if c.parameters is not None), None),
-        own=_own_models(cells),
+        own=_own_models(cells, metric),
         privacy=_privacy(cells),
     )
 
 
-def _own_models(cells: Sequence[CellRecord]) -> OwnModels | None:
+def _own_models(cells: Sequence[CellRecord], metric: Metric) -> OwnModels | None:
     by_seed = {
         cell.config.seed: evaluation
         for cell in cells
@@ -164,7 +176,7 @@ def _own_models(cells: Sequence[CellRecord]) -> OwnModels | None:
     final = {seed: evaluation.mean for seed, evaluation in by_seed.items()}
     return OwnModels(
         final=final,
-        accuracy=mean_interval(list(final.values())),
+        accuracy=mean_interval(list(final.values()), metric.lowest, metric.highest),
         worst_tenth=fmean(evaluation.worst_tenth for evaluation in by_seed.values()),
         spread=fmean(evaluation.deviation for evaluation in by_seed.values()),
         failed=sum(len(evaluation.failed) for evaluation in by_seed.values()),

@@ -1,86 +1,90 @@
-"""The report's figures as inline SVG.
-
-Text stays text. Colours are CSS variables of report.css, so that one figure is readable on light
-and dark pages: matplotlib draws in marker colours, which are then replaced by the variables.
-"""
+"""The report's figures: what is drawn, of which numbers."""
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import matplotlib as mpl
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from dataclasses import dataclass
 
 from fedkn import normalizers
-from fedkn.text import printable
-from simulations.runs.records import PartitionRecord
-from simulations.runs.statistics import mean_interval
+from fedkn.tasks.metric import Metric
+from simulations.report import formats
+from simulations.report.chart import COLOURS, Canvas, Scale, text_width
+from simulations.runs.statistics import Interval, mean_interval
 
 __all__ = [
-    "COLOURS",
-    "PLAIN_TEXT",
-    "Curves",
+    "FEW",
+    "Curve",
+    "Finals",
+    "Lines",
+    "curve_of",
+    "final_limits",
+    "final_values",
     "learning_curves",
-    "partition_picture",
     "style_index",
     "swatch",
 ]
 
-# Normalizer -> one curve per seed, each accuracy (0 to 1) by round.
-Curves = Mapping[str, Sequence[Mapping[int, float]]]
+FEW = 8
+"""Of more normalizers than these, panels of curves show no intervals and seeds, which would hide
+one another."""
 
-# Number of --series-N colours in report.css.
-COLOURS = 8
-_MARKERS = "osD^vPX<>p*h"
-_DASHES = ("-", "--", ":")
+_WIDTH = 440.0
 _MARKS_PER_CURVE = 6
+# Values that differ more than this many times are drawn by their logarithms, shares never.
+_LOG_FROM = 100
 
-_INK, _FAINT, _SOFT = "#a1b201", "#a1b202", "#a1b204"
-_VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--line)", _SOFT: "var(--soft)"} | {
-    f"#a1b3{index:02d}": f"var(--series-{index})" for index in range(COLOURS)
-}
-# The client x label picture is an image, which no CSS variable reaches: a blue that can be seen on
-# white and on black.
-_IMAGE_RGB = (0.20, 0.53, 0.80)
 
-# Names of classes are no mathematics: "$" in one could end the drawing.
-PLAIN_TEXT: dict[Any, Any] = {
-    "text.parse_math": False,
-    "text.usetex": False,
-    "axes.formatter.use_mathtext": False,
-}
-# Any: what matplotlib calls the type of a setting differs from version to version.
-_STYLE: dict[Any, Any] = PLAIN_TEXT | {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-}
+@dataclass(frozen=True)
+class Curve:
+    """One normalizer over the rounds: by round the mean over seeds, its interval and every seed.
+
+    `low` and `high` are the ends of the 95% interval of the mean, within the possible values; NaN
+    where a single seed has a value.
+    """
+
+    rounds: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+    seeds: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The curves of one panel, by normalizer; `metric` says what values are possible."""
+
+    curves: Mapping[str, Curve]
+    metric: Metric
+
+    @classmethod
+    def of(cls, seeds: Mapping[str, Sequence[Mapping[int, float]]], metric: Metric) -> Lines:
+        """Return the panel of one curve by round for each seed of each normalizer."""
+        return cls({name: curve_of(curves, metric) for name, curves in seeds.items()}, metric)
+
+
+@dataclass(frozen=True)
+class Finals:
+    """A normalizer's values after the last round, by seed, and their interval."""
+
+    name: str
+    label: str
+    by_seed: Mapping[int, float]
+    interval: Interval
+
+
+def curve_of(seeds: Sequence[Mapping[int, float]], metric: Metric) -> Curve:
+    """Return what is drawn of one curve by round for each seed; NaN and infinity are no value."""
+    rounds = sorted({number for curve in seeds for number in curve})
+    values = [[c[r] for c in seeds if math.isfinite(c.get(r, math.nan))] for r in rounds]
+    intervals = [mean_interval(of, metric.lowest, metric.highest) for of in values]
+    return Curve(
+        rounds,
+        [interval.mean for interval in intervals],
+        [interval.low for interval in intervals],
+        [interval.high for interval in intervals],
+        values,
+    )
 
 
 def style_index(normalizer: str, others: Sequence[str] = ()) -> int:
@@ -93,113 +97,159 @@ def style_index(normalizer: str, others: Sequence[str] = ()) -> int:
 
 
 def learning_curves(
-    curves: Curves, limits: tuple[float, float], label: str, others: Sequence[str] = ()
+    lines: Lines, limits: tuple[float, float], label: str, others: Sequence[str] = ()
 ) -> str:
-    """Return one panel: mean accuracy by round and the 95% band over seeds of each normalizer.
+    """Return one panel: by round the mean, its 95% interval and the seeds of each normalizer.
 
-    The band is left out where a single seed has a value. `limits` are those of the accuracy axis
-    (0 to 1); `label` is read out by screen readers.
+    Interval and seeds are left out where there are more than `FEW` normalizers. `limits` are those
+    of the axis of values; `label` is read out by screen readers.
     """
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(4.4, 3.1)
-        for name, seeds in curves.items():
-            _draw_curve(axes, style_index(name, others), seeds)
-        axes.set_ylim(100 * limits[0], 100 * limits[1])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("round")
-        axes.set_ylabel("accuracy (%)")
-        return _svg(figure, label)
+    metric, curves = lines.metric, lines.curves
+    canvas = Canvas(_WIDTH, 290)
+    rounds = [number for curve in curves.values() for number in curve.rounds] or [0]
+    scales = _panel(canvas, rounds, limits, metric)
+    with canvas.clipped(scales.x, scales.y):
+        for name, curve in curves.items() if len(curves) <= FEW else ():
+            _draw_uncertainty(canvas, curve, scales, style_index(name, others))
+        for name, curve in curves.items():
+            _draw_mean(canvas, name, curve, scales, style_index(name, others))
+    return canvas.svg(f"{label}: {_last_values(curves, metric)}")
 
 
-def swatch(normalizer: str, others: Sequence[str], place: str) -> str:
-    """Return the line and marker of a normalizer for the legend called `place`."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(0.42, 0.18)
-        axes.set_axis_off()
-        axes.set(xlim=(0, 2), ylim=(-1, 1))
-        axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], **_line(style_index(normalizer, others)))
-        return _svg(figure, "", salt=f"{place} {normalizer}")
+def final_limits(finals: Sequence[Finals], metric: Metric) -> tuple[float, float]:
+    """Return the limits for panels that show all of `finals`: every seed and every interval."""
+    values = [value for of in finals for value in of.by_seed.values()]
+    values += [end for of in finals for end in (of.interval.low, of.interval.high)]
+    known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(known), max(known)
+    margin = max(0.04 * (high - low), 0.004 * max(abs(low), abs(high)), 1e-9)
+    return max(metric.lowest, low - margin), min(metric.highest, high + margin)
 
 
-def partition_picture(table: PartitionRecord) -> str:
-    """Return client x label: the darker, the more images; above it the images of each client."""
-    counts = np.array(table.counts, dtype=float).T
-    labels, clients = counts.shape
-    height = 1.5 + min(4.5, 0.17 * labels)
-    with mpl.rc_context(_STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(7.4, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        sizes, grid = figure.subplots(2, 1, sharex=True, height_ratios=[1, max(1.5, height - 1.5)])
-        sizes.stairs(counts.sum(axis=0), np.arange(clients + 1) - 0.5, fill=True, color=_SOFT)
-        sizes.set_ylabel("images")
-        sizes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
-        image = np.zeros((labels, clients, 4))
-        image[..., :3] = _IMAGE_RGB
-        image[..., 3] = np.sqrt(counts / max(counts.max(), 1))
-        grid.imshow(image, aspect="auto", interpolation="none")
-        shown = range(0, labels, max(1, math.ceil(labels / 20)))
-        grid.set_yticks(list(shown), [printable(table.classes[i], 14) for i in shown])
-        grid.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        grid.set_xlabel("client")
-        grid.set_ylabel("label")
-        return _svg(figure, f"images by client and label, {table.partition}, seed {table.seed}")
+def final_values(
+    finals: Sequence[Finals],
+    limits: tuple[float, float],
+    metric: Metric,
+    label: str,
+    others: Sequence[str] = (),
+) -> str:
+    """Return one panel: a row for each normalizer with every seed, the mean and its interval."""
+    row, top = 22.0, 4.0
+    bottom = top + row * max(1, len(finals))
+    height = bottom + 36
+    canvas = Canvas(_WIDTH, height)
+    left = 12 + min(170.0, max((text_width(f.label) for f in finals), default=40))
+    shown = tuple(formats.scaled(limit, metric) for limit in limits)
+    x = Scale(shown[0], shown[1], left + 8, _WIDTH - 12)
+    for tick in x.ticks(5):
+        canvas.rule(x(tick), top, x(tick), bottom)
+        canvas.text(x(tick), bottom + 14, f"{tick:,g}", "middle")
+    canvas.text((x.start + x.end) / 2, height - 4, _named(metric), "middle")
+    for place, of in enumerate(finals):
+        middle = top + row * (place + 0.5)
+        style = style_index(of.name, others)
+        canvas.text(left, middle + 4, of.label, "end", within=left - 8)
+        low, high = (formats.scaled(end, metric) for end in (of.interval.low, of.interval.high))
+        if math.isfinite(low):
+            canvas.rule(x(low), middle, x(high), middle, f"interval k{style % COLOURS}")
+            for end in (low, high):
+                canvas.rule(x(end), middle - 4, x(end), middle + 4, f"interval k{style % COLOURS}")
+        for seed, value in sorted(of.by_seed.items()):
+            at = x(formats.scaled(value, metric))
+            told = f"{of.label}, seed {seed}: {formats.value(value, metric)}"
+            canvas.mark(at, middle + 6, style, size=2.3, kind="seed", title=told)
+        if of.interval.n:
+            told = f"{of.label}: {formats.interval(of.interval, metric)}"
+            canvas.mark(
+                x(formats.scaled(of.interval.mean, metric)), middle - 2, style, size=4, title=told
+            )
+    said = "; ".join(f"{of.label} {formats.interval(of.interval, metric)}" for of in finals)
+    return canvas.svg(f"{label}: {said}")
 
 
-def _draw_curve(axes: Axes, index: int, seeds: Sequence[Mapping[int, float]]) -> None:
-    rounds = sorted({number for curve in seeds for number in curve})
-    by_round = [
-        [curve[r] for curve in seeds if math.isfinite(curve.get(r, math.nan))] for r in rounds
-    ]
-    intervals = [mean_interval(values) for values in by_round]
-    mean = 100 * np.array([i.mean for i in intervals])
-    half = 100 * np.array([i.half_width for i in intervals])
-    every = max(1, math.ceil(len(rounds) / _MARKS_PER_CURVE))
-    line = _line(index)
-    axes.plot(rounds, mean, markevery=(index % every, every), **line)
-    if np.isfinite(half).any():
-        low, high = np.clip(mean - half, 0, 100), np.clip(mean + half, 0, 100)
-        axes.fill_between(rounds, low, high, color=line["color"], alpha=0.16, linewidth=0)
+def swatch(normalizer: str, others: Sequence[str]) -> str:
+    """Return the line and mark of a normalizer for a legend."""
+    canvas = Canvas(34, 14)
+    style = style_index(normalizer, others)
+    canvas.line([(0, 7), (34, 7)], style)
+    canvas.mark(17, 7, style, size=4)
+    return canvas.svg("")
 
 
-def _line(index: int) -> dict[str, Any]:
-    return {
-        "color": f"#a1b3{index % COLOURS:02d}",
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "linestyle": _DASHES[index // COLOURS % len(_DASHES)],
-        "linewidth": 1.6,
-        "markersize": 4.5,
-    }
+def _draw_uncertainty(canvas: Canvas, curve: Curve, scales: _Scales, style: int) -> None:
+    """The band of a curve's intervals, and its seeds where it is marked."""
+    places = [i for i, low in enumerate(curve.low) if math.isfinite(low)]
+    if len(places) > 1:
+        low, high = (
+            [scales.at(curve.rounds[i], ends[i]) for i in places]
+            for ends in (curve.low, curve.high)
+        )
+        canvas.band(low, high, style)
+    for place in _marked(curve, style):
+        if len(curve.seeds[place]) > 1:
+            for value in curve.seeds[place]:
+                x, y = scales.at(curve.rounds[place], value)
+                canvas.mark(x, y, style, size=1.7, kind="seed")
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure, figure.subplots()
+def _draw_mean(canvas: Canvas, name: str, curve: Curve, scales: _Scales, style: int) -> None:
+    points = [scales.at(*point) for point in zip(curve.rounds, curve.mean, strict=True)]
+    canvas.line(points, style)
+    for place in _marked(curve, style):
+        mean = curve.mean[place]
+        if math.isfinite(mean):
+            told = f"{name}, round {curve.rounds[place]}: {formats.value(mean, scales.metric)}"
+            canvas.mark(*points[place], style, title=told)
 
 
-def _svg(figure: Figure, label: str, salt: str = "") -> str:
-    """The figure as an SVG element, the same bytes for the same figure.
+def _marked(curve: Curve, style: int) -> range:
+    """The places of a curve that have a mark: by style, so that marks do not collide."""
+    every = max(1, math.ceil(len(curve.rounds) / _MARKS_PER_CURVE))
+    last = len(curve.rounds) - 1
+    return range((last - style) % every, last + 1, every)
 
-    `salt` keeps its ids apart from those of other figures; by default `label` does. Without a
-    label the figure is decoration.
-    """
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    # The name of a run may be bytes that are no UTF-8.
-    encodable = (salt or label).encode("utf-8", "backslashreplace").decode()
-    with mpl.rc_context({"svg.hashsalt": encodable}), warnings.catch_warnings():
-        # It is the browser that draws the text, in its own fonts.
-        warnings.filterwarnings("ignore", r"Glyph .* missing", UserWarning)
-        figure.savefig(buffer, format="svg", metadata=nothing)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # Its rule for every element would reach the whole page; report.css has it for figures.
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    # Several figures share one page: the ids that nothing refers to would be there twice.
-    used = set(re.findall(r"#([\w.-]+)", svg))
-    svg = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in used else "", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    spoken = html.escape(printable(label))
-    role = f'role="img" aria-label="{spoken}"' if label else 'aria-hidden="true"'
-    return svg.replace("<svg ", f'<svg class="{"figure" if label else "swatch"}" {role} ', 1)
+
+def _last_values(curves: Mapping[str, Curve], metric: Metric) -> str:
+    return "; ".join(
+        f"{name} {formats.value(curve.mean[-1], metric)} in round {curve.rounds[-1]}"
+        for name, curve in curves.items()
+        if curve.rounds
+    )
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Where round and value of a panel lie; the vertical scale is in numbers as they are shown."""
+
+    x: Scale
+    y: Scale
+    metric: Metric
+
+    def at(self, number: int, value: float) -> tuple[float, float]:
+        shown = formats.scaled(value, self.metric)
+        return self.x(number), self.y(shown) if math.isfinite(value) else math.nan
+
+
+def _panel(
+    canvas: Canvas, rounds: Sequence[int], limits: tuple[float, float], metric: Metric
+) -> _Scales:
+    """Draw the axes of a panel over the rounds and return its scales."""
+    low, high = (formats.scaled(limit, metric) for limit in limits)
+    log = metric.unit != "%" and low > 0 and high > _LOG_FROM * low
+    y = Scale(low, high, canvas.height - 36, 22, log)
+    ticks = [(tick, f"{tick:,g}") for tick in y.ticks()]
+    left = 10 + max((text_width(text) for _, text in ticks), default=0)
+    x = Scale(min(rounds), max(*rounds, min(rounds) + 1), left + 6, canvas.width - 10)
+    for tick, text in ticks:
+        canvas.rule(left, y(tick), x.end, y(tick))
+        canvas.text(left - 5, y(tick) + 4, text, "end")
+    for tick in x.ticks(8, whole=True):
+        canvas.rule(x(tick), y.start, x(tick), y.start + 4)
+        canvas.text(x(tick), y.start + 16, f"{tick:g}", "middle")
+    canvas.text((x.start + x.end) / 2, canvas.height - 4, "round", "middle")
+    canvas.text(2, 11, _named(metric))
+    return _Scales(x, y, metric)
+
+
+def _named(metric: Metric) -> str:
+    return f"{metric.name} ({metric.unit})" if metric.unit else metric.name

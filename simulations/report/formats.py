@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 
-from simulations.runs.statistics import Interval, RoundsToTarget
+from fedkn.tasks.metric import Metric
+from simulations.runs.statistics import Comparison, Interval, RoundsToTarget
 
 __all__ = [
     "KEEPS",
     "KEEPS_TENSORS",
     "NOTHING",
-    "accuracy",
     "count",
+    "difference",
+    "difference_unit",
+    "difference_with_unit",
     "epsilon",
+    "half_width",
+    "interval",
     "milliseconds",
     "p_value",
-    "percent",
-    "points",
     "rounds",
+    "scaled",
     "size",
+    "target",
+    "value",
 ]
 
 NOTHING = "–"
@@ -30,21 +36,58 @@ KEEPS_TENSORS = (
 )
 
 
-def percent(value: float) -> str:
-    """Return an accuracy (0 to 1) as "94.9%"."""
-    return NOTHING if math.isnan(value) else f"{100 * value:.1f}%"
+def value(number: float, metric: Metric) -> str:
+    """Return a value of `metric` with its unit: "94.9%", "0.123", "1,240 g"."""
+    if math.isnan(number):
+        return NOTHING
+    return f"{_plain(scaled(number, metric), metric)}{_unit(metric)}"
 
 
-def points(value: float) -> str:
-    """Return a difference of accuracies (0 to 1) in percentage points, without the unit."""
-    return NOTHING if math.isnan(value) else f"{100 * value:.1f}"
+def difference(number: float, metric: Metric) -> str:
+    """Return a difference of two values of `metric`, without the unit; of shares in points.
+
+    An infinite one, which the range of values does not allow, is none.
+    """
+    if math.isinf(number):
+        return "none"
+    return NOTHING if math.isnan(number) else _plain(scaled(number, metric), metric)
 
 
-def accuracy(interval: Interval) -> str:
-    """Return "94.9% ± 1.6"; without the interval where there is a single seed."""
-    if math.isnan(interval.half_width):
-        return percent(interval.mean)
-    return f"{percent(interval.mean)} ± {points(interval.half_width)}"
+def difference_unit(metric: Metric) -> str:
+    """Return the unit of differences: "points" of shares, else the metric's own."""
+    return "points" if metric.unit == "%" else metric.unit
+
+
+def difference_with_unit(number: float, metric: Metric) -> str:
+    """Return a difference of two values of `metric` with its unit: "1.2 points", "0.02 g"."""
+    return f"{difference(number, metric)} {difference_unit(metric)}".rstrip()
+
+
+def interval(of: Interval, metric: Metric) -> str:
+    """Return "94.9% ± 1.6", or "98.9% (96.1 to 100.0)" where ± would leave the possible range.
+
+    Without the interval where there is a single seed.
+    """
+    if math.isnan(of.half_width):
+        return value(of.mean, metric)
+    return f"{value(of.mean, metric)} {half_width(of, metric)}"
+
+
+def half_width(of: Interval | Comparison, metric: Metric) -> str:
+    """Return what stands behind a mean or difference: "± 1.6" or "(96.1 to 100.0)"."""
+    if of.cut:
+        return f"({difference(of.low, metric)} to {difference(of.high, metric)})"
+    return f"± {difference(of.half_width, metric)}"
+
+
+def scaled(number: float, metric: Metric) -> float:
+    """Return a value as tables and axes show it: a hundred times as large where it is a share."""
+    return 100 * number if metric.unit == "%" else number
+
+
+def target(number: float, metric: Metric) -> str:
+    """Return a value that was asked for, with as many digits as it was given."""
+    return f"{scaled(number, metric):g}{_unit(metric)}"
 
 
 def rounds(summary: RoundsToTarget) -> str:
@@ -89,3 +132,13 @@ def count(number: int, noun: str) -> str:
 def epsilon(value: float) -> str:
     """Return an epsilon of differential privacy with three significant digits."""
     return "unbounded" if math.isinf(value) else f"{value:.3g}"
+
+
+def _plain(number: float, metric: Metric) -> str:
+    if metric.unit == "%":
+        return f"{number:.1f}"
+    return f"{number:,.0f}" if 1000 <= abs(number) < 1e6 else f"{number:.3g}"
+
+
+def _unit(metric: Metric) -> str:
+    return metric.unit if metric.unit in ("%", "") else f" {metric.unit}"

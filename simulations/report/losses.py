@@ -11,10 +11,13 @@ from simulations.report.verdict import enumerated
 from simulations.runs.records import CellRecord
 from simulations.runs.results import Round
 
-__all__ = ["DIVIDED", "LossLine", "losses", "named_clients"]
+__all__ = ["HARMLESS", "LossLine", "losses", "named_clients"]
 
-# Nothing is lost by it: parts too small for the normalizer are among the skipped batches.
-DIVIDED = "divided batches"
+_DIVIDED = "divided batches"
+_WARNINGS = "warnings"
+HARMLESS = (_DIVIDED, _WARNINGS)
+"""Nothing is lost by these: parts too small for the normalizer are among the skipped batches, and
+warnings are of what only watches a run."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,11 @@ def _divided(cells: Sequence[CellRecord]) -> tuple[str, str] | None:
     return _of_clients("update", Counter({why: updates} if updates else {}), clients)
 
 
+def _warnings(cells: Sequence[CellRecord]) -> tuple[str, str] | None:
+    reasons = Counter(warning for cell in cells for warning in cell.warnings)
+    return (count(reasons.total(), "time"), _listed(reasons)) if reasons else None
+
+
 _KINDS: dict[str, Callable[[Sequence[CellRecord]], tuple[str, str] | None]] = {
     "failed cells": _failed_cells,
     "untrainable cells": _untrainable,
@@ -169,7 +177,8 @@ _KINDS: dict[str, Callable[[Sequence[CellRecord]], tuple[str, str] | None]] = {
     "unanswered requests": _unanswered,
     "late updates": _late,
     "skipped batches": _skipped,
-    DIVIDED: _divided,
+    _DIVIDED: _divided,
+    _WARNINGS: _warnings,
 }
 _CLIENTS_SHOWN = 6
 _REASONS_SHOWN = 3

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from fedkn import normalizers
 from fedkn.normalizers.group import GroupNormalizer
+from simulations.runs.axes import settings_of
 from simulations.runs.records import CellRecord
 
-__all__ = ["NormalizerNote", "display_name", "held_equal", "normalizer_notes", "unequal"]
+__all__ = [
+    "NormalizerNote",
+    "display_name",
+    "held_equal",
+    "normalizer_notes",
+    "unequal",
+    "varied",
+]
 
 # What a grid varies on purpose, and where each cell keeps its files.
 _AXES = (
@@ -33,6 +42,7 @@ class NormalizerNote:
     paper: str
 
 
+@cache
 def display_name(name: str, groups: int = 0) -> str:
     """Return the name with its group count: figures of other counts are not comparable."""
     if name not in normalizers.names():
@@ -60,20 +70,28 @@ def held_equal(cells: Sequence[CellRecord]) -> dict[str, object]:
     return {key: values[0] for key, values in _values(cells).items() if len(values) == 1}
 
 
-def unequal(cells: Sequence[CellRecord]) -> dict[str, list[object]]:
-    """Return the settings that differ between cells though they are no axis of the grid."""
+def unequal(cells: Sequence[CellRecord], axes: Collection[str] = ()) -> dict[str, list[object]]:
+    """Return the settings that differ between cells though they are no axis of the grid.
+
+    `axes` are the keys of further ones.
+    """
     return {
         key: values
         for key, values in _values(cells).items()
-        if len(values) > 1 and not key.startswith(_AXES)
+        if len(values) > 1 and not varied(key) and key not in axes
     }
+
+
+def varied(key: str) -> bool:
+    """Whether every grid varies the setting with this dotted key, or says where files are."""
+    return key.startswith(_AXES)
 
 
 def _values(cells: Sequence[CellRecord]) -> dict[str, list[object]]:
     values: dict[str, list[object]] = {}
     # What cannot be trained never learned which engine "auto" is.
     for cell in [cell for cell in cells if cell.status != "untrainable"] or cells:
-        for key, value in cell.config.flat().items():
+        for key, value in settings_of(cell.config).items():
             known = values.setdefault(key, [])
             if value not in known:
                 known.append(value)

@@ -1,29 +1,43 @@
-"""A run digested: what every table and figure of the report shows, computed once."""
+"""Runs digested: what every table and figure of the report shows, computed once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import product
+from typing import NamedTuple, TypeVar
 
 from fedkn.errors import UserError
+from fedkn.tasks.metric import Metric
+from simulations.report.axes import (
+    NORMALIZER,
+    AxisContest,
+    Held,
+    Spot,
+    axis_contests,
+    axis_verdicts,
+    fields_of,
+)
 from simulations.report.entries import Entry, entry_of
 from simulations.report.holdings import ClientTable, client_tables
+from simulations.report.side_by_side import SideBySide, basis_of, compared
 from simulations.report.trials import Trial, trials_of
 from simulations.report.verdict import Contest, verdicts
+from simulations.runs.axes import RUN, Point, point_label, point_of
 from simulations.runs.folder import RunFolder
+from simulations.runs.metric import judged_by
 from simulations.runs.records import CellRecord, GridRecord
-from simulations.runs.statistics import Comparison, Group, compare_all_pairs
+from simulations.runs.statistics import Comparison, Interval, compare_all_pairs
 
-__all__ = ["RunSummary", "Section", "summarize"]
+__all__ = ["Digest", "RunSummary", "Section", "digest", "summarize"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Section:
-    """One partition of a run: the normalizers by batch size on the same clients.
+    """One partition of a run at one point of its further axes: the normalizers by batch size.
 
     `contests` are those of the global model on the test images, without `keepers`: the normalizers
     that keep tensors on the clients, whose global model is no client's. `own_contests` are those of
@@ -31,6 +45,8 @@ class Section:
     """
 
     partition: str
+    point: Point
+    metric: Metric
     normalizers: list[str]
     batch_sizes: list[int]
     target: float
@@ -42,10 +58,19 @@ class Section:
     tables: list[ClientTable]
 
     @property
+    def label(self) -> str:
+        """The partition and the point in words."""
+        return ", ".join(filter(None, (self.partition, point_label(self.point))))
+
+    @property
+    def ended(self) -> bool:
+        """Whether all its cells have."""
+        return all(entry.ended >= entry.planned for entry in self.entries.values())
+
+    @property
     def verdicts(self) -> list[str]:
         """The verdict, sentence by sentence."""
-        ended = all(entry.ended >= entry.planned for entry in self.entries.values())
-        return verdicts(self.contests, self.own_contests, self.keepers, so_far=not ended)
+        return verdicts(self.contests, self.own_contests, self.keepers, so_far=not self.ended)
 
     @property
     def verdict(self) -> str:
@@ -60,7 +85,7 @@ class Section:
         entries = [self.entries[name, batch_size] for name in self.normalizers]
 
         def place(entry: Entry) -> tuple[bool, bool, float]:
-            mean = entry.accuracy.mean if entry.final else 0.0
+            mean = entry.metric.sign * entry.accuracy.mean if entry.final else 0.0
             return not entry.final, entry.normalizer in self.keepers, -mean
 
         return sorted(entries, key=place)
@@ -68,17 +93,24 @@ class Section:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run folder, digested. `label` tells it from the others of the same report."""
+    """One run folder, digested. `label` tells it from the others of the same report.
+
+    `comparisons` are all of its tests, along further axes too, `own_comparisons` those of the
+    clients' own models; `axis_contests` and `own_axis_contests` are those along its further axes.
+    """
 
     folder: RunFolder
     label: str
     grid: GridRecord
+    metric: Metric
     cells: list[CellRecord]
     damaged_lines: int
     planned: int
     sections: list[Section]
     comparisons: list[Comparison]
     own_comparisons: list[Comparison]
+    axis_contests: list[AxisContest]
+    own_axis_contests: list[AxisContest]
 
     @property
     def results(self) -> list[CellRecord]:
@@ -102,76 +134,225 @@ class RunSummary:
             text += f", {under_way} started without ending"
         return f"{text}. Numbers below are those of the cells that have ended."
 
+    @property
+    def axis_verdicts(self) -> list[str]:
+        """What the further axes show, sentence by sentence."""
+        return _of_both(self.axis_contests, self.own_axis_contests, so_far=bool(self.partial))
+
+
+@dataclass(frozen=True)
+class Digest:
+    """The runs of a report, and what setting them side by side shows, where there are several.
+
+    All tests of the report are one family, those of the clients' own models another.
+    """
+
+    runs: list[RunSummary]
+    beside: SideBySide | None
+    contests: list[AxisContest]
+    own_contests: list[AxisContest]
+
+    @property
+    def verdicts(self) -> list[str]:
+        """What the runs show against each other, sentence by sentence."""
+        return _of_both(self.contests, self.own_contests, so_far=any(r.partial for r in self.runs))
+
+
+class _Run(NamedTuple):
+    """A run as it is read, before anything is compared."""
+
+    folder: RunFolder
+    label: str
+    grid: GridRecord
+    cells: list[CellRecord]
+    damaged_lines: int
+    keepers: set[str]
+    metric: Metric
+    places: dict[tuple[str, Point], dict[tuple[str, int], Entry]]
+
+
+class _Tests(NamedTuple):
+    """The tests of a family: within places, and along axes."""
+
+    comparisons: list[Comparison]
+    fields: dict[Held, dict[str, Spot]]
+
 
 def summarize(runs: Sequence[RunFolder]) -> list[RunSummary]:
     """Digest run folders for one report. Raises UserError if none is given, or one twice."""
-    if not runs:
+    return digest(runs).runs
+
+
+def digest(folders: Sequence[RunFolder]) -> Digest:
+    """Digest run folders for one report, and compare them with each other where they are several.
+
+    Raises UserError if none is given, or one twice.
+    """
+    if not folders:
         raise UserError("no run given: name at least one run folder")
-    if len({run.path.resolve() for run in runs}) < len(runs):
+    if len({folder.path.resolve() for folder in folders}) < len(folders):
         raise UserError("the same run folder is given twice")
-    names = [run.grid.name for run in runs]
-    return [
-        _summary(run, name if names.count(name) == 1 else f"{name} ({run.path})")
-        for run, name in zip(runs, names, strict=True)
+    names = [folder.grid.name for folder in folders]
+    runs = [
+        _read(folder, name if names.count(name) == 1 else f"{name} ({folder.path})")
+        for folder, name in zip(folders, names, strict=True)
     ]
+    axes = _union(*(run.grid.axes for run in runs))
+    entries = {
+        Spot(run.label, partition, _point(entry, axes, point), name, size): entry
+        for run in runs
+        for (partition, point), of_place in run.places.items()
+        for (name, size), entry in of_place.items()
+    }
+    keepers = {run.label: run.keepers for run in runs}
+    folder_of = {run.label: run.folder for run in runs}
+    bases = {spot: basis_of(folder_of[spot.run], entry) for spot, entry in entries.items()}
+    along = [*axes, RUN] if len(runs) > 1 else axes
+    shared = _tests(
+        {spot: e for spot, e in entries.items() if spot.normalizer not in keepers[spot.run]},
+        along,
+        _final,
+        lambda spot: bases[spot].of_global,
+    )
+    own = _tests(entries, along, _own_final, lambda spot: bases[spot].of_own)
+    return Digest(
+        runs=[_summary(run, entries, shared, own) for run in runs],
+        beside=compared([(run.label, run.folder) for run in runs], entries, bases, axes)
+        if len(runs) > 1
+        else None,
+        contests=_contests(shared, entries, _interval, lambda held: held.axis == RUN),
+        own_contests=_contests(own, entries, _own_interval, lambda held: held.axis == RUN),
+    )
 
 
-def _summary(run: RunFolder, label: str) -> RunSummary:
+def _of_both(
+    contests: Sequence[AxisContest], own: Sequence[AxisContest], *, so_far: bool
+) -> list[str]:
+    on_own = [
+        f"On the clients' own images: {_lowered(text)}" for text in axis_verdicts(own, so_far)
+    ]
+    return [*axis_verdicts(contests, so_far), *on_own]
+
+
+def _lowered(text: str) -> str:
+    return text[0].lower() + text[1:]
+
+
+def _final(entry: Entry) -> Mapping[int, float]:
+    return entry.final
+
+
+def _own_final(entry: Entry) -> Mapping[int, float]:
+    return entry.own.final if entry.own else {}
+
+
+def _read(run: RunFolder, label: str) -> _Run:
     tail = run.tail()
     tail.poll()
     grid, cells = run.grid, run.cells()
     results = [cell for cell in cells if cell.purpose == "result"]
-    partitions = _union(grid.partitions, [cell.partition for cell in results])
-    entries = {
-        partition: _entries(grid, [cell for cell in results if cell.partition == partition])
-        for partition in partitions
+    metric = judged_by(cells)
+    planned = list(product(*([(key, value) for value in of] for key, of in grid.axes.items())))
+    places: dict[tuple[str, Point], list[CellRecord]] = {
+        (partition, point): []
+        for point in planned
+        for partition in _union(grid.partitions, [cell.partition for cell in results])
     }
-    keepers = {cell.config.normalizer.name for cell in cells if cell.local_tensors}
-    comparisons = _comparisons(
-        entries, lambda entry: {} if entry.normalizer in keepers else entry.final
-    )
-    # Another question, hence another family: corrected by itself.
-    own = _comparisons(entries, lambda entry: entry.own.final if entry.own else {})
-    return RunSummary(
+    for cell in results:
+        places.setdefault((cell.partition, point_of(cell.config, grid.axes)), []).append(cell)
+    return _Run(
         folder=run,
         label=label,
         grid=grid,
         cells=cells,
         damaged_lines=tail.skipped,
-        planned=max(
-            len(results), sum(e.planned for section in entries.values() for e in section.values())
-        ),
-        sections=[
-            _section(
-                run,
-                partition,
-                of_partition,
-                cells,
-                keepers=keepers,
-                comparisons=(comparisons, own),
-            )
-            for partition, of_partition in entries.items()
-        ],
-        comparisons=comparisons,
-        own_comparisons=own,
+        keepers={cell.config.normalizer.name for cell in cells if cell.local_tensors},
+        metric=metric,
+        places={place: _entries(grid, of_place, metric) for place, of_place in places.items()},
     )
 
 
-def _comparisons(
-    entries: Mapping[str, Mapping[tuple[str, int], Entry]],
+def _point(entry: Entry, axes: Sequence[str], own: Point) -> Point:
+    """Where an entry stands on the axes of all runs of the report."""
+    return point_of(entry.cells[0].config, axes) if entry.cells else own
+
+
+def _tests(
+    entries: Mapping[Spot, Entry],
+    axes: Sequence[str],
     final: Callable[[Entry], Mapping[int, float]],
-) -> list[Comparison]:
-    """All pairs within each partition and batch size, on accuracy by seed as `final` gives it."""
-    groups: dict[Group, dict[str, Mapping[int, float]]] = {}
-    for partition, of_partition in entries.items():
-        for (name, size), entry in of_partition.items():
-            if by_seed := final(entry):
-                groups.setdefault((partition, size), {})[name] = by_seed
-    return compare_all_pairs(groups)
+    basis: Callable[[Spot], object],
+) -> _Tests:
+    """All pairs of normalizers within each place and batch size, and of values along each axis."""
+    groups: dict[object, dict[str, Mapping[int, float]]] = {}
+    metrics: dict[object, Metric] = {}
+    for spot, entry in entries.items():
+        if by_seed := final(entry):
+            group = _group(spot)
+            groups.setdefault(group, {})[spot.normalizer] = by_seed
+            metrics[group] = entry.metric
+    fields = fields_of(entries, axes, final, basis)
+    for held, spots in fields.items():
+        groups[held] = {value: final(entries[spot]) for value, spot in spots.items()}
+        metrics[held] = entries[next(iter(spots.values()))].metric
+    return _Tests(compare_all_pairs(groups, metrics), fields)
 
 
-def _entries(grid: GridRecord, cells: list[CellRecord]) -> dict[tuple[str, int], Entry]:
-    """The entries of one partition, planned ones without a cell included."""
+def _group(spot: Spot) -> Held:
+    return Held(NORMALIZER, spot.run, spot.partition, spot.point, "", spot.batch_size)
+
+
+def _interval(entry: Entry) -> Interval:
+    return entry.accuracy
+
+
+def _contests(
+    tests: _Tests,
+    entries: Mapping[Spot, Entry],
+    interval: Callable[[Entry], Interval],
+    wanted: Callable[[Held], bool],
+) -> list[AxisContest]:
+    fields = {held: spots for held, spots in tests.fields.items() if wanted(held)}
+    return axis_contests(fields, entries, tests.comparisons, interval)
+
+
+def _own_interval(entry: Entry) -> Interval:
+    return entry.own.accuracy if entry.own else entry.accuracy
+
+
+def _summary(run: _Run, entries: Mapping[Spot, Entry], shared: _Tests, own: _Tests) -> RunSummary:
+    of_place = {id(entry): spot for spot, entry in entries.items() if spot.run == run.label}
+    sections = []
+    for (partition, point), of in run.places.items():
+        spots = {key: of_place[id(entry)] for key, entry in of.items()}
+        sections.append(_section(run, (partition, point), spots, (shared, own)))
+
+    def along(held: Held) -> bool:
+        return held.axis != RUN and held.run == run.label
+
+    results = [cell for cell in run.cells if cell.purpose == "result"]
+    return RunSummary(
+        folder=run.folder,
+        label=run.label,
+        grid=run.grid,
+        metric=run.metric,
+        cells=run.cells,
+        damaged_lines=run.damaged_lines,
+        planned=max(
+            len(results), sum(e.planned for of in run.places.values() for e in of.values())
+        ),
+        sections=sections,
+        comparisons=shared.comparisons,
+        own_comparisons=own.comparisons,
+        axis_contests=_contests(shared, entries, _interval, along),
+        own_axis_contests=_contests(own, entries, _own_interval, along),
+    )
+
+
+def _entries(
+    grid: GridRecord, cells: list[CellRecord], metric: Metric
+) -> dict[tuple[str, int], Entry]:
+    """The entries of one place, planned ones without a cell included."""
     normalizers = _union(grid.normalizers, [cell.config.normalizer.name for cell in cells])
     sizes = sorted(_union(grid.batch_sizes, [cell.config.train.batch_size for cell in cells]))
     by_entry: dict[tuple[str, int], list[CellRecord]] = {}
@@ -179,47 +360,52 @@ def _entries(grid: GridRecord, cells: list[CellRecord]) -> dict[tuple[str, int],
         key = (cell.config.normalizer.name, cell.config.train.batch_size)
         by_entry.setdefault(key, []).append(cell)
     return {
-        (name, size): entry_of(name, size, len(grid.seeds), by_entry.get((name, size), []))
+        (name, size): entry_of(name, size, len(grid.seeds), by_entry.get((name, size), []), metric)
         for name in normalizers
         for size in sizes
     }
 
 
 def _section(
-    run: RunFolder,
-    partition: str,
-    entries: dict[tuple[str, int], Entry],
-    cells: list[CellRecord],
-    *,
-    keepers: Collection[str],
-    comparisons: tuple[list[Comparison], list[Comparison]],
+    run: _Run,
+    place: tuple[str, Point],
+    spots: Mapping[tuple[str, int], Spot],
+    tests: tuple[_Tests, _Tests],
 ) -> Section:
+    partition, point = place
+    entries = run.places[place]
     sizes = _union([size for _, size in entries])
     names = _union([name for name, _ in entries])
-    of_partition = [cell for cell in cells if cell.partition == partition]
-    targets = [cell.config.evaluation.target_accuracy for cell in of_partition]
+    here = [
+        cell
+        for cell in run.cells
+        if cell.partition == partition and point_of(cell.config, run.grid.axes) == point
+    ]
+    targets = [cell.target for cell in here]
     by_size = {size: [e for (_, of), e in entries.items() if of == size] for size in sizes}
+    groups = {size: _group(spots[names[0], size]) for size in sizes}
     of_global, of_own = (
-        {size: [c for c in family if c.group == (partition, size)] for size in sizes}
-        for family in comparisons
+        {size: [c for c in family.comparisons if c.group == groups[size]] for size in sizes}
+        for family in tests
     )
+    metric = next((entry.metric for entry in entries.values() if entry.cells), run.metric)
     return Section(
         partition=partition,
+        point=point,
+        metric=metric,
         normalizers=names,
         batch_sizes=sizes,
         target=targets[0] if targets else math.nan,
         entries=entries,
-        keepers=[name for name in names if name in keepers],
-        contests=[_contest(size, by_size[size], keepers, of_global[size]) for size in sizes],
+        keepers=[name for name in names if name in run.keepers],
+        contests=[_contest(size, by_size[size], run.keepers, of_global[size]) for size in sizes],
         own_contests=[_own_contest(size, by_size[size], of_own[size]) for size in sizes]
         if any(entry.own for entry in entries.values())
         else [],
         trials={
-            key: trials
-            for key, entry in entries.items()
-            if (trials := trials_of(entry, of_partition))
+            key: trials for key, entry in entries.items() if (trials := trials_of(entry, here))
         },
-        tables=client_tables(run, partition, [c for c in of_partition if c.purpose == "result"]),
+        tables=client_tables(run.folder, partition, [c for c in here if c.purpose == "result"]),
     )
 
 
@@ -236,6 +422,8 @@ def _contest(
         comparisons=comparisons,
         lost={e.normalizer: e.lost for e in entries if e.lost},
         untrained=[e.normalizer for e in entries if e.cells and e.lost == len(e.cells)],
+        entrants=len(entries),
+        **_judged(entries),
     )
 
 
@@ -251,7 +439,14 @@ def _own_contest(
         lost={name: cells for name, cells in lost.items() if cells},
         untrained=[e.normalizer for e in entries if e.cells and lost[e.normalizer] == len(e.cells)],
         failed_clients={name: own.failed for name, own in results.items() if own.failed},
+        entrants=len(entries),
+        **_judged(entries),
     )
+
+
+def _judged(entries: Sequence[Entry]) -> dict[str, Metric]:
+    """The metric of a contest of `entries`, where there is any."""
+    return {"metric": entries[0].metric} if entries else {}
 
 
 def _union(*lists: Iterable[T]) -> list[T]:

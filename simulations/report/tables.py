@@ -1,4 +1,4 @@
-"""The summary of a run for the terminal, and for machines."""
+"""The summary of a run for machines."""
 
 from __future__ import annotations
 
@@ -6,74 +6,55 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
-from fedkn.text import printable
-from simulations.report import formats
+from fedkn.tasks.metric import Metric
+from simulations.report.axes import AxisContest
 from simulations.report.entries import Entry, OwnModels, PrivacySpent
-from simulations.report.settings import display_name
-from simulations.report.summary import RunSummary, Section, summarize
+from simulations.report.summary import RunSummary, Section, digest, summarize
 from simulations.report.verdict import Contest
 from simulations.runs.folder import RunFolder
+from simulations.runs.statistics import Comparison
 
-__all__ = ["group_counts", "summary_dict", "summary_table"]
-
-
-def summary_table(run: RunFolder) -> Table:
-    """Return the table normalizer x batch size of a run; one block per partition and batch size."""
-    (summary,) = summarize([run])
-    # No lines between columns: a run of one partition then fits 80 columns.
-    table = Table(
-        title=Text(
-            f"{printable(summary.grid.name)}: test accuracy after the last round, "
-            "mean ± 95% interval",
-            style="table.title",
-        ),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    several = len(summary.sections) > 1
-    if several:
-        table.add_column("partition")
-    table.add_column("batch", justify="right", no_wrap=True)
-    table.add_column("normalizer", no_wrap=True)
-    # Where there would be no room for them, costs are left to the report.
-    columns = _OWN_COLUMNS if _has_own(summary) else _COLUMNS
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=name in ("accuracy", "own models"))
-    for section in summary.sections:
-        for batch_size in section.batch_sizes:
-            table.add_section()
-            for entry in section.ranked(batch_size):
-                row = [_text(section.partition)] if several else []
-                mark = formats.KEEPS if entry.normalizer in section.keepers else ""
-                figures = _figures(entry)
-                table.add_row(
-                    *row,
-                    str(batch_size),
-                    _text(entry.normalizer + mark),
-                    *(figures.get(name, formats.NOTHING) for name in columns),
-                )
-    caption = "\n".join(printable(line, 1000) for line in _caption(summary))
-    table.caption = Text(caption, style="table.caption")
-    return table
+__all__ = ["digest_dict", "group_counts", "summary_dict"]
 
 
 def summary_dict(run: RunFolder) -> dict[str, Any]:
     """Return the summary of a run as JSON can hold it: NaN and infinity become None.
 
-    Accuracies are fractions, times milliseconds, sizes bytes; `differences` are those to the
-    highest mean of the same partition and batch size, and others that are shown, without the
-    normalizers that keep tensors on the clients; `own_differences` are the same for the clients'
-    own models, of all normalizers.
+    `accuracy` is the value of the section's `metric`, whatever that is, shares as fractions; times
+    are milliseconds, sizes bytes. `differences` are those to the best mean of the same section and
+    batch size, and others that are shown, without the normalizers that keep tensors on the clients;
+    `own_differences` are the same for the clients' own models, of all normalizers. A section is a
+    partition at one point of the further `axes`, along which `axis_differences` are all pairs.
     """
     (summary,) = summarize([run])
+    return _run_dict(summary)
+
+
+def digest_dict(runs: Sequence[RunFolder]) -> dict[str, Any]:
+    """Return the summary of several runs in one report: each, and what they show side by side.
+
+    In `beside`, `common` counts result cells that all runs have, `settings` are those beyond the
+    axes in which cells that are common differ, `untested` says why runs are not tested against each
+    other, and `differences` are all pairs of runs, all else being equal.
+    """
+    digested = digest(runs)
+    beside = digested.beside
+    return {
+        "runs": [_run_dict(summary) for summary in digested.runs],
+        "beside": beside
+        and {
+            "common": beside.common,
+            "settings": {of.key: dict(of.values) for of in beside.differences},
+            "untested": beside.untested,
+            "verdicts": digested.verdicts,
+            "differences": _axis_differences(digested.contests),
+            "own_differences": _axis_differences(digested.own_contests),
+        },
+    }
+
+
+def _run_dict(summary: RunSummary) -> dict[str, Any]:
+    run = summary.folder
     return {
         "run": str(run.path),
         "name": summary.grid.name,
@@ -81,7 +62,11 @@ def summary_dict(run: RunFolder) -> dict[str, Any]:
         "complete": not summary.partial,
         "data": [{**entry.settings, "fingerprint": entry.summary.identity} for entry in run.data()],
         "cells": {"planned": summary.planned, "ended": summary.ended},
+        "axes": summary.grid.axes,
         "partitions": [_section_dict(section) for section in summary.sections],
+        "axis_verdicts": summary.axis_verdicts,
+        "axis_differences": _axis_differences(summary.axis_contests),
+        "own_axis_differences": _axis_differences(summary.own_axis_contests),
     }
 
 
@@ -90,65 +75,11 @@ def group_counts(entry: Entry) -> int:
     return entry.cells[0].config.normalizer.groups if entry.cells else 0
 
 
-_COLUMNS = ("accuracy", "seeds", "rounds to target", "ms/step", "bytes/round")
-_OWN_COLUMNS = ("accuracy", "own models", "worst tenth", "spread", "seeds", "rounds to target")
-
-
-def _text(outside: str) -> Text:
-    """Text, because a bracket in a name of the run folder is not markup."""
-    return Text(printable(outside))
-
-
-def _has_own(summary: RunSummary) -> bool:
-    return any(section.own_contests for section in summary.sections)
-
-
-def _caption(summary: RunSummary) -> list[str]:
-    targets = {section.target for section in summary.sections if not math.isnan(section.target)}
-    entries = [entry for section in summary.sections for entry in section.entries.values()]
-    names = {display_name(entry.normalizer, group_counts(entry)): entry for entry in entries}
-    grouped = [name for name, entry in names.items() if name != entry.normalizer]
-    lines = [f"Target accuracy: {', '.join(f'{100 * target:g}%' for target in sorted(targets))}."]
-    if not targets:
-        lines = []
-    engines = sorted({entry.engine for entry in entries if entry.engine})
-    if len(engines) > 1 and not _has_own(summary):
-        lines.append(f"ms/step: {' and '.join(engines)} trained some each; do not compare across.")
-    if grouped:
-        lines.append(f"Built as {', '.join(grouped)}.")
-    if _has_own(summary):
-        lines.append(
-            "Own models: every client's own model on its own images; mean over clients, worst "
-            "tenth of them, deviation between them."
-        )
-    if any(section.keepers for section in summary.sections):
-        lines.append(f"{formats.KEEPS} {formats.KEEPS_TENSORS}")
-    return [*lines, summary.partial] if summary.partial else lines
-
-
-def _figures(entry: Entry) -> dict[str, str]:
-    """The texts of an entry's row by the name of the column."""
-    if entry.untrainable and not entry.final:
-        return {"accuracy": "untrainable", "seeds": f"0/{entry.planned}"}
-    figures = {
-        "accuracy": formats.accuracy(entry.accuracy),
-        "seeds": f"{entry.accuracy.n}/{entry.planned}",
-        "rounds to target": formats.rounds(entry.rounds),
-        "ms/step": formats.milliseconds(entry.ms_per_step),
-        "bytes/round": formats.size(entry.bytes_per_round),
-    }
-    if entry.own:
-        figures |= {
-            "own models": formats.accuracy(entry.own.accuracy),
-            "worst tenth": formats.percent(entry.own.worst_tenth),
-            "spread": formats.points(entry.own.spread),
-        }
-    return figures
-
-
 def _section_dict(section: Section) -> dict[str, Any]:
     return {
         "partition": section.partition,
+        "axes": dict(section.point),
+        "metric": _metric_dict(section.metric),
         "verdict": section.verdict,
         "target_accuracy": _finite(section.target),
         "entries": [_entry_dict(entry) for entry in section.entries.values()],
@@ -158,19 +89,49 @@ def _section_dict(section: Section) -> dict[str, Any]:
     }
 
 
-def _differences(contests: Sequence[Contest]) -> list[dict[str, Any]]:
+def _metric_dict(metric: Metric) -> dict[str, Any]:
+    return {
+        "name": metric.name,
+        "higher_is_better": metric.higher_is_better,
+        "lowest": _finite(metric.lowest),
+        "highest": _finite(metric.highest),
+        "unit": metric.unit,
+    }
+
+
+def _axis_differences(contests: Sequence[AxisContest]) -> list[dict[str, Any]]:
     return [
         {
-            "batch_size": contest.batch_size,
-            "ahead": comparison.first,
-            "behind": comparison.second,
-            "seeds": comparison.n,
-            "difference": _finite(comparison.difference),
-            "half_width": _finite(comparison.half_width),
-            "p": _finite(comparison.p),
-            "p_holm": _finite(comparison.p_holm),
-            "detectable": _finite(comparison.detectable),
+            "axis": of.axis,
+            "normalizer": of.held.normalizer,
+            "partition": of.held.partition,
+            "axes": dict(of.held.point),
+            "batch_size": of.held.batch_size,
+            **_comparison_dict(comparison),
         }
+        for of in contests
+        for comparison in of.contest.comparisons
+    ]
+
+
+def _comparison_dict(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "ahead": comparison.first,
+        "behind": comparison.second,
+        "seeds": comparison.n,
+        "difference": _finite(comparison.difference),
+        "half_width": _finite(comparison.half_width),
+        "low": _finite(comparison.low),
+        "high": _finite(comparison.high),
+        "p": _finite(comparison.p),
+        "p_holm": _finite(comparison.p_holm),
+        "detectable": _finite(comparison.detectable),
+    }
+
+
+def _differences(contests: Sequence[Contest]) -> list[dict[str, Any]]:
+    return [
+        {"batch_size": contest.batch_size, **_comparison_dict(comparison)}
         for contest in contests
         for comparison in (*contest.against_winner(), *contest.apart())
     ]
@@ -183,6 +144,8 @@ def _entry_dict(entry: Entry) -> dict[str, Any]:
         "batch_size": entry.batch_size,
         "accuracy": _finite(entry.accuracy.mean),
         "half_width": _finite(entry.accuracy.half_width),
+        "low": _finite(entry.accuracy.low),
+        "high": _finite(entry.accuracy.high),
         "accuracy_by_seed": {str(seed): value for seed, value in sorted(entry.final.items())},
         "seeds": entry.accuracy.n,
         "planned": entry.planned,

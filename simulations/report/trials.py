@@ -14,9 +14,11 @@ __all__ = ["Trial", "trials_of"]
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate that was tried: its mean validation accuracy, NaN where it failed.
+    """One learning rate that was tried.
 
-    `own`: the accuracy is that of the clients' own models, because they keep tensors.
+    `accuracy`: its mean in validation, of whatever metric there is; NaN where it failed.
+
+    `own`: it is that of the clients' own models, because they keep tensors.
     """
 
     learning_rate: float
@@ -29,7 +31,7 @@ class Trial:
 def trials_of(entry: Entry, cells: Sequence[CellRecord]) -> list[Trial]:
     """Return the learning rates that were tried for `entry`, ascending.
 
-    `cells` are all those of its partition.
+    `cells` are all those of its partition and point.
     """
     by_rate: dict[float, list[SearchedCell]] = {}
     for cell in cells:
@@ -37,7 +39,7 @@ def trials_of(entry: Entry, cells: Sequence[CellRecord]) -> list[Trial]:
         key = (cell.config.normalizer.name, train.batch_size)
         if cell.purpose == "search" and key == (entry.normalizer, entry.batch_size):
             by_rate.setdefault(train.learning_rate, []).append(_searched(cell))
-    scores = rate_scores(by_rate)
+    scores = rate_scores(by_rate, entry.metric)
     chosen = {cell.config.train.learning_rate for cell in entry.cells}
     return [
         Trial(
@@ -56,7 +58,7 @@ def _searched(cell: CellRecord) -> SearchedCell:
     return SearchedCell(
         seed=cell.config.seed,
         completed=cell.status == "completed",
-        evaluations=[(e.accuracy, e.loss) for e in trained[-LAST_EVALUATIONS:]],
+        evaluations=[(e.value, e.loss) for e in trained[-LAST_EVALUATIONS:]],
         keeps_tensors=bool(cell.local_tensors),
         own=cell.client_evaluation,
     )

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from fedkn.tasks.metric import ACCURACY, Metric
+from simulations.report import formats
 from simulations.runs.statistics import FEWEST_SEEDS, Comparison, smallest_exact_p
 
 __all__ = [
@@ -27,15 +29,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Contest:
-    """The normalizers of one partition at one batch size.
+    """The normalizers of one partition at one batch size, or whatever else competes.
 
     Attributes:
         batch_size: the local batch size.
-        means: mean final accuracy (0 to 1) of each normalizer with a result.
+        means: mean final value of `metric` of each normalizer with a result.
         comparisons: all pairs of them.
         lost: how many of a normalizer's cells have no result for ever (failed, NaN), if any.
         untrained: normalizers without any result, all their cells having ended.
         failed_clients: how many clients a normalizer's mean over clients leaves out, if any.
+        metric: by what they are judged, and which way.
+        entrants: how many were to take part; of a single one there is nothing to contest.
     """
 
     batch_size: int
@@ -44,11 +48,25 @@ class Contest:
     lost: Mapping[str, int] = field(default_factory=dict)
     untrained: Sequence[str] = ()
     failed_clients: Mapping[str, int] = field(default_factory=dict)
+    metric: Metric = ACCURACY
+    entrants: int = 0
 
     @property
     def winner(self) -> str:
-        """The normalizer with the highest mean; empty where none has a result."""
-        return max(self.means, key=lambda name: self.means[name], default="")
+        """The normalizer with the best mean; empty where none has a result."""
+        sign = self.metric.sign
+        return max(self.means, key=lambda name: sign * self.means[name], default="")
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is a single normalizer, so that nothing is contested."""
+        known = {*self.means, *self.untrained, *self.lost}
+        return len(known) == 1 and self.entrants <= 1
+
+    @property
+    def best(self) -> str:
+        """What the best mean is: "highest" or "lowest"."""
+        return "highest" if self.metric.higher_is_better else "lowest"
 
     def against_winner(self) -> list[Comparison]:
         """Return the comparisons of the winner with each other normalizer."""
@@ -133,7 +151,7 @@ def what_the_seeds_show(comparisons: Sequence[Comparison], contests: Sequence[Co
     tested = [c for c in comparisons if not math.isnan(c.p)]
     if not tested:
         return (
-            "No test was possible: it needs two normalizers with results of at least "
+            "No test was possible: it needs two that compete, with results of at least "
             f"{FEWEST_SEEDS} common seeds. One seed says nothing about how much the next one would "
             "differ, and two hardly more."
         )
@@ -141,9 +159,10 @@ def what_the_seeds_show(comparisons: Sequence[Comparison], contests: Sequence[Co
     seeds = f"{fewest} seeds" if fewest == most else f"{fewest} to {most} seeds"
     pairs = "1 pair" if len(tested) == 1 else f"all {len(tested)} pairs"
     floor = smallest_exact_p(most)
+    metric = enumerated(list(dict.fromkeys(c.metric.name for c in contests))) or ACCURACY.name
     text = (
-        f"Paired t-tests on the final test accuracy of {seeds}, corrected by Holm's method over "
-        f"{pairs} of the run: the highest mean is picked after seeing the results, and that has "
+        f"Paired t-tests on the final test {metric} of {seeds}, corrected by Holm's method over "
+        f"{pairs} of this report: the best mean is picked after seeing the results, and that has "
         "to be paid for. The t-test takes the differences between seeds as roughly normal, which "
         f"so few seeds cannot verify; the exact sign-flip test, which need not, gives no p-value "
         f"below {floor:.2g} with {most} seeds, before any correction. "
@@ -160,8 +179,9 @@ def what_own_models_show(comparisons: Sequence[Comparison], contests: Sequence[C
     if not tested:
         return ""
     pairs = "1 pair" if tested == 1 else f"all {tested} pairs"
+    metric = enumerated(list(dict.fromkeys(c.metric.name for c in contests))) or ACCURACY.name
     return (
-        "The clients' own models are tested in the same way on their mean accuracy over the "
+        f"The clients' own models are tested in the same way on their mean {metric} over the "
         "clients: a seed counts once, however many clients it has, for they share a global model. "
         f"These tests are a family of their own, corrected over {pairs} of it and not together "
         "with those on the global model: the chance of a false difference is held to 5% for each "
@@ -169,28 +189,44 @@ def what_own_models_show(comparisons: Sequence[Comparison], contests: Sequence[C
     ).rstrip()
 
 
-def enumerated(items: Sequence[object]) -> str:
-    """Return "a", "a and b", "a, b and c"."""
+def enumerated(items: Sequence[object], last: str = "and") -> str:
+    """Return "a", "a and b", "a, b and c"; `last` is the word before the last."""
     texts = [str(item) for item in items]
-    return " and ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
+    return f" {last} ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
 
 
 def _detectable(contests: Sequence[Contest]) -> str:
-    detectable = [
-        100 * c.detectable
+    metrics = dict.fromkeys(contest.metric for contest in contests)
+    texts = (
+        _detectable_by(metric, [c for c in contests if c.metric == metric]) for metric in metrics
+    )
+    return " ".join(filter(None, texts))
+
+
+def _detectable_by(metric: Metric, contests: Sequence[Contest]) -> str:
+    every = [
+        c.detectable
         for contest in contests
         for c in contest.against_winner()
         if not math.isnan(c.detectable)
     ]
-    if not detectable:
-        return ""
-    spread = f"{median(detectable):.1f} points"
-    if len(detectable) > 1:
-        spread += f" (from {min(detectable):.1f} to {max(detectable):.1f}, by pair)"
+    best = contests[0].best
+    possible = [value for value in every if math.isfinite(value)]
+    none = (
+        "no difference that is possible would be found 4 times in 5: “cannot be told apart” says "
+        "nothing there"
+    )
+    if not possible:
+        return f"With the spread seen here, {none}." if every else ""
+    spread = formats.difference_with_unit(median(possible), metric)
+    if len(possible) > 1:
+        least, most = (formats.difference(of(possible), metric) for of in (min, max))
+        spread += f" (from {least} to {most}, by pair)"
+    rest = len(every) - len(possible)
     return (
-        f"With the spread seen here, a true difference of {spread} from the highest mean "
+        f"With the spread seen here, a true difference of {spread} from the {best} mean "
         "would be missed 1 time in 5, smaller ones more often: “cannot be told apart” does "
-        "not mean equal."
+        f"not mean equal.{f' For {rest} of {len(every)} pairs {none}.' if rest else ''}"
     )
 
 
@@ -216,6 +252,7 @@ def _sentence(contests: Sequence[Contest], rest: str) -> str:
     for contest in decided:
         level, behind = frozenset(contest.level()), bool(contest.behind())
         key = (contest.winner, contest.tested, level, behind, "" if behind else _while(contest))
+        key += (contest.metric, contest.alone)
         if contest.undecided:
             key = ("level",)
         outcomes.setdefault(key, []).append(contest)
@@ -229,33 +266,42 @@ def _outcome(alike: Sequence[Contest], everywhere: bool, rest: str) -> str:
     first = alike[0]
     where = _where([contest.batch_size for contest in alike], everywhere)
     winner, level = first.winner, first.level()
-    mean = _percent([contest.means[winner] for contest in alike])
+    mean = _values([contest.means[winner] for contest in alike], first.metric)
     behind = {name for contest in alike for name in contest.behind()}
     if not level and not behind:
-        if rest:
-            return f"{winner} ({mean}) is the only one {rest} {where}"
-        return f"{winner} ({mean}) alone has results {where}"
+        return f"{_lonely(first, mean, rest)} {where}"
     if not first.tested:
         return (
-            f"{winner} has the highest accuracy ({mean}) {where}, but with fewer than "
-            f"{FEWEST_SEEDS} common seeds no difference from it can be shown{_while(first)}"
+            f"{winner} has the {first.best} {first.metric.name} ({mean}) {where}, but with fewer "
+            f"than {FEWEST_SEEDS} common seeds no difference from it can be shown{_while(first)}"
         )
     if first.undecided:
-        highest = [f"{c.winner} with {_percent([c.means[c.winner]])}" for c in alike]
-        means = f"highest mean{'s' if len(alike) > 1 else ''}: {', '.join(highest)}"
+        best = [f"{c.winner} with {formats.value(c.means[c.winner], c.metric)}" for c in alike]
+        means = f"{first.best} mean{'s' if len(alike) > 1 else ''}: {', '.join(best)}"
         who = "normalizers that share all their tensors" if rest else "normalizers"
-        return f"no difference between the {who} is shown {where} ({means})"
+        nowhere = _nowhere([contest.batch_size for contest in alike], everywhere)
+        return f"no difference between the {who} is shown {nowhere} ({means})"
     others = f"every other normalizer {rest}".rstrip()
     rivals = next(iter(behind)) if len(behind) == 1 else others
     if level:
         rest = f", and is ahead of {rivals}" if behind else _while(first)
         return (
-            f"{winner} has the highest mean ({mean}) {where} but cannot be told apart from "
+            f"{winner} has the {first.best} mean ({mean}) {where} but cannot be told apart from "
             f"{enumerated(level)}{rest}"
         )
-    margins = [100 * c.difference for contest in alike for c in contest.against_winner()]
+    margins = [c.difference for contest in alike for c in contest.against_winner()]
     least = "by" if len(margins) == 1 else "by at least"
-    return f"{winner} ({mean}) is ahead of {rivals} {where}, {least} {min(margins):.1f} points"
+    margin = formats.difference_with_unit(min(margins), first.metric)
+    return f"{winner} ({mean}) is ahead of {rivals} {where}, {least} {margin}"
+
+
+def _lonely(contest: Contest, mean: str, rest: str) -> str:
+    """What is to be said of the only one with a result."""
+    if rest:
+        return f"{contest.winner} ({mean}) is the only one {rest}"
+    if contest.alone:
+        return f"{contest.winner} has {_named(mean, contest.metric)}"
+    return f"{contest.winner} ({mean}) alone has results"
 
 
 def _exceptions(contests: Sequence[Contest]) -> list[str]:
@@ -292,9 +338,22 @@ def _where(batch_sizes: Sequence[int], everywhere: bool) -> str:
     return f"at batch size{plural} {enumerated(batch_sizes)}"
 
 
-def _percent(values: Sequence[float]) -> str:
-    low, high = f"{100 * min(values):.1f}", f"{100 * max(values):.1f}"
-    return f"{low}%" if low == high else f"{low}–{high}%"
+def _nowhere(batch_sizes: Sequence[int], everywhere: bool) -> str:
+    """`_where` after a negation."""
+    if everywhere:
+        return f"at any batch size ({enumerated(batch_sizes)})"
+    plural = "s" if len(batch_sizes) > 1 else ""
+    return f"at batch size{plural} {enumerated(batch_sizes, 'or')}"
+
+
+def _values(values: Sequence[float], metric: Metric) -> str:
+    low, high = formats.value(min(values), metric), formats.value(max(values), metric)
+    return low if low == high else f"{formats.difference(min(values), metric)}–{high}"
+
+
+def _named(value: str, metric: Metric) -> str:
+    """A value that nothing else says the metric of: accuracy is what a percentage is taken for."""
+    return value if metric == ACCURACY else f"{metric.name} {value}"
 
 
 def _while(contest: Contest) -> str:

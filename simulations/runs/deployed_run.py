@@ -13,15 +13,17 @@ from typing import Any
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
+from fedkn.tasks.metric import ACCURACY, Metric
 from fedkn.text import printable
 from server.deployment.bundle import build_bundle
 from server.deployment.certificates import public_pem
 from server.deployment.control import Control, RunState, SuperLinkAway, advice
 from server.deployment.fleet import Fleet
+from server.deployment.own_code import own_code
 from server.deployment.processes import main_processes
 from server.deployment.programs import SUPEREXEC, SUPERLINK
 from server.rounds.identities import write_identities
-from simulations.runs.results import number
+from simulations.runs.results import metric_of, number
 from simulations.runs.tail import MetricsTail
 
 __all__ = ["Progress", "follow_run", "run_deployed", "unfinished_run"]
@@ -48,7 +50,8 @@ class Progress:
     waiting: float = 0.0
     waited_for: set[int] = field(default_factory=set)
     rounds: int = 0
-    accuracy: float = math.nan
+    metric: Metric = ACCURACY
+    value: float = math.nan
     weights_sha256: str = ""
     error: str = ""
     completed: bool = False
@@ -73,8 +76,10 @@ class Progress:
                 named = {loss["client"] for loss in (*line["refused"], *line["failed"])}
                 for client in named - {None}:
                     self.missing.setdefault(client, []).append(line["round"])
-            case "evaluation":
-                self.accuracy = number(line["accuracy"])
+            case "start" | "resume" if "task" in line:
+                self.metric = metric_of(line)
+            case "evaluation" if line["split"] == "test":
+                self.value = number(line["value"])
             case "end":
                 self.completed = line["status"] == "completed"
                 self.weights_sha256 = line.get("weights_sha256", "")
@@ -95,7 +100,10 @@ def run_deployed(fleet: Fleet, config: ExperimentConfig, control: Control, say: 
     write_identities(folder, keys)
     tail = MetricsTail(folder / "metrics.jsonl")
     tail.poll()  # what a run before this one, now resumed, wrote
-    run_id = control.start(build_bundle(), config.flat())
+    own = own_code(config)
+    for line in own.lines():
+        say(line)
+    run_id = control.start(build_bundle(own), config.flat())
     say(f"should this command be lost: {advice(fleet, folder)}")
     try:
         return follow_run(fleet, config, control, say, run_id=run_id, tail=tail)
@@ -135,7 +143,7 @@ def follow_run(
         state = watch.state()
         for line in tail.poll():
             progress.take(line)
-            _tell(line, config, say)
+            _tell(line, progress, config, say)
         if state is not None and state.finished:
             break
         time.sleep(_POLL_SECONDS)
@@ -186,7 +194,7 @@ class _Watch:
         return state
 
 
-def _tell(line: Mapping[str, Any], config: ExperimentConfig, say: Say) -> None:
+def _tell(line: Mapping[str, Any], progress: Progress, config: ExperimentConfig, say: Say) -> None:
     match line["kind"]:
         case "start":
             say(f"started: {line['parameters']} parameters, {config.rounds} rounds")
@@ -205,9 +213,13 @@ def _tell(line: Mapping[str, Any], config: ExperimentConfig, say: Say) -> None:
         case "waiting":
             say(f"round {line['round']}/{config.rounds}: {_waiting(line)}")
         case "evaluation":
-            accuracy, loss = number(line["accuracy"]), number(line["loss"])
+            loss = number(line["loss"])
             shown = "not finite" if math.isnan(loss) else f"{loss:.4f}"
-            say(f"round {line['round']}/{config.rounds}: accuracy {accuracy:.4f}, loss {shown}")
+            where = "" if line["split"] == config.evaluation.split else f" ({line['split']} images)"
+            said = f"{progress.metric.name} {number(line['value']):.4f}, loss {shown}{where}"
+            say(f"round {line['round']}/{config.rounds}: {said}")
+        case "warning":
+            say(line["text"])
 
 
 def _waiting(line: Mapping[str, Any]) -> str:

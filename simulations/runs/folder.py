@@ -20,6 +20,7 @@ from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.files import write_atomically
 from server.run_data import Recorded, recorded_data
+from simulations.runs.model_record import model_of
 from simulations.runs.records import CellRecord, GridRecord, PartitionRecord
 from simulations.runs.results import (
     Evaluation,
@@ -27,6 +28,7 @@ from simulations.runs.results import (
     client_evaluation_of,
     evaluation_of,
     holdings_of,
+    metric_of,
     round_of,
 )
 from simulations.runs.tail import MetricsTail
@@ -209,9 +211,11 @@ class RunFolder:
             id=cell,
             purpose="search" if config.evaluation.split == "validation" else "result",
             config=config,
+            metric=metric_of(start),
             parameters=start.get("parameters"),
             tensors=start.get("tensors"),
             local_tensors=start.get("local_tensors"),
+            model=model_of(start),
         )
         rounds: dict[int, Round] = {}
         evaluated: dict[tuple[int, str], Evaluation] = {}
@@ -237,6 +241,10 @@ class RunFolder:
                     record.seconds = line.get("seconds")
                     record.weights_sha256 = line.get("weights_sha256")
                     record.error = line.get("error")
+                    record.last_round = line.get("rounds")
+                    record.best_round = line.get("best_round")
+                case "warning":
+                    record.warnings.append(line["text"])
         record.rounds = [rounds[number] for number in sorted(rounds)]
         record.evaluations = [evaluated[key] for key in sorted(evaluated)]
         return record

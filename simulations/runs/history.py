@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simulations.runs.results import ClientEvaluation, client_evaluation_of, number
+from fedkn.tasks.metric import ACCURACY, Metric
+from simulations.runs.results import (
+    ClientEvaluation,
+    client_evaluation_of,
+    metric_of,
+    number,
+)
 from simulations.runs.tail import MetricsTail
 
 __all__ = ["CellHistory", "History"]
@@ -20,6 +26,8 @@ class CellHistory:
     status: str = ""
     """completed, failed or untrainable; empty until the cell has ended."""
     error: str = ""
+    metric: Metric = ACCURACY
+    """By which the cell is judged."""
     begun: bool = False
     round: int = 0
     """The last round that ended."""
@@ -27,14 +35,18 @@ class CellHistory:
     """Spent on `timed_rounds` rounds."""
     timed_rounds: int = 0
     evaluations: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Accuracy and loss after each evaluated round, 0 being the initial model."""
+    """Value of `metric` and loss after each evaluated round, 0 being the initial model."""
     keeps_tensors: bool = False
     """Whether clients keep tensors of the model to themselves."""
     own: ClientEvaluation | None = None
     """The clients' own models after the last round."""
+    warnings: list[str] = field(default_factory=list)
+    """What went wrong beside the run, such as an observer that failed."""
+    split: str = ""
+    """The images that the cell is to be judged on; the others choose within it."""
 
     def last_evaluations(self, count: int) -> list[tuple[float, float]]:
-        """Return accuracy and loss of the last `count` evaluated rounds, oldest first.
+        """Return value and loss of the last `count` evaluated rounds, oldest first.
 
         The initial model is none of them.
         """
@@ -73,6 +85,8 @@ class History:
                 case "start":
                     cell.begun = True
                     cell.status = cell.error = ""
+                    cell.split = {"search": "validation", "result": "test"}[line["purpose"]]
+                    cell.metric = metric_of(line)
                     cell.keeps_tensors = bool(line.get("local_tensors"))
                 case "resume":
                     cell.begun = True
@@ -82,13 +96,12 @@ class History:
                     cell.round = line["round"]
                     cell.seconds += line["seconds"]
                     cell.timed_rounds += 1
-                case "evaluation":
-                    cell.evaluations[line["round"]] = (
-                        number(line["accuracy"]),
-                        number(line["loss"]),
-                    )
+                case "evaluation" if line["split"] == (cell.split or line["split"]):
+                    cell.evaluations[line["round"]] = number(line["value"]), number(line["loss"])
                 case "client_evaluation":
                     cell.own = client_evaluation_of(line)
+                case "warning":
+                    cell.warnings.append(line["text"])
                 case "end":
                     cell.status = line["status"]
                     cell.error = line.get("error") or ""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fedkn.config import ExperimentConfig, PartitionConfig
+from fedkn.tasks.metric import ACCURACY, Metric
+from simulations.runs.model_record import ModelRecord
 from simulations.runs.results import ClientEvaluation, Evaluation, Holding, Round
 
-__all__ = ["DEPLOYED", "CellRecord", "GridRecord", "PartitionRecord", "partition_label"]
+__all__ = ["DEPLOYED", "EXAMPLES", "CellRecord", "GridRecord", "PartitionRecord", "partition_label"]
 
 DEPLOYED = "fedkn deploy run"
 """How the command begins that trains on a fleet's devices."""
+
+EXAMPLES = "examples"
+"""The one column of a partition's table where examples have no classes."""
 
 Purpose = Literal["search", "result"]
 
@@ -23,7 +29,8 @@ class GridRecord:
     """experiment.json: the resolved grid and the command that repeats it.
 
     `partitions` holds labels (see `partition_label`); `search` says how learning rates were
-    searched (free form, shown in the report); `experiment` is the base experiment's dotted keys.
+    searched (free form, shown in the report); `experiment` is the base experiment's dotted keys;
+    `axes` has the values, as texts, of every setting that is varied further.
     """
 
     name: str
@@ -35,6 +42,7 @@ class GridRecord:
     learning_rates: list[float]
     search: dict[str, Any]
     experiment: dict[str, Any]
+    axes: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def deployed(self) -> bool:
@@ -46,7 +54,9 @@ class GridRecord:
 class PartitionRecord:
     """One table of partition.json: `counts[client][label]` images for one partition and seed.
 
-    `notes`: what of the data was left out, passed over or has no image, in sentences.
+    Of examples without classes there is one column, `EXAMPLES`. `notes`: what of the data was left
+    out, passed over or has no example, in sentences. `names`: of each client, whose examples it has
+    or of which domain; empty where the data do not say.
     """
 
     partition: str
@@ -54,25 +64,31 @@ class PartitionRecord:
     classes: list[str]
     counts: list[list[int]]
     notes: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
 
 @dataclass
 class CellRecord:
     """One cell of the grid: what it was to do and what came of it.
 
-    `rounds` and `evaluations` are sorted by round, each round once. `status` is "unfinished" for
-    a cell that runs now or was killed: the two look alike from the outside. `local_tensors` is the
-    number of the model's tensors that never leave the clients, None where no line tells;
+    `metric` is that by which its models are judged. `rounds` and `evaluations` are sorted by round,
+    each round once. `status` is "unfinished" for a cell that runs now or was killed: the two look
+    alike from the outside. `local_tensors` is the number of the model's tensors that never leave
+    the clients, None where no line tells;
     `client_evaluation` is that of the clients' own models, if there was one; `holdings` has by
-    client what it said last, on joining, that it holds.
+    client what it said last, on joining, that it holds. Where validation images decided,
+    `last_round` is the one after which it ended and `best_round` the best on them; `warnings` are
+    of what went wrong beside the run.
     """
 
     id: str
     purpose: Purpose
     config: ExperimentConfig
+    metric: Metric = ACCURACY
     parameters: int | None = None
     tensors: int | None = None
     local_tensors: int | None = None
+    model: ModelRecord | None = None
     rounds: list[Round] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     client_evaluation: ClientEvaluation | None = None
@@ -83,15 +99,45 @@ class CellRecord:
     seconds: float | None = None
     weights_sha256: str | None = None
     error: str | None = None
+    last_round: int | None = None
+    best_round: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def result_round(self) -> int:
+        """The round whose model is the cell's result: the best one where that was chosen."""
+        if self.config.checkpoint.best and self.best_round:
+            return self.best_round
+        return self.last_round or self.config.rounds
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether it ended before its last round because none was better for long."""
+        return self.last_round is not None and self.last_round < self.config.rounds
 
     @property
     def partition(self) -> str:
         """The label of the cell's partition."""
         return partition_label(self.config.partition)
 
-    def accuracies(self, split: str) -> dict[int, float]:
-        """Return accuracy by round on `split`."""
-        return {e.round: e.accuracy for e in self.evaluations if e.split == split}
+    @property
+    def target(self) -> float:
+        """The value of the metric whose first round is told; NaN: none is."""
+        match self.config.evaluation.target:
+            case "none":
+                return math.nan
+            case "auto":
+                return _TARGET if self.metric.name == ACCURACY.name else math.nan
+            case value:
+                return value
+
+    def values(self, split: str) -> dict[int, float]:
+        """Return the metric's value by round on `split`."""
+        return {e.round: e.value for e in self.evaluations if e.split == split}
+
+
+_TARGET = 0.8
+"""Of accuracy, where nobody asked for another."""
 
 
 def partition_label(partition: PartitionConfig) -> str:
@@ -102,6 +148,7 @@ def partition_label(partition: PartitionConfig) -> str:
     setting = {
         "dirichlet": f" {partition.alpha:g}",
         "shards": f" of {partition.shards_per_client}",
+        "labels": f" of {partition.labels_per_client}",
         "quantity": f" {partition.sigma:g}",
     }.get(partition.scheme, "")
     label = f"{partition.scheme}{setting}, {partition.clients} clients"

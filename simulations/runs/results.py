@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedkn.tasks.metric import ACCURACY, Metric
+
 __all__ = [
     "LARGEST_NUMBER",
     "ClientEvaluation",
@@ -18,6 +20,7 @@ __all__ = [
     "client_evaluation_of",
     "evaluation_of",
     "holdings_of",
+    "metric_of",
     "number",
     "round_of",
 ]
@@ -83,36 +86,43 @@ class Holding:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The global model's accuracy (0 to 1) and loss on one split after a round."""
+    """The global model on one split after a round.
+
+    `value` is that of the task's deciding metric, which is among the `metrics` too; `loss` the mean
+    over `examples`. Numbers that nobody has are NaN. `by_class` has by metric one value for each
+    class, `confusion` the examples (of a segmentation the pixels) by true class (rows) and
+    predicted class (columns); both are empty but after the last round, and where the task has none.
+    """
 
     round: int
     split: str
-    accuracy: float
+    value: float
     loss: float
     examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    by_class: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    confusion: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class ClientResult:
-    """One client's own model on the images that it keeps: `correct` of `examples`, mean loss."""
+    """One client's own model on the `examples` that it keeps.
+
+    `value`: of the task's deciding metric; `loss`: the mean.
+    """
 
     client: int
     examples: int
-    correct: int
+    value: float
     loss: float
-
-    @property
-    def accuracy(self) -> float:
-        """The fraction of its images that it classifies correctly."""
-        return self.correct / self.examples
 
 
 @dataclass(frozen=True)
 class ClientEvaluation:
-    """Every client's own model on its own images of one split, after the last round.
+    """Every client's own model on its own examples of one split, after the last round.
 
     `mean`, `worst_tenth` (mean of the tenth of the clients that do worst) and `deviation` are of
-    the clients' accuracies (0 to 1), each client counting once; NaN where no client answered.
+    the clients' values, each client counting once; NaN where no client answered.
     """
 
     round: int
@@ -169,8 +179,18 @@ def holdings_of(line: Mapping[str, Any]) -> list[Holding]:
 
 def evaluation_of(line: Mapping[str, Any]) -> Evaluation:
     """Return what a line of kind ``evaluation`` tells of the global model."""
-    accuracy, loss = number(line["accuracy"]), number(line["loss"])
-    return Evaluation(line["round"], line["split"], accuracy, loss, line["examples"])
+    return Evaluation(
+        round=line["round"],
+        split=line["split"],
+        value=number(line["value"]),
+        loss=number(line["loss"]),
+        examples=line["examples"],
+        metrics={name: number(value) for name, value in line["metrics"].items()},
+        by_class={
+            name: tuple(map(number, values)) for name, values in line.get("by_class", {}).items()
+        },
+        confusion=tuple(map(tuple, line.get("confusion", ()))),
+    )
 
 
 def client_evaluation_of(line: Mapping[str, Any]) -> ClientEvaluation:
@@ -183,10 +203,28 @@ def client_evaluation_of(line: Mapping[str, Any]) -> ClientEvaluation:
         deviation=number(line["deviation"]),
         loss=number(line["loss"]),
         clients=tuple(
-            ClientResult(of["client"], of["examples"], of["correct"], number(of["loss"]))
+            ClientResult(of["client"], of["examples"], number(of["value"]), number(of["loss"]))
             for of in line["clients"]
         ),
         failed=_losses(line["failed"]),
+    )
+
+
+def metric_of(line: Mapping[str, Any]) -> Metric:
+    """Return by what the cell is judged that a line of kind ``start`` or ``resume`` begins.
+
+    Before tasks were told there was one.
+    """
+    told = line.get("task")
+    if told is None:
+        return ACCURACY
+    lowest, highest = told["lowest"], told["highest"]
+    return Metric(
+        told["metric"],
+        told["higher_is_better"],
+        -math.inf if lowest is None else float(lowest),
+        math.inf if highest is None else float(highest),
+        told["unit"],
     )
 
 

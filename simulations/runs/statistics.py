@@ -7,19 +7,31 @@ answer: the exact sign-flip (permutation) and Wilcoxon tests cannot give a p-val
 2 / 2**n, which is 0.0625 for 5 seeds before any correction. Its price is the assumption that the
 differences are roughly normal, which so few seeds cannot verify.
 
-All pairs of a run are corrected together (Holm 1979), not only those with the winner: the
-winner is chosen after the results are seen, and that choice has to be paid for.
+All pairs of a report are corrected together (Holm 1979), not only those with the winner: the
+winner is chosen after the results are seen, and that choice has to be paid for. The family is every
+pair of normalizers within equal values of all else, and every pair of values of a further axis
+within equal normalizer, batch size and partition.
+
+Which of two values is better, the metric says (`fedkn.tasks.metric`): a metric and its mirror image
+have the same p-values, the same intervals mirrored and the same winner.
+
+Intervals end where the metric's range does. A true mean lies in the range, so the interval cut off
+there covers it exactly as often as the whole one does (Mandelkern 2002, Statistical Science 17(2),
+section 3, of bounded parameters).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypeVar
 
 import numpy as np
 from scipy import optimize, stats
+
+from fedkn.tasks.metric import ACCURACY, Metric
 
 __all__ = [
     "ALPHA",
@@ -45,24 +57,36 @@ POWER = 0.8
 # With two, the spread would be judged by a single number.
 FEWEST_SEEDS = 3
 
-# Where normalizers compete with one another: a partition's label and a batch size.
-Group = tuple[str, int]
-# Normalizer -> seed -> accuracy.
+# Where names compete with one another: all that is equal for them.
+Group = Hashable
+GroupT = TypeVar("GroupT", bound=Hashable)
+# Name (of a normalizer, of a value of an axis) -> seed -> value of the metric.
 Scores = Mapping[str, Mapping[int, float]]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` seeds with the half-width of its 95% t-interval (NaN below two seeds)."""
+    """A mean over `n` seeds with the half-width of its 95% t-interval (NaN below two seeds).
+
+    `low` and `high` are its ends, within the range of possible values (NaN below two seeds).
+    """
 
     mean: float
     half_width: float
     n: int
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def cut(self) -> bool:
+        """Whether the range of possible values cuts off a part, so that "±" would not be true."""
+        whole = self.mean - self.half_width, self.mean + self.half_width
+        return self.n > 1 and (self.low, self.high) != whole
 
 
 @dataclass(frozen=True)
 class RoundsToTarget:
-    """Rounds to the target accuracy over several cells, those that never reached it included.
+    """Rounds to the target over several cells, those that never reached it included.
 
     `median` counts a cell that did not reach the target as later than every cell that did, so it
     is infinite where half of them or more did not; no cell is dropped.
@@ -75,12 +99,14 @@ class RoundsToTarget:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired comparison of two normalizers of one group, in accuracy (0 to 1).
+    """A paired comparison of two names of one group, in values of the metric.
 
-    `first` has the higher mean over the `n` common seeds. `half_width` belongs to the 95%
-    interval of this difference alone; `p_holm` is corrected over all pairs of the run.
-    `detectable` is the true difference that this test would miss one time in five, judged at the
-    strictest level that Holm's method may ask for. The p-values
+    `first` has the better mean over the `n` common seeds, `difference` says by how much: it is
+    never negative, whichever direction is better. `half_width` belongs to the 95% interval of this
+    difference alone, of which `low` and `high` are the ends within what the metric's range allows;
+    `p_holm` is corrected over the whole family. `detectable` is the true difference that this test
+    would miss one time in five, judged at the strictest level that Holm's method may ask for; it
+    is infinite where no difference that the range allows would be found so often. The p-values
     and `detectable` are NaN below `FEWEST_SEEDS` common seeds.
     """
 
@@ -93,6 +119,14 @@ class Comparison:
     p: float
     p_holm: float
     detectable: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def cut(self) -> bool:
+        """Whether the range of possible differences cuts off a part of the interval."""
+        whole = self.difference - self.half_width, self.difference + self.half_width
+        return self.n > 1 and (self.low, self.high) != whole
 
     @property
     def significant(self) -> bool:
@@ -100,12 +134,14 @@ class Comparison:
         return self.p_holm < ALPHA
 
     def has(self, one: str, other: str) -> bool:
-        """Whether this is the comparison of these two normalizers, in either order."""
+        """Whether this is the comparison of these two names, in either order."""
         return {self.first, self.second} == {one, other}
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Return the mean and the half-width of its two-sided 95% Student t-interval."""
+def mean_interval(
+    values: Sequence[float], lowest: float = -math.inf, highest: float = math.inf
+) -> Interval:
+    """Return the mean and its two-sided 95% Student t-interval, within `lowest` to `highest`."""
     n = len(values)
     if n == 0:
         return Interval(math.nan, math.nan, 0)
@@ -113,12 +149,17 @@ def mean_interval(values: Sequence[float]) -> Interval:
     if n == 1:
         return Interval(mean, math.nan, 1)
     error = float(np.std(values, ddof=1)) / math.sqrt(n)
-    return Interval(mean, float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * error, n)
+    half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * error
+    return Interval(mean, half, n, max(mean - half, lowest), min(mean + half, highest))
 
 
-def rounds_to_target(accuracies: Mapping[int, float], target: float) -> int | None:
-    """Return the first evaluated round with at least the target accuracy, None if there is none."""
-    return min((number for number, value in accuracies.items() if value >= target), default=None)
+def rounds_to_target(
+    values: Mapping[int, float], target: float, metric: Metric = ACCURACY
+) -> int | None:
+    """Return the first evaluated round at least as good as the target, None if there is none."""
+    return min(
+        (number for number, value in values.items() if metric.reaches(value, target)), default=None
+    )
 
 
 def summarize_rounds(rounds: Sequence[int | None]) -> RoundsToTarget:
@@ -130,8 +171,11 @@ def summarize_rounds(rounds: Sequence[int | None]) -> RoundsToTarget:
     return RoundsToTarget((low + high) / 2, sum(map(math.isfinite, values)), len(values))
 
 
-def paired_p(differences: Sequence[float]) -> float:
+def paired_p(differences: Sequence[float], scale: float = 1.0) -> float:
     """Return the two-sided p-value of the paired t-test that the mean difference is zero.
+
+    `scale` is the size of the values that were subtracted: what is less than 1e-12 of it is their
+    rounding.
 
     NaN below `FEWEST_SEEDS` differences; 1 if all are zero. Differences that are all the same and
     not zero have no spread to judge by: the exact sign-flip test's p-value, which is larger,
@@ -140,9 +184,9 @@ def paired_p(differences: Sequence[float]) -> float:
     n = len(differences)
     if n < FEWEST_SEEDS:
         return math.nan
-    mean, deviation = float(np.mean(differences)), _deviation(differences)
+    mean, deviation = float(np.mean(differences)), _deviation(differences, scale)
     if deviation == 0:
-        return 1.0 if abs(mean) < _ROUNDING else smallest_exact_p(n)
+        return 1.0 if abs(mean) <= _ROUNDING * scale else smallest_exact_p(n)
     return float(2 * stats.t.sf(abs(mean) / deviation * math.sqrt(n), n - 1))
 
 
@@ -180,53 +224,79 @@ def detectable_difference(deviation: float, n: int, alpha: float = ALPHA) -> flo
     return float(noncentrality) * deviation / math.sqrt(n)
 
 
-def compare_all_pairs(groups: Mapping[Group, Scores]) -> list[Comparison]:
-    """Compare all pairs of normalizers of each group over their common seeds.
+def compare_all_pairs(
+    groups: Mapping[GroupT, Scores], metrics: Mapping[GroupT, Metric] | None = None
+) -> list[Comparison]:
+    """Compare all pairs of names of each group over their common seeds.
 
-    Holm's correction runs over all pairs of all groups that could be tested.
+    Holm's correction runs over all pairs of all groups that could be tested. `metrics` says of a
+    group what its scores are; without it they are accuracies.
     """
     pairs = [
-        (group, first, second, _differences(scores[first], scores[second]))
+        (group, first, second, *_differences(scores[first], scores[second]))
         for group, scores in groups.items()
         for first, second in combinations(scores, 2)
     ]
-    p_values = [paired_p(differences) for *_, differences in pairs]
+    p_values = [paired_p(differences, scale) for *_, differences, scale in pairs]
     tested = sum(not math.isnan(p) for p in p_values)
+    known = metrics or {}
     return [
-        _comparison(group, (first, second), differences, (p, p_holm), tested)
-        for (group, first, second, differences), p, p_holm in zip(
+        _comparison(
+            group,
+            (first, second),
+            (differences, scale),
+            (p, p_holm),
+            (known.get(group, ACCURACY), ALPHA / max(tested, 1)),
+        )
+        for (group, first, second, differences, scale), p, p_holm in zip(
             pairs, p_values, holm(p_values), strict=True
         )
     ]
 
 
-# Accuracies are ratios of whole numbers: equal differences of them still vary in the last bits.
+# Equal differences of ratios of whole numbers, as accuracies are, still vary in the last bits.
 _ROUNDING = 1e-12
 
 
-def _deviation(differences: Sequence[float]) -> float:
+def _deviation(differences: Sequence[float], scale: float) -> float:
     """The standard deviation, exactly 0 where only rounding is left of it; NaN below two."""
     if len(differences) < 2:
         return math.nan
     deviation = float(np.std(differences, ddof=1))
-    return deviation if deviation > _ROUNDING else 0.0
+    return deviation if deviation > _ROUNDING * scale else 0.0
 
 
-def _differences(first: Mapping[int, float], second: Mapping[int, float]) -> list[float]:
-    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+def _differences(
+    first: Mapping[int, float], second: Mapping[int, float]
+) -> tuple[list[float], float]:
+    """The differences by common seed, and the size of the largest value among them."""
+    seeds = sorted(first.keys() & second.keys())
+    scale = max((abs(of[seed]) for seed in seeds for of in (first, second)), default=1.0)
+    return [first[seed] - second[seed] for seed in seeds], scale
 
 
 def _comparison(
     group: Group,
     names: tuple[str, str],
-    differences: list[float],
+    paired: tuple[list[float], float],
     p_values: tuple[float, float],
-    tested: int,
+    judged: tuple[Metric, float],
 ) -> Comparison:
-    interval = mean_interval(differences)
+    """The comparison of paired differences of a scale, with p-values before and after correction.
+
+    It is by a metric, and judged at a level.
+    """
     first, second = names
-    if interval.mean < 0:
+    differences, scale = paired
+    metric, level = judged
+    if len(differences) and metric.sign * float(np.mean(differences)) < 0:
         first, second = second, first
+        differences = [-value for value in differences]
+    # From here on a difference is an advantage: how much better the first one is.
+    advantages = [metric.sign * value for value in differences]
+    width = metric.highest - metric.lowest
+    interval = mean_interval(advantages, -width, width)
+    detectable = detectable_difference(_deviation(advantages, scale), interval.n, level)
     return Comparison(
         group=group,
         first=first,
@@ -236,7 +306,7 @@ def _comparison(
         half_width=interval.half_width,
         p=p_values[0],
         p_holm=p_values[1],
-        detectable=detectable_difference(
-            _deviation(differences), interval.n, ALPHA / max(tested, 1)
-        ),
+        detectable=math.inf if detectable > width else detectable,
+        low=interval.low,
+        high=interval.high,
     )

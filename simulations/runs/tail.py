@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fedkn.tasks.metric import Metric
 from simulations.runs.metrics_lines import parsed
 
 __all__ = ["MetricsTail"]
@@ -25,6 +26,7 @@ class MetricsTail:
         self.skipped = 0
         self._offset = 0
         self._from_last = from_last
+        self._judged_by: dict[str, Metric] = {}
 
     def poll(self) -> list[dict[str, Any]]:
         """Return the complete lines appended since the last call, oldest first."""
@@ -36,7 +38,7 @@ class MetricsTail:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        lines = [parsed(text) for text in whole.split(b"\n") if text.strip()]
+        lines = [parsed(text, self._judged_by) for text in whole.split(b"\n") if text.strip()]
         self.skipped += lines.count(None)
         known = [line for line in lines if line is not None]
         first = max(

@@ -81,10 +81,12 @@ def fedkn(*arguments: str, timeout: float = 200.0) -> subprocess.CompletedProces
 class Run:
     """`fedkn deploy run` in the background: meanwhile something is done to the fleet.
 
-    In a ``with`` it is gone at the end, also where the test fails.
+    In a ``with`` it is gone at the end, also where the test fails. `folder`: where it is started.
     """
 
-    def __init__(self, fleet: Fleet, name: str, **changes: Any) -> None:
+    def __init__(
+        self, fleet: Fleet, name: str, /, folder: Path | None = None, **changes: Any
+    ) -> None:
         settings = {key: value for key, value in SMALL.items() if key != "partition.clients"}
         settings |= {key.replace("__", "."): value for key, value in changes.items()}
         arguments = [f"--set={key}={value}" for key, value in settings.items()]
@@ -104,6 +106,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=folder,
         )
 
     def __enter__(self) -> Run:

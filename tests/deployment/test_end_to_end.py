@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import ssl
@@ -45,6 +46,37 @@ def test_a_run_ends_in_the_weights_of_the_simulation(fleet):
     assert time.monotonic() - started < 180
     assert run.lines("end")[0]["weights_sha256"] == expected_weights()
     assert (run.folder / "report.html").is_file()
+
+
+def test_a_users_own_code_is_carried_to_devices_that_do_not_have_it(fleet, tmp_path, monkeypatch):
+    (tmp_path / "carried_net.py").write_text(
+        "from torch import nn\n"
+        "from carried_parts import stem\n"
+        "def net(num_classes, in_channels):\n"
+        "    head = nn.Linear(4, num_classes)\n"
+        "    return nn.Sequential(stem(in_channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1),\n"
+        "                         nn.Flatten(), head)\n"
+    )
+    (tmp_path / "carried_parts.py").write_text(
+        "from torch import nn\n"
+        "def stem(channels):\n"
+        "    return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4))\n"
+    )
+    own = {
+        "model__name": "carried_net:net",
+        "model__frozen": "0.0.*",
+        "normalizer__name": "group",
+        "model__width": 0,
+        "rounds": 1,
+    }
+    code, output = Run(fleet, "own-code", tmp_path, **own).end()
+    assert code == 0, output
+    for name in ("carried_net.py", "carried_parts.py"):
+        assert f"every device runs your {name} (1 file, 0." in output
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = fleet.runs / "own-code"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["weights_sha256"] == expected_weights(**own)
 
 
 def test_a_superlink_killed_and_restarted_changes_nothing(fleet):

@@ -187,7 +187,9 @@ BAD = [
     ("strategy.tau", 0),
     ("evaluation.split", "train"),
     ("evaluation.every", 0),
-    ("evaluation.target_accuracy", 1.0),
+    ("evaluation.target", "high"),
+    ("evaluation.target", True),
+    ("task.options", "[1]"),
     ("server.max_failed_rounds", 0),
     ("checkpoint.keep", 0),
     ("checkpoint.every", 0),
@@ -333,7 +335,8 @@ def test_every_setting_is_described():
 def test_a_setting_that_takes_a_name_lists_valid_ones(key, names):
     description = _described(ExperimentConfig)[key]
     assert description is not None
-    listed = [name.strip() for name in description.split(":")[-1].replace(" or ", ",").split(",")]
+    ours = description.split("or your own")[0].strip(" ,").split(": ")[-1]
+    listed = [name.strip() for name in ours.replace(" or ", ",").split(",")]
     assert listed
     assert set(listed) - {"…"} <= set(names)
     assert "…" in listed or set(listed) == set(names)

@@ -202,10 +202,10 @@ def _write_run() -> Path:
         late=[], state_lost=[], epsilon={}, batch_sizes={}, train_loss=1.0, bytes_down=1,
         bytes_up=1, train_seconds=1.0, learning_rate=0.1,
     )  # fmt: skip
-    log.write("evaluation", round=1, split="test", accuracy=0.5, loss=1.0, examples=10)
+    log.write("evaluation", round=1, split="test", metrics={"accuracy": 0.5}, loss=1.0, examples=10)
     log.write(
         "client_evaluation", round=1, split="test", mean=0.5, worst_tenth=0.5, deviation=0.0,
-        loss=1.0, clients=[{"client": 0, "examples": 2, "correct": 1, "loss": 1.0}], failed=[],
+        loss=1.0, clients=[{"client": 0, "examples": 2, "value": 0.5, "loss": 1.0}], failed=[],
     )  # fmt: skip
     log.write("end", status="completed", seconds=1.0, weights_sha256="ab")
     return _place("run", run.metrics_path)

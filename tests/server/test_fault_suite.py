@@ -251,7 +251,7 @@ def test_when_all_are_refused_the_run_ends_and_the_model_is_kept(tmp_path):
     assert [line["updates"] for line in lines if line["kind"] == "round"] == [3, 0, 0, 0]
     assert lines[-1]["kind"] == "end"
     assert lines[-1]["status"] == "failed"
-    accuracies = [line["accuracy"] for line in lines if line["kind"] == "evaluation"]
+    accuracies = [line["metrics"]["accuracy"] for line in lines if line["kind"] == "evaluation"]
     assert len(set(accuracies[1:])) == 1  # the model of round 1, three times over
     # Once the clients are mended, a resume ends where the run without the fault does.
     assert run(config).weights_sha256 == run(small(rounds=9)).weights_sha256

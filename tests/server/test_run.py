@@ -79,7 +79,7 @@ def test_the_log_tells_the_run(tmp_path):
             assert 3 * sent < line[key] < 3 * (sent + 200 * len(outcome.tensors))
     assert lines[-1]["status"] == "completed"
     assert lines[-1]["weights_sha256"] == outcome.weights_sha256
-    assert lines[-2]["accuracy"] == outcome.evaluation.accuracy
+    assert lines[-2]["metrics"]["accuracy"] == outcome.evaluation.value
     assert json.loads((cell(tmp_path) / "config.json").read_text())["rounds"] == 3
 
 
@@ -173,7 +173,7 @@ def test_a_last_evaluation_that_the_log_has_lost_is_made_again(tmp_path):
     log.write_text("".join(kept))
     run(logged(tmp_path))
     (again,) = log_of(tmp_path, "evaluation")
-    assert (again["round"], again["accuracy"]) == (2, last["accuracy"])
+    assert (again["round"], again["metrics"]) == (2, last["metrics"])
 
 
 def stop_in(round_: int, stop) -> object:

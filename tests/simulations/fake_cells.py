@@ -85,7 +85,7 @@ def _write_round(log: MetricsLog, config: ExperimentConfig, round_: int) -> None
         "evaluation",
         round=round_,
         split=config.evaluation.split,
-        accuracy=1 / (1 + distance),
+        metrics={"accuracy": 1 / (1 + distance)},
         loss=distance,
         examples=10,
     )

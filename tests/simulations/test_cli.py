@@ -217,7 +217,7 @@ def test_a_full_disk_says_how_to_go_on(
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "runs/one/metrics.jsonl")
 
-    monkeypatch.setattr("simulations.commands.launch.run_grid", full)
+    monkeypatch.setattr("simulations.api.running.run_grid", full)
     assert fedkn("run", *TINY, "--name", "one") != 0
     said = " ".join(capfd.readouterr().err.split())
     assert "No space left on device (runs/one/metrics.jsonl)" in said
@@ -265,7 +265,7 @@ def test_a_run_may_train_on_every_image(capfd: pytest.CaptureFixture[str]) -> No
     assert fedkn("run", "all.toml", *TINY, "--name", "all") == 0
     (cell,) = RunFolder.open("runs/all").cells()
     assert cell.status == "completed"
-    assert cell.accuracies("test")
+    assert cell.values("test")
     counted = json.loads(Path("runs/all/partition.json").read_text())["partitions"][0]["counts"]
     assert sum(map(sum, counted)) == len(load("digits").train)
     assert fedkn("partition", "--set", "data.validation_fraction=0", "--json") == 0

@@ -77,7 +77,7 @@ def test_a_run_and_what_is_done_with_it(
     assert "$\\frac{" in page
     assert "\x1b" not in page
     # The class without an image is in the table of what was left out.
-    assert "no training image of 1 of 6 classes: ±→ü日" in page
+    assert "no training example of 1 of 6 classes: ±→ü日" in page
 
     picture = Path(os.fsdecode(b"caf\xe9 [bold].png"))
     Image.fromarray(np.zeros((10, 10), np.uint8)).save(picture)

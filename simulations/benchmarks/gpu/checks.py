@@ -64,8 +64,8 @@ def check_normalizer(name: str, device: torch.device, *, width: int = 16, side: 
             workspace.load()
             train_locally(
                 workspace,
-                client.images,
-                client.labels,
+                client.examples,
+                client.targets,
                 client.task,
                 inputs=inputs,
                 normalizer=normalizer,
@@ -123,7 +123,12 @@ def _waits(
 ) -> str:
     workspace.load()
     local = LocalRound(
-        workspace, client.images, client.labels, client.task, inputs=inputs, normalizer=normalizer
+        workspace,
+        client.examples,
+        client.targets,
+        client.task,
+        inputs=inputs,
+        normalizer=normalizer,
     )
     draws = Draws(workspace.device) if local.alone else None
     cuda = workspace.device.type == "cuda"
@@ -148,8 +153,8 @@ def _difference(name: str, width: int, device: torch.device, client: StackedClie
         workspace.load()
         train_locally(
             workspace,
-            client.images[:4].to(where),
-            client.labels[:4].to(where),
+            client.examples[:4].to(where),
+            client.targets[:4].to(where),
             client.task,
             inputs=Inputs("unit", memory_format=layout_on(where, normalizer)),
             normalizer=normalizer,

@@ -108,8 +108,8 @@ def measure_steps(
                 workspace.load()
                 train_locally(
                     workspace,
-                    client.images,
-                    client.labels,
+                    client.examples,
+                    client.targets,
                     client.task,
                     inputs=inputs,
                     normalizer=normalizer,

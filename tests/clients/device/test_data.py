@@ -66,8 +66,8 @@ def test_images_set_apart_for_tests_are_not_trained_on(tmp_path):
 def test_a_part_is_kept_to_evaluate_on_as_in_a_simulation(digits_file):
     config = small(evaluation__client_fraction=0.3, evaluation__split="test")
     session, _ = open_session(device_context(config, data_path=str(digits_file)), None)
-    used, kept = stratified_split(session.labels, 0.3, config.seed, "client-1")
-    rest, _ = stratified_split(session.labels[kept], 1 / 3, config.seed, "choice-1")
+    used, kept = stratified_split(session.targets, 0.3, config.seed, "client-1")
+    rest, _ = stratified_split(session.targets[kept], 1 / 3, config.seed, "choice-1")
     assert np.array_equal(session.parts[1], used)
     assert np.array_equal(session.held[1], kept[rest])
 
@@ -143,7 +143,7 @@ def test_what_the_server_tells_counts_more_than_a_source_of_the_device(tmp_path)
     path = save(tmp_path / "a.npz")
     told = join_request(DataSummary((*"0123456789", "a", "b"), (1, 8, 8)))
     session, _ = open_session(device_context(small(data__scaling="unit"), data_path=path), told)
-    assert session.workspace.model(session.inputs(session.images[:2])).shape == (2, 12)
+    assert session.workspace.model(session.inputs(session.examples[:2])).shape == (2, 12)
 
 
 def test_a_message_that_tells_nothing_is_refused(tmp_path):
@@ -191,7 +191,7 @@ def test_a_run_of_devices_with_their_own_images(tmp_path):
         train__batch_size=4,
         train__local_steps=0,
     )
-    assert run_server(Devices(config, paths), config).evaluation.accuracy > 0.5
+    assert run_server(Devices(config, paths), config).evaluation.value > 0.5
     strange = save(tmp_path / "strange.npz")
     with pytest.raises(ClientsMissing, match=r"partitions 2\.") as caught:
         run_server(Devices(config, [*paths[:2], strange]), config)

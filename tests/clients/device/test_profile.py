@@ -20,6 +20,7 @@ from clients.trainer import SequentialTrainer
 from fedkn.config import TrainConfig
 from fedkn.errors import UserError
 from fedkn.federation import arrays_to_tensors
+from fedkn.tasks import CLASSIFICATION
 from fedkn.training import LocalTask, Workspace
 from fedkn.training.inputs import Inputs
 from tests.clients.device.conftest import device_context
@@ -165,7 +166,10 @@ def test_memory_of_a_step_is_model_gradients_and_activations():
 
     def held(batch_size, momentum=0.0):
         train = TrainConfig(momentum=momentum)
-        return step_bytes(workspace, Inputs("unit"), image, batch_size, train)
+        example = image, torch.zeros(1, dtype=torch.int64)
+        return step_bytes(
+            workspace, Inputs("unit"), example, batch_size, train=train, goal=CLASSIFICATION
+        )
 
     # The weights' gradient is made beside the one it is added to.
     assert 2.9 * weights <= held(1) <= 3.2 * weights
@@ -199,8 +203,15 @@ def test_the_memory_limit_chooses_the_batch_before_training():
     assert roomy.largest_batch == 64
 
     def held(batch_size):
-        images = roomy.images[:1]
-        return step_bytes(roomy.workspace, roomy.inputs, images, batch_size, config.train)
+        example = roomy.examples[:1], roomy.targets[:1]
+        return step_bytes(
+            roomy.workspace,
+            roomy.inputs,
+            example,
+            batch_size,
+            train=config.train,
+            goal=CLASSIFICATION,
+        )
 
     limit = -(-held(8) // MIB)
     tight, _ = open_session(device_context(config, memory_limit=limit), None)

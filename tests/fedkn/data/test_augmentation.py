@@ -89,6 +89,7 @@ def test_scalings_against_float64() -> None:
         "unit": exact,
         "centered": exact * 2 - 1,
         "standardized": (exact - mean.double().view(2, 1, 1)) / std.double().view(2, 1, 1),
+        "none": values.double(),
     }
     for scaling in SCALINGS:
         result = scale(values, scaling, mean, std)
@@ -129,7 +130,7 @@ def test_constant_channel_standardizes_to_zero() -> None:
 def test_statistics_of_nothing() -> None:
     images = torch.zeros(0, 1, 2, 2, dtype=torch.uint8)
     data = Examples(images, torch.zeros(0, dtype=torch.int64), ("a", "b"))
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match="no examples"):
         channel_statistics(data)
 
 

@@ -27,19 +27,22 @@ def test_select_copies() -> None:
 
 def test_properties() -> None:
     source = Source("toy", _data(), _data(2))
-    assert (source.num_classes, source.in_channels, source.image_size) == (2, 1, (2, 3))
+    assert (source.num_classes, source.shape) == (2, (1, 2, 3))
 
 
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64), "uint8"),
-        (torch.zeros(2, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), "N, C, H, W"),
-        (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.zeros(2), "int64"),
+        (torch.zeros(2, 1, dtype=torch.bool), torch.zeros(2, dtype=torch.int64), "got bool"),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.int64), r"N, C, H, W.*x\[:, None\]"),
+        (torch.zeros(2, 3, 0), torch.zeros(2, dtype=torch.int64), "N, C, H, W"),
+        (torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int32), "int64 or float32"),
+        (torch.zeros(2, 1, 2, 2), torch.zeros(2), "2 classes, but targets"),
+        (torch.zeros(2, 1, 2, 2), torch.zeros(2, 3), "2 classes, but targets"),
         (
             torch.zeros(2, 1, 2, 2, dtype=torch.uint8),
             torch.zeros(3, dtype=torch.int64),
-            "2 images but 3 labels",
+            "2 inputs but 3 targets",
         ),
         (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 2]), r"0\.\.1"),
         (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, -1]), r"0\.\.1"),
@@ -55,11 +58,11 @@ def test_unfit_tensors_are_refused(
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        (_data(0), _data(), "no training images"),
-        (_data(), _data(0), "no test images"),
+        (_data(0), _data(), "no training examples"),
+        (_data(), _data(0), "no test examples"),
         (_data(classes=("a",)), _data(classes=("a",)), "one class"),
         (_data(), _data(classes=("a", "c")), "classes differ"),
-        (_data(), _data(channels=3), "1x2x3 but test images are 3x2x3"),
+        (_data(), _data(channels=3), "inputs are uint8 1x2x3 but test inputs are uint8 3x2x3"),
     ],
 )
 def test_unfit_parts_are_refused(train: Examples, test: Examples, message: str) -> None:

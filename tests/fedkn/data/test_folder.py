@@ -153,10 +153,10 @@ def test_different_sizes_name_the_option(parts: Path) -> None:
 def test_one_colour_file_makes_all_rgb(parts: Path) -> None:
     for path in parts.rglob("*.png"):
         _save(path, _picture(3, mode="L"))
-    assert load("image_folder", parts).in_channels == 1
+    assert load("image_folder", parts).shape[0] == 1
     _save(parts / "test" / "dog" / "0.png", _picture(3, mode="RGBA"))
     source = load("image_folder", parts)
-    assert source.in_channels == 3
+    assert source.shape[0] == 3
     grey = np.asarray(_picture(3, mode="L"))
     assert np.array_equal(source.train.inputs[0].numpy(), np.stack([grey] * 3))
 
@@ -193,7 +193,7 @@ def test_a_class_folder_with_hidden_files_alone_is_empty(name: str | None, parts
             path.write_bytes(b"")
     source = load("image_folder", parts)
     assert source.train.classes == ("cat", "dog", "newt")
-    assert source.notes == ("no training image of 1 of 3 classes: newt",)
+    assert source.notes == ("no training example of 1 of 3 classes: newt",)
 
 
 def test_what_systems_leave_behind_is_no_class_and_holds_no_images(parts: Path) -> None:

@@ -3,13 +3,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fedkn.data.partition import SCHEMES, label_counts, partition
+from fedkn.data.examples import Origins
+from fedkn.data.partition import SCHEMES, client_names, label_counts, partition
 from fedkn.errors import UserError
+from fedkn.seeds import numpy_generator
 
 _TEN_CLASSES = np.repeat(np.arange(10), 100)
+
+
+_REPAIRED = ("iid", "dirichlet", "shards", "quantity")
 
 
 @st.composite
@@ -18,7 +23,7 @@ def _cases(draw: st.DrawFn) -> dict[str, Any]:
     clients = draw(st.integers(1, len(labels)))
     return {
         "labels": labels,
-        "scheme": draw(st.sampled_from(SCHEMES)),
+        "scheme": draw(st.sampled_from(_REPAIRED)),
         "clients": clients,
         "seed": draw(st.integers(0, 10)),
         "alpha": draw(st.sampled_from([1e-6, 0.01, 0.3, 10.0, 1e6])),
@@ -28,22 +33,134 @@ def _cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+def _assert_each_once(parts: list[np.ndarray], examples: int) -> None:
+    assert sorted(np.concatenate(parts).tolist()) == list(range(examples))
+    for part in parts:
+        assert part.dtype == np.int64
+        assert (np.diff(part) > 0).all()
+
+
 @given(_cases())
 @settings(deadline=None, max_examples=400)
 def test_parts_are_disjoint_cover_all_and_are_large_enough(case: dict[str, Any]) -> None:
     parts = partition(**case)
     assert len(parts) == case["clients"]
-    assert sorted(np.concatenate(parts).tolist()) == list(range(len(case["labels"])))
-    for part in parts:
-        assert part.dtype == np.int64
-        assert len(part) >= case["minimum"]
-        assert (np.diff(part) > 0).all()
+    _assert_each_once(parts, len(case["labels"]))
+    assert all(len(part) >= case["minimum"] for part in parts)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@given(
+    classes=st.integers(1, 8),
+    each=st.integers(1, 8),
+    clients=st.integers(1, 12),
+    seed=st.integers(0, 5),
+    sizes=st.data(),
+)
+@settings(deadline=None, max_examples=300)
+def test_every_client_has_exactly_so_many_labels(
+    classes: int, each: int, clients: int, seed: int, sizes: st.DataObject
+) -> None:
+    assume(each <= classes <= clients * each)
+    # Numbers with gaps, each of enough examples for all clients.
+    names = np.arange(classes) * 3
+    counts = [sizes.draw(st.integers(clients, 30)) for _ in names]
+    labels = numpy_generator(seed, "test").permutation(np.repeat(names, counts))
+    parts = partition(labels, "labels", clients=clients, seed=seed, labels_per_client=each)
+    _assert_each_once(parts, len(labels))
+    counted = label_counts(labels, parts, 3 * classes)[:, names]
+    assert ((counted > 0).sum(1) == each).all()
+    for own in counted.T:
+        # Equally, among those who have it; and somebody has it.
+        shares = own[own > 0]
+        assert len(shares) > 0
+        assert shares.max() - shares.min() <= 1
+    if clients >= classes:
+        # In turn, as Li et al. deal the first label.
+        assert all(counted[client, client % classes] > 0 for client in range(clients))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels_per_client": 4}, r"in 1\.\.3, the labels"),
+        ({"labels_per_client": 0}, r"in 1\.\.3"),
+        ({"clients": 1}, "leave some of 3 labels to nobody: raise partition.labels_per_client"),
+        (
+            {"clients": 20, "labels_per_client": 3},
+            "label 0 has 9 examples and was given to .* lower partition.clients",
+        ),
+        ({"minimum": 10}, "lower partition.clients or partition.minimum"),
+        ({"minimum": 8}, "fewer than partition.minimum = 8 .*: set partition.minimum = 7"),
+        ({"classed": False}, "these examples have none: use iid"),
+    ],
+)
+def test_labels_that_cannot_be_dealt_are_refused(changes: dict[str, Any], message: str) -> None:
+    labels = np.repeat(np.arange(3), 9)
+    settings_: dict[str, Any] = {"clients": 3, "seed": 0, "labels_per_client": 2, **changes}
+    with pytest.raises(UserError, match=message) as caught:
+        partition(labels, "labels", **settings_)
+    assert "\n" not in str(caught.value)
+
+
+@given(
+    ids=st.lists(st.integers(0, 4), min_size=1, max_size=60),
+    times=st.integers(1, 3),
+    seed=st.integers(0, 3),
+)
+@settings(deadline=None, max_examples=200)
+def test_natural_clients_and_domains_are_the_datas_own(
+    ids: list[int], times: int, seed: int
+) -> None:
+    origins = Origins(torch.tensor(ids), tuple("abcde"))
+    labels, present = np.zeros(len(ids), np.int64), sorted(set(ids))
+    natural = partition(labels, "natural", clients=len(present), seed=seed, origins=origins)
+    _assert_each_once(natural, len(ids))
+    assert [{ids[i] for i in part} for part in natural] == [{own} for own in present]
+    assert client_names("natural", len(present), origins) == tuple("abcde"[o] for o in present)
+    fewest = min(ids.count(own) for own in present)
+    assume(fewest >= times)
+    clients = times * len(present)
+    parts = partition(labels, "domains", clients=clients, seed=seed, origins=origins)
+    _assert_each_once(parts, len(ids))
+    names = client_names("domains", clients, origins)
+    for client, part in enumerate(parts):
+        assert {"abcde"[ids[i]] for i in part} == {names[client]}
+    for name in set(names):
+        sizes = [len(part) for part, own in zip(parts, names, strict=True) if own == name]
+        assert len(sizes) == times
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(
+    ("scheme", "changes", "message"),
+    [
+        ("natural", {"clients": 2}, "of 3 clients, and partition.clients is 2: set .* = 3"),
+        ("natural", {"clients": 5}, "of 3 clients, and partition.clients is 5: set .* = 3"),
+        ("natural", {"clients": 3, "minimum": 2}, "1 of 3 clients have fewer .*client 2: 1"),
+        ("natural", {"origins": None}, "whose each example is.*client_folders"),
+        ("domains", {"clients": 4}, "of 3 domains, and 4 clients .*= 3 or 6"),
+        ("domains", {"clients": 2}, "of 3 domains, and 2 clients .*= 3"),
+        ("domains", {"clients": 6}, "fewer than partition.minimum = 1 .*use more examples"),
+        ("domains", {"origins": None}, "of which domain: source digits_domains"),
+    ],
+)
+def test_origins_that_do_not_fit_are_refused(
+    scheme: str, changes: dict[str, Any], message: str
+) -> None:
+    origins = Origins(torch.tensor([0, 0, 0, 0, 1, 1, 1, 2]), ("ann", "bob", "cy"))
+    settings_: dict[str, Any] = {"clients": 3, "seed": 0, "origins": origins, **changes}
+    with pytest.raises(UserError, match=message) as caught:
+        partition(np.zeros(8, np.int64), scheme, **settings_)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", [one for one in SCHEMES if one != "natural"])
 def test_pure_function_of_the_seed(scheme: str) -> None:
+    origins = Origins(torch.arange(1000) % 7, tuple("abcdefg"))
+
     def draw(seed: int) -> list[list[int]]:
-        parts = partition(torch.from_numpy(_TEN_CLASSES), scheme, clients=7, seed=seed)
+        labels = torch.from_numpy(_TEN_CLASSES)
+        parts = partition(labels, scheme, clients=14, seed=seed, origins=origins)
         return [part.tolist() for part in parts]
 
     first = draw(3)

@@ -143,7 +143,7 @@ def test_images_and_labels_of_different_length(tmp_path: Path) -> None:
     folder = tmp_path / "MNIST" / "raw"
     _write_idx_source(folder, ("train", "t10k"), 10)
     _write_idx(folder / "t10k-labels-idx1-ubyte", np.arange(3))
-    with pytest.raises(UserError, match="20 images but 3 labels"):
+    with pytest.raises(UserError, match="20 inputs but 3 targets"):
         load("mnist", tmp_path)
 
 

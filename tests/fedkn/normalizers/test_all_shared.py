@@ -7,7 +7,21 @@ from fedkn import models, normalizers
 from fedkn.errors import UserError
 from fedkn.normalizers import TensorRole
 
-NAMES = ("sws", "frn", "evonorm_s", "rms", "lcn", "brn", "feature_norm")
+NAMES = (
+    "sws",
+    "nf",
+    "fedwon",
+    "anfr",
+    "frn",
+    "evonorm_s",
+    "rms",
+    "lcn",
+    "dyt",
+    "proxy",
+    "ws_kernel",
+    "brn",
+    "feature_norm",
+)
 WITHOUT_BUFFERS = tuple(name for name in NAMES if name != "brn")
 
 
@@ -55,7 +69,7 @@ def test_no_example_changes_what_becomes_of_another(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_normalized_does_not_depend_on_its_scale(name):
-    if name in ("sws", "feature_norm"):
+    if name in ("sws", "nf", "fedwon", "anfr", "dyt", "feature_norm"):
         pytest.skip("it does not normalize activations")
     torch.manual_seed(0)
     make = normalizers.create(name)

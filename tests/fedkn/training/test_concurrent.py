@@ -59,8 +59,8 @@ def one_by_one(name: str, recording: bool) -> list[tuple[dict[str, Tensor], obje
         workspace.load(client.received)
         update = train_locally(
             workspace,
-            client.images,
-            client.labels,
+            client.examples,
+            client.targets,
             client.task,
             inputs=INPUTS,
             normalizer=normalizers.create(name),
@@ -125,5 +125,5 @@ def test_what_draws_from_the_device_trains_by_itself(monkeypatch) -> None:
 
         monkeypatch.setattr(workspace.optimizer, "step", noted)
     train_concurrently(workspaces, own, inputs=INPUTS, normalizer=normalizers.create("none"))
-    replayed = taken[-sum(len(c.labels) for c in own) :]
+    replayed = taken[-sum(len(c.targets) for c in own) :]
     assert replayed == sorted(replayed)

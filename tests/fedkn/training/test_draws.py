@@ -20,6 +20,7 @@ from fedkn import models, normalizers
 from fedkn.config import PrivacyConfig, TrainConfig
 from fedkn.data.vision import import_torchvision
 from fedkn.errors import UserError
+from fedkn.tasks import CLASSIFICATION
 from fedkn.training import (
     Inputs,
     LocalTask,
@@ -152,8 +153,8 @@ def test_the_state_outside_is_left_as_it_was_found() -> None:
 
     def everything() -> None:
         after(workspace, TASK)
-        evaluate(model, images, labels, INPUTS, 4)
-        step_memory(model, images.float(), labels)
+        evaluate(model, images, labels, INPUTS, 4, goal=CLASSIFICATION)
+        step_memory(model, images.float(), labels, CLASSIFICATION)
         saved_activations(model, images.float())
 
     found = []
@@ -182,9 +183,9 @@ def test_the_state_outside_is_put_back_after_an_error_too() -> None:
 def test_evaluation_of_a_network_that_draws_in_evaluation() -> None:
     model, (images, labels) = network("functional"), data()
     pollute(1)
-    first = evaluate(model, images, labels, INPUTS, 4)
+    first = evaluate(model, images, labels, INPUTS, 4, goal=CLASSIFICATION)
     pollute(2)
-    assert evaluate(model, images, labels, INPUTS, 4) == first
+    assert evaluate(model, images, labels, INPUTS, 4, goal=CLASSIFICATION) == first
     stochastic = models.build(
         "resnet8",
         num_classes=3,
@@ -192,9 +193,9 @@ def test_evaluation_of_a_network_that_draws_in_evaluation() -> None:
         width=4,
         normalizer=normalizers.create("kernel", dropout_p=0.3, eval_mode="stochastic"),
     )
-    first = evaluate(stochastic, images, labels, INPUTS, 4)
+    first = evaluate(stochastic, images, labels, INPUTS, 4, goal=CLASSIFICATION)
     pollute(3)
-    assert evaluate(stochastic, images, labels, INPUTS, 4) == first
+    assert evaluate(stochastic, images, labels, INPUTS, 4, goal=CLASSIFICATION) == first
 
 
 def test_private_training_of_a_network_with_dropout() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedkn.tasks import CLASSIFICATION
 from fedkn.training import Inputs, evaluate
 
 
@@ -33,7 +34,7 @@ def test_it_is_the_naive_loop(batch_size, data):
     images, labels = data
     model = Scores().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = evaluate(model, images, labels, Inputs("unit"), batch_size)
+    result = evaluate(model, images, labels, Inputs("unit"), batch_size, goal=CLASSIFICATION)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.eval().double()
@@ -42,17 +43,17 @@ def test_it_is_the_naive_loop(batch_size, data):
         scores = model(image[None].double() / 255)[0].detach()
         right += int(scores.argmax() == label)
         loss -= float(scores.log_softmax(0)[label])
-    assert result.accuracy == right / 23
+    assert result.value == right / 23
     assert result.loss == pytest.approx(loss / 23, rel=1e-5)
     assert result.examples == 23
 
 
 def test_a_model_in_evaluation_mode_stays_there(data):
     model = Scores().eval()
-    evaluate(model, *data, Inputs("unit"), 8)
+    evaluate(model, *data, Inputs("unit"), 8, goal=CLASSIFICATION)
     assert not model.training
 
 
 def test_no_images(data):
-    with pytest.raises(ValueError, match="no images"):
-        evaluate(Scores(), data[0][:0], data[1][:0], Inputs("unit"), 8)
+    with pytest.raises(ValueError, match="no examples"):
+        evaluate(Scores(), data[0][:0], data[1][:0], Inputs("unit"), 8, goal=CLASSIFICATION)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fedkn import models, normalizers
+from fedkn.tasks import CLASSIFICATION
 from fedkn.training.memory import step_memory
 
 
@@ -18,7 +19,7 @@ def test_a_layer_that_can_be_counted_by_hand():
     x = torch.rand(4, 1, 100_000)
     one_map = x.numel() * 4
     weight = 2 * 100_000 * 4
-    peak = step_memory(model, x, torch.zeros(4, dtype=torch.int64))
+    peak = step_memory(model, x, torch.zeros(4, dtype=torch.int64), CLASSIFICATION)
     assert one_map <= peak <= one_map * 2 + weight + 4096
 
 
@@ -32,7 +33,9 @@ def test_it_grows_with_the_batch():
             width=4,
             seed=0,
         )
-        two, eight, sixteen = (step_memory(model, *batch(size)) for size in (2, 8, 16))
+        two, eight, sixteen = (
+            step_memory(model, *batch(size), CLASSIFICATION) for size in (2, 8, 16)
+        )
         assert 2 * two < eight < sixteen
         assert 1.5 * eight < sixteen < 2.5 * eight
 
@@ -48,12 +51,12 @@ def test_the_step_leaves_no_gradient_and_no_mark_on_the_global_generator():
     )
     x, labels = batch(2)
     state = torch.random.get_rng_state()
-    step_memory(model, x, labels)
+    step_memory(model, x, labels, CLASSIFICATION)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_nothing_is_printed(capfd):
-    step_memory(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), *batch(2))
+    step_memory(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), *batch(2), CLASSIFICATION)
     out, err = capfd.readouterr()
     assert out == err == ""

@@ -72,8 +72,8 @@ def _each_alone(
         workspace.load(client.received)
         update = train_locally(
             workspace,
-            client.images,
-            client.labels,
+            client.examples,
+            client.targets,
             client.task,
             inputs=inputs,
             normalizer=normalizers.create(normalizer),

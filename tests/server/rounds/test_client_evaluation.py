@@ -33,7 +33,7 @@ def evaluated(answer: Callable[[Message], list[Message]]):
 
     def respond(message: Message) -> list[Message]:
         partition = message.metadata.dst_node_id - FIRST_NODE
-        honest = RecordDict({"metrics": evaluation_metrics(partition, 8, 6, 0.5)})
+        honest = RecordDict({"metrics": evaluation_metrics(partition, 8, 0.75, 0.5)})
         return answer(message) if not partition else [Message(honest, reply_to=message)]
 
     return evaluate_clients(
@@ -46,7 +46,7 @@ def evaluated(answer: Callable[[Message], list[Message]]):
 
 
 def says(**changes: object) -> Callable[[Message], list[Message]]:
-    metrics = {"partition-id": 0, "num-examples": 8, "correct": 6, "loss": 0.5}
+    metrics = {"partition-id": 0, "num-examples": 8, "value": 0.75, "loss": 0.5}
     metrics |= {key.replace("_", "-"): value for key, value in changes.items()}
     return lambda message: [
         Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
@@ -56,7 +56,7 @@ def says(**changes: object) -> Callable[[Message], list[Message]]:
 def test_an_honest_answer_counts():
     result = evaluated(says())
     assert result.failed == []
-    assert result.clients[0] == {"client": 0, "examples": 8, "correct": 6, "loss": 0.5}
+    assert result.clients[0] == {"client": 0, "examples": 8, "value": 0.75, "loss": 0.5}
 
 
 ODD = {
@@ -69,12 +69,12 @@ ODD = {
         ],
         "expected one record",
     ),
-    "all right of none": (says(num_examples=0, correct=0), "'num-examples' is 0: 1 to"),
-    "more than it can keep": (says(num_examples=10**6, correct=1), "'num-examples' is 1e"),
+    "all right of none": (says(num_examples=0, value=1.0), "'num-examples' is 0: 1 to"),
+    "more than it can keep": (says(num_examples=10**6, value=0.1), "'num-examples' is 1e"),
     "a count beyond floats": (says(num_examples=10**400), "beyond all floats|1e\\+400|'num-ex"),
     "a real number of images": (says(num_examples=1.7e308), "not a whole number"),
-    "more right than there are": (says(correct=9), "9 of 8 correct"),
-    "fewer than none": (says(correct=-1), "'correct' is -1"),
+    "more right than there are": (says(value=9 / 8), "'value' is 1.125: 0 to 1 are"),
+    "fewer than none": (says(value=-1), "'value' is -1"),
     "nan": (says(loss=math.nan), "not a finite number"),
     "a loss beyond float32": (says(loss=1e300), "'loss' is 1e"),
     "a negative loss": (says(loss=-0.5), "'loss' is -0.5"),
@@ -97,8 +97,8 @@ def test_an_odd_answer_costs_that_client_its_part_and_nobody_else(case):
 
 
 def test_a_second_answer_counts_for_nothing():
-    twice = evaluated(lambda m: [*says()(m), *says(correct=1)(m)])
-    assert twice.clients[0]["correct"] == 6
+    twice = evaluated(lambda m: [*says()(m), *says(value=0.1)(m)])
+    assert twice.clients[0]["value"] == 0.75
     spoiled_first = evaluated(lambda m: [*says(loss=math.nan)(m), *says()(m)])
     assert [entry["client"] for entry in spoiled_first.failed] == [0]
 

@@ -80,7 +80,7 @@ def test_an_onnx_program_takes_pixels_as_they_are(
     # What the server measured of these weights, by way of its own.
     (record,) = RunFolder.open(run).cells()
     accuracy = float((logits.argmax(1) == labels).double().mean())
-    assert accuracy == pytest.approx(record.accuracies("test")[2])
+    assert accuracy == pytest.approx(record.values("test")[2])
     shown = json.loads(capsys.readouterr().out)
     assert shown["program"] == str(path)
     assert shown["bytes"] == path.stat().st_size

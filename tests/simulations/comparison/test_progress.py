@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from simulations.comparison.duration import duration
 from simulations.comparison.estimate import Estimator
 from simulations.comparison.grid import Cell, GridConfig, groups, result_cells
-from simulations.comparison.progress import duration, shown_progress
+from simulations.comparison.progress import shown_progress
 from simulations.comparison.scheduler import Board, expected_cost
 from simulations.runs.history import History
 from simulations.runs.results import Round

@@ -107,7 +107,7 @@ def test_failed_and_diverged_rates_are_the_worst(tmp_path: Path) -> None:
 
     state, _ = finished(tmp_path, [0.01, 0.03, 0.1, 0.3], score)
     assert state.chosen == 0.1
-    assert [math.isnan(trial.accuracy) for trial in state.trials] == [False, True, False, True]
+    assert [math.isnan(trial.value) for trial in state.trials] == [False, True, False, True]
 
 
 def test_nothing_is_chosen_where_every_rate_failed(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_the_last_three_evaluations_count_and_seeds_are_averaged(tmp_path: Path)
 
     state, asked = finished(tmp_path, [0.01, 0.03, 0.1], score, seeds=2)
     assert state.chosen == 0.03
-    assert [trial.accuracy for trial in state.trials] == pytest.approx([0.1, 0.6, 0.5])
+    assert [trial.value for trial in state.trials] == pytest.approx([0.1, 0.6, 0.5])
     assert len(asked) == 6
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedkn.config import ExperimentConfig
@@ -69,7 +70,10 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: str(next(iter(c.values()))))
+PERSONAL = [{"strategy__name": name} for name in ("fedper", "fedrep", "ditto", "apfl")]
+
+
+@pytest.mark.parametrize("changes", VARIANTS + PERSONAL, ids=lambda c: str(next(iter(c.values()))))
 def test_killed_and_resumed_is_as_if_nothing_had_been(changes, tmp_path, monkeypatch):
     whole = run_experiment(config(tmp_path / "whole", **changes))
     interrupted = config(tmp_path / "killed", **changes)
@@ -126,9 +130,32 @@ def test_every_client_evaluates_its_own_images(tmp_path):
     run_experiment(config(tmp_path / "run", normalizer__name="group"))
     clients = own_models(tmp_path / "run")
     assert [entry["client"] for entry in clients] == list(range(6))
-    assert all(0 <= entry["correct"] <= entry["examples"] > 0 for entry in clients)
+    assert all(0 <= entry["value"] <= 1 and entry["examples"] > 0 for entry in clients)
 
 
 def test_tensors_that_stay_need_images_to_evaluate_them_on():
     with pytest.raises(UserError, match=r"evaluation\.client_fraction"):
         run_experiment(config(normalizer__name="fedbn", evaluation__client_fraction=0.0))
+
+
+@pytest.mark.parametrize("changes", PERSONAL, ids=lambda c: str(next(iter(c.values()))))
+def test_clients_are_judged_by_their_own_models(changes, tmp_path):
+    own, plain = tmp_path / "own", tmp_path / "plain"
+    run_experiment(config(own, cohort=6, **changes))
+    run_experiment(config(plain, cohort=6, **{**changes, "strategy__name": "fedavg"}))
+    assert own_models(own) != own_models(plain)
+    (start,) = lines(own, "start")
+    assert start["local_tensors"] == (2 if "fed" in changes["strategy__name"] else start["tensors"])
+
+
+def test_fedpers_clients_train_stacked_to_the_same_models(tmp_path):
+    # With seed 0 rounding decides which of two equal pixels a pooling takes.
+    settings = {"strategy__name": "fedper", "cohort": 4, "seed": 1}
+    one = run_experiment(config(tmp_path / "one", **settings))
+    together = run_experiment(config(tmp_path / "together", engine="batched", **settings))
+    for name, value in one.arrays.items():
+        assert np.allclose(value.numpy(), together.arrays[name].numpy(), rtol=1e-3, atol=1e-5)
+    for alone, stacked in zip(
+        own_models(tmp_path / "one"), own_models(tmp_path / "together"), strict=True
+    ):
+        assert alone["loss"] == pytest.approx(stacked["loss"], rel=1e-3)

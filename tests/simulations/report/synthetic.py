@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedkn.config import ExperimentConfig
 from fedkn.seeds import numpy_generator
+from fedkn.tasks.metric import Metric
 from simulations.runs.folder import RunFolder
 from simulations.runs.records import GridRecord, PartitionRecord, partition_label
 
@@ -39,10 +41,22 @@ class Synthetic:
         rates: Sequence[float] = (),
         rounds: int = 12,
         keepers: Sequence[str] | None = None,
+        metric: Metric | None = None,
+        classes: int = 0,
+        model: dict[str, Any] | None = None,
         **experiment: Any,
     ) -> None:
-        """`keepers` keep tensors on the clients; unless None, own models are evaluated."""
+        """`keepers` keep tensors on the clients; unless None, own models are evaluated.
+
+        `metric`: what decides, beside another one, as a task writes it; its values are those of an
+        accuracy, or for one of which lower is better ten times the errors. Without it the lines are
+        those from before there were tasks. `classes`: of the confusion matrices, if any. `model`:
+        what is told of how the model came about.
+        """
         self.rounds = rounds
+        self.metric = metric
+        self.classes = classes
+        self.model = model
         self.keepers = keepers
         self.layers = [{"partition": dict(changes)} for changes in partitions]
         self.experiment = {"rounds": rounds, **experiment}
@@ -121,6 +135,8 @@ class Synthetic:
                 "config": config.flat(),
                 "parameters": 78_042,
                 "tensors": 28,
+                **self.task(),
+                **({"model": self.model} if self.model else {}),
             }
         ]
         best, pace = SKILLS.get(name, (0.8, 4.0))
@@ -176,15 +192,50 @@ class Synthetic:
         with self.folder.metrics_path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
-    def evaluation(self, number: int, accuracy: float, split: str) -> dict[str, Any]:
+    def task(self) -> dict[str, Any]:
+        """What the start of a cell tells of its task."""
+        if self.metric is None:
+            return {}
+        of = self.metric
+        ends = {"lowest": of.lowest, "highest": of.highest}
         return {
+            "task": {
+                "name": "made up",
+                "metric": of.name,
+                "higher_is_better": of.higher_is_better,
+                **{name: end if np.isfinite(end) else None for name, end in ends.items()},
+                "unit": of.unit,
+            }
+        }
+
+    def value(self, accuracy: float) -> float:
+        """The deciding metric's value where an accuracy would be `accuracy`."""
+        lower = self.metric is not None and not self.metric.higher_is_better
+        return 10 * (1 - accuracy) if lower else accuracy
+
+    def evaluation(self, number: int, accuracy: float, split: str) -> dict[str, Any]:
+        line = {
             "kind": "evaluation",
             "round": number,
             "split": split,
-            "accuracy": accuracy,
             "loss": 1 - accuracy,
             "examples": 360,
         }
+        if self.metric is None:
+            return line | {"accuracy": accuracy}
+        line["metrics"] = {self.metric.name: self.value(accuracy), "other": 3 * accuracy}
+        if self.classes and number == self.rounds:
+            line["confusion"] = self.confusion(accuracy).tolist()
+        return line
+
+    def confusion(self, accuracy: float) -> NDArray[np.int64]:
+        """About as many right as `accuracy` says; the last class is taken for the one before it."""
+        examples = np.full(self.classes, 36)
+        right = np.floor(examples * accuracy).astype(int)
+        right[-1] = 0
+        table = np.diag(right)
+        table[np.arange(self.classes), np.arange(self.classes) - 1] += examples - right
+        return table
 
     def client_evaluation(
         self, mean: float, split: str, generator: np.random.Generator

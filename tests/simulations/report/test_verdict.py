@@ -44,7 +44,7 @@ def test_all_level_is_said_once_whoever_is_highest() -> None:
 
     text = verdict([contest(2, 0.95, 0.94, 0.93), contest(8, 0.94, 0.96, 0.93)])
     assert text == (
-        "No difference between the normalizers is shown at every batch size (2 and 8) "
+        "No difference between the normalizers is shown at any batch size (2 and 8) "
         "(highest means: kernel with 95.0%, group with 96.0%)."
     )
 
@@ -85,10 +85,11 @@ def test_every_batch_size_is_not_claimed_where_one_has_no_result() -> None:
 def test_untested_and_lonely_results_claim_nothing() -> None:
     untested = Contest(2, {"kernel": 0.9, "group": 0.8}, [against("kernel", "group", math.nan)])
     assert "no difference from it can be shown" in verdict([untested])
-    assert (
-        verdict([Contest(2, {"kernel": 0.9})])
-        == "kernel (90.0%) alone has results at batch size 2."
-    )
+    assert verdict([Contest(2, {"kernel": 0.9})]) == "kernel has 90.0% at batch size 2."
+    alone = "kernel (90.0%) alone has results at batch size 2"
+    assert verdict([Contest(2, {"kernel": 0.9}, entrants=2)], so_far=True) == f"So far, {alone}."
+    lost = Contest(2, {"kernel": 0.9}, lost={"group": 3}, untrained=["group"])
+    assert verdict([lost]) == f"{alone}; group has no result at batch size 2."
     assert "nothing to compare" in verdict([Contest(2, {})])
     assert "nothing to compare" in verdict([])
 

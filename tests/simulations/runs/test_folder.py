@@ -13,6 +13,7 @@ from fedkn.config import ExperimentConfig, PartitionConfig
 from fedkn.errors import UserError
 from simulations.runs.folder import RunFolder, write_json
 from simulations.runs.records import GridRecord, PartitionRecord, partition_label
+from simulations.runs.results import ClientResult
 
 GRID = GridRecord(
     "digits", "fedkn compare", ["kernel"], [2], ["iid, 2 clients"], [0], [0.1], {}, {}
@@ -144,8 +145,8 @@ def test_a_cell_in_full(folder: RunFolder) -> None:
     (cell,) = folder.cells()
     assert (cell.id, cell.purpose, cell.status) == ("c", "result", "completed")
     assert cell.config.seed == 7
-    assert cell.accuracies("test") == {0: 0.1, 1: 0.6}
-    assert cell.accuracies("validation") == {}
+    assert cell.values("test") == {0: 0.1, 1: 0.6}
+    assert cell.values("validation") == {}
     assert (cell.peak_bytes, cell.seconds, cell.weights_sha256) == (4096, 9.0, "ab")
     assert [asdict(loss) for loss in cell.rounds[0].refused] == lost["refused"]
     assert [asdict(loss) for loss in cell.rounds[0].failed] == lost["failed"]
@@ -158,7 +159,7 @@ def test_of_a_repeated_round_the_later_line_counts(folder: RunFolder) -> None:
     append(folder, resume, a_round(2, train_loss=0.5), an_evaluation(2, 0.4), a_round(3))
     (cell,) = folder.cells()
     assert [(r.round, r.train_loss) for r in cell.rounds] == [(1, 1.5), (2, 0.5), (3, 1.5)]
-    assert cell.accuracies("test") == {2: 0.4}
+    assert cell.values("test") == {2: 0.4}
     assert cell.resumes == 1
 
 
@@ -191,8 +192,7 @@ def test_the_clients_own_models_are_read(folder: RunFolder) -> None:
     assert own is not None
     assert (own.round, own.split, own.mean, own.deviation) == (2, "test", 0.75, 0.0)
     assert math.isnan(own.loss)
-    assert [asdict(client) for client in own.clients] == [result]
-    assert own.clients[0].accuracy == 0.75
+    assert own.clients == (ClientResult(1, 8, 0.75, 0.5),)
     assert [asdict(loss) for loss in own.failed] == line["failed"]
 
 
@@ -231,7 +231,7 @@ def test_nan_in_either_spelling(folder: RunFolder) -> None:
     append(folder, an_evaluation(1, None))
     (cell,) = folder.cells()
     assert all(math.isnan(r.train_loss) for r in cell.rounds)
-    assert math.isnan(cell.accuracies("test")[1])
+    assert math.isnan(cell.values("test")[1])
 
 
 def test_an_untrainable_cell_that_never_started_has_its_config(folder: RunFolder) -> None:

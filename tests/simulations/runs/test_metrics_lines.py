@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError
+from fedkn.tasks.metric import ACCURACY, Metric
 from simulations.report import build_report, summary_dict
 from simulations.runs.deployed_run import Progress
 from simulations.runs.folder import RunFolder
 from simulations.runs.history import History
 from simulations.runs.metrics_lines import parsed
 from simulations.runs.records import GridRecord
-from simulations.runs.results import number, round_of
+from simulations.runs.results import ClientResult, number, round_of
 
 GRID = GridRecord(
     "digits", "fedkn compare", ["none"], [2], ["dirichlet 0.3, 20 clients"], [0], [0.1], {}, {}
@@ -34,6 +35,14 @@ LINES: dict[str, dict[str, Any]] = {
         "parameters": 10,
         "tensors": 3,
         "local_tensors": 0,
+        "task": {
+            "name": "classification",
+            "metric": "accuracy",
+            "higher_is_better": True,
+            "lowest": 0.0,
+            "highest": 1.0,
+            "unit": "%",
+        },
         "time": 1.0,
     },
     "round": {
@@ -57,7 +66,15 @@ LINES: dict[str, dict[str, Any]] = {
         "epsilon": {"0": 1.5},
         "batch_sizes": {"0": 2},
     },
-    "evaluation": {"round": 1, "split": "test", "accuracy": 0.5, "loss": 1.0, "examples": 100},
+    "evaluation": {
+        "round": 1,
+        "split": "test",
+        "metrics": {"accuracy": 0.5, "macro F1": None},
+        "loss": 1.0,
+        "examples": 100,
+        "by_class": {"accuracy": [0.5, None]},
+        "confusion": [[50, 50], [0, 0]],
+    },
     "client_evaluation": {
         "round": 1,
         "split": "test",
@@ -65,7 +82,7 @@ LINES: dict[str, dict[str, Any]] = {
         "worst_tenth": 0.5,
         "deviation": 0.0,
         "loss": 1.0,
-        "clients": [{"client": 0, "examples": 4, "correct": 2, "loss": 1.0}],
+        "clients": [{"client": 0, "examples": 4, "value": 0.5, "loss": 1.0}],
         "failed": [LOSS],
     },
     "memory": {"peak_bytes": 4096, "batch_size": 2},
@@ -88,6 +105,12 @@ values = st.recursive(
 
 def line(of: str, **changes: Any) -> dict[str, Any]:
     return {"cell": "none-b2-dirichlet0.3-s0", "kind": of, **LINES[of], **changes}
+
+
+def old_evaluation(accuracy: float | None) -> dict[str, Any]:
+    """As fedkn 0.1 wrote it."""
+    told = {"round": 1, "split": "test", "accuracy": accuracy, "loss": 1.0, "examples": 100}
+    return {"cell": "none-b2-dirichlet0.3-s0", "kind": "evaluation", **told}
 
 
 def read_everywhere(folder: RunFolder, texts: list[str]) -> None:
@@ -152,8 +175,27 @@ BAD = {
     "cell is empty": json.dumps(line("round", cell="")),
     "cohort is null": json.dumps(line("round", cohort=None)),
     "cohort of truths": json.dumps(line("round", cohort=[True])),
-    "accuracy is text": json.dumps(line("evaluation", accuracy="0.5")),
-    "accuracy above 1": json.dumps(line("evaluation", accuracy=1.5)),
+    "accuracy is text": json.dumps(line("evaluation", metrics={"accuracy": "0.5"})),
+    "accuracy above 1": json.dumps(line("evaluation", metrics={"accuracy": 1.5})),
+    "an older line's accuracy above 1": json.dumps(old_evaluation(1.5)),
+    "no accuracy": json.dumps(line("evaluation", metrics={"rmse": 0.5})),
+    "a metric of no name": json.dumps(line("evaluation", metrics={"accuracy": 0.5, "": 1})),
+    "metrics without bound": json.dumps(
+        line("evaluation", metrics={"accuracy": 0.5, **{str(i): i for i in range(1000)}})
+    ),
+    "a confusion that is no square": json.dumps(line("evaluation", confusion=[[1, 2], [3]])),
+    "fewer than no pixel": json.dumps(line("evaluation", confusion=[[-1]])),
+    "a task without a metric": json.dumps(line("start", task={"name": "classification"})),
+    "a task whose best is below its worst": json.dumps(
+        line("start", task=LINES["start"]["task"] | {"lowest": 2.0})
+    ),
+    "a task that speaks to the terminal": json.dumps(
+        line("start", task=LINES["start"]["task"] | {"unit": "\x1b[2J"})
+    ),
+    "a client beyond the range": json.dumps(
+        line("client_evaluation", clients=[{"client": 0, "examples": 4, "value": 7, "loss": 1}])
+    ),
+    "a mean beyond the range": json.dumps(line("client_evaluation", mean=-0.1)),
     "refused holds a number": json.dumps(line("round", refused=[1])),
     "a reason is a list": json.dumps(line("round", failed=[{"client": 1, "reason": []}])),
     "config is text": json.dumps(line("start", config="x")),
@@ -162,6 +204,9 @@ BAD = {
     "a status of its own": json.dumps(line("end", status="done")),
     "more correct than there are": json.dumps(
         line("client_evaluation", clients=[{"client": 0, "examples": 0, "correct": 0, "loss": 1}])
+    ),
+    "more correct than there were, older": json.dumps(
+        line("client_evaluation", clients=[{"client": 0, "examples": 4, "correct": 5, "loss": 1}])
     ),
 }
 
@@ -175,9 +220,68 @@ def test_a_bad_line_is_passed_over_counted_and_said(tmp_path: Path, name: str) -
     assert history.skipped == 1
     (cell,) = folder.cells()
     assert [r.round for r in cell.rounds] == [1]
-    assert cell.accuracies("test") == {1: 0.5}
+    assert cell.values("test") == {1: 0.5}
     page = build_report(folder).read_text(encoding="utf-8")
     assert "unreadable lines" in page
+
+
+def test_lines_from_before_there_were_tasks_are_read(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", GRID)
+    begun = {key: value for key, value in line("start").items() if key != "task"}
+    clients = [{"client": 0, "examples": 8, "correct": 6, "loss": 0.5}]
+    lines = [begun, old_evaluation(0.5), line("client_evaluation", clients=clients), line("end")]
+    folder.metrics_path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (cell,) = folder.cells()
+    assert cell.metric == ACCURACY
+    assert cell.values("test") == {1: 0.5}
+    assert cell.evaluations[0].metrics == {"accuracy": 0.5}
+    assert cell.client_evaluation is not None
+    assert cell.client_evaluation.clients == (ClientResult(0, 8, 0.75, 0.5),)
+    history = History(folder.metrics_path)
+    history.poll()
+    assert history.skipped == 0
+    assert history[cell.id].evaluations == {1: (0.5, 1.0)}
+
+
+def test_the_deciding_metric_is_that_of_the_cells_task(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", GRID)
+    task = {
+        "name": "regression",
+        "metric": "rmse",
+        "higher_is_better": False,
+        "lowest": 0.0,
+        "highest": None,
+        "unit": "m",
+    }
+    metrics = {"rmse": 7.5, "mae": 6.0, "r2": -3.0}
+    clients = [{"client": 0, "examples": 8, "value": 9.0, "loss": 0.5}]
+    own = {"mean": 9.0, "worst_tenth": 9.0, "clients": clients}
+    lines = [
+        line("start", task=task),
+        line("evaluation", metrics=metrics),
+        line("client_evaluation", **own),
+    ]
+    text = "\n".join(map(json.dumps, lines)) + "\n"
+    folder.metrics_path.write_text(text)
+    (cell,) = folder.cells()
+    assert cell.metric == Metric("rmse", False, 0.0, math.inf, "m")
+    assert cell.values("test") == {1: 7.5}
+    assert cell.evaluations[0].metrics == metrics
+    assert cell.client_evaluation is not None
+    assert cell.client_evaluation.mean == 9.0
+    history = History(folder.metrics_path)
+    progress = Progress()
+    history.poll()
+    for read in folder.tail().poll():
+        progress.take(read)
+    assert history[cell.id].metric == progress.metric == cell.metric
+    assert (history[cell.id].evaluations, progress.value) == ({1: (7.5, 1.0)}, 7.5)
+    # What this metric cannot be is passed over, and what another could not is nobody's concern.
+    impossible = {"metrics": metrics | {"rmse": -1.0}}
+    folder.metrics_path.write_text(text + json.dumps(line("evaluation", **impossible)) + "\n")
+    tail = folder.tail()
+    assert [read["kind"] for read in tail.poll()] == ["start", "evaluation", "client_evaluation"]
+    assert tail.skipped == 1
 
 
 def test_a_loss_of_nobody_known_beside_one_of_a_client(tmp_path: Path) -> None:
