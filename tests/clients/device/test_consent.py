@@ -13,6 +13,7 @@ from clients.device.consent import Consent, node_consent
 from clients.device.settings import read_device
 from clients.local_state import STATE_FOLDER
 from clients.privacy_account import account_in
+from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import data_summary, federated_data
 from fedkn.federation import join_request
