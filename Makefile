@@ -59,11 +59,13 @@ test: install
 	@$(ENV) $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal \
 		--basetemp "$(HERE)/tmp"
 
-# Which versions were run, and when, is in docs/performance.md.
+# Which versions were run, and when, is in docs/performance.md. What another PyTorch asks for in other
+# versions is left to it.
+OF_TORCH := torch|torchvision|sympy|mpmath|networkx|setuptools|fsspec|filelock
 test-torch:
 	@test -n "$(TORCH)" || { echo "name a version, as in: make test-torch TORCH=2.6.0" >&2; exit 1; }
 	@mkdir -p $(VENV)
-	@{ grep -vE '^(torch|torchvision)==' constraints.txt; echo "torch==$(TORCH)"; } \
+	@{ grep -vE '^($(OF_TORCH))==' constraints.txt; echo "torch==$(TORCH)"; } \
 		> $(VENV)/torch-$(TORCH).txt
 	@$(MAKE) test VENV=$(VENV)/torch-$(TORCH) CONSTRAINTS=$(VENV)/torch-$(TORCH).txt
 

@@ -9,11 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import fedkn
-from server.checkpoints import weights_sha256
+from fedkn.experiment import federated_data, inputs_of
+from fedkn.layers import KNConv2d
+from server.checkpoints import _read, weights_sha256
+from simulations.runs.folder import RunFolder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 def ran(name: str, folder: Path) -> tuple[str, fedkn.Result]:
@@ -45,8 +55,6 @@ def test_own_observer(tmp_path: Path) -> None:
     assert [(name, int(round_)) for name, round_, _ in rows] == [(cell, n) for n in (1, 2, 3)]
     assert all(row[2] in printed for row in rows)
     # The last movement, from the checkpoints that are kept: those of the last two rounds.
-    from server.checkpoints import _read
-
     before, after = (
         _read(path)[0] for path in sorted((result.folder / "cells" / cell).glob("checkpoint-*"))
     )
@@ -55,3 +63,56 @@ def test_own_observer(tmp_path: Path) -> None:
     network = result.model(cell)
     state = {name: value.numpy() for name, value in network.state_dict().items()}
     assert weights_sha256(state) == weights_sha256(after.tensors)
+
+
+def test_own_model(tmp_path: Path) -> None:
+    _, result = ran("own_model.py", tmp_path)
+    kernel, group = (result.model(f"{name}-b2-dirichlet0.3-s0") for name in ("kernel", "group"))
+    assert type(kernel).__name__ == type(group).__name__ == "Net"
+    for network, kind in ((kernel, KNConv2d), (group, nn.GroupNorm)):
+        layers = list(network.modules())
+        assert sum(isinstance(layer, kind) for layer in layers) == 2
+        assert not any(isinstance(layer, nn.BatchNorm2d) for layer in layers)
+    # Its option was passed on: 4 channels, not 8.
+    assert group.features[0].out_channels == 4
+    parameters = result.cells.set_index("normalizer").parameters
+    for name, network in (("kernel", kernel), ("group", group)):
+        assert parameters[name] == sum(p.numel() for p in network.parameters())
+
+
+def test_own_data(tmp_path: Path) -> None:
+    _, result = ran("own_data.py", tmp_path)
+    import own_data
+
+    whole = own_data.signals()
+    assert whole["inputs"].dtype == np.float32
+    (cell,) = RunFolder.open(result.folder).cells()
+    data = federated_data(cell.config)
+    assert data.train.inputs.dtype == torch.float32
+    assert tuple(data.train.inputs.shape[1:]) == (2, 64)
+    # Each client has examples of one device, and no two have the same.
+    rows = {row.tobytes(): who for row, who in zip(whole["inputs"], whole["clients"], strict=True)}
+    held = []
+    for part in data.parts:
+        owners = {rows[data.train.inputs[i].numpy().tobytes()] for i in part}
+        assert len(owners) == 1
+        held += owners
+    assert sorted(held) == sorted({*whole["clients"]})
+    # Better than saying the same of all.
+    assert result.cells["value"].item() > 0.5
+
+
+def test_own_task(tmp_path: Path) -> None:
+    _, result = ran("own_task.py", tmp_path)
+    cells = {cell.id: cell for cell in RunFolder.open(result.folder).cells()}
+    for row in result.cells[result.cells.purpose == "result"].itertuples():
+        config = cells[row.cell].config.overlay(device="cpu")
+        test = federated_data(config).test
+        with torch.inference_mode():
+            outputs = result.model(row.cell)(inputs_of(config, torch.device("cpu"))(test.inputs))
+        off = np.abs(outputs.numpy().astype(np.float64)[:, 0] - test.targets.numpy())
+        assert row.metric == "within"
+        assert row.value == np.mean(off < 1.0)
+    rates = result.learning_rates
+    for _, tried in rates.groupby("normalizer"):
+        assert tried.value[tried.chosen].item() == tried.value.max()

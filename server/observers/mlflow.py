@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from mlflow.entities import Metric, Param
@@ -61,7 +61,7 @@ class MLflow(Tracker):
     def record(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log metrics."""
         assert self._client is not None
-        now = int(1000 * time.time())
+        now = int(1000 * datetime.now().timestamp())
         metrics = [Metric(name, value, now, step) for name, value in numbers.items()]
         self._client.log_batch(self._id, metrics=metrics)
 

@@ -100,7 +100,7 @@ def compare(
         settings: keys of docs/configuration.md, dotted or nested: ``{"train.momentum": 0.9}``.
         command: what the run folder records as what repeats the run; by default this call.
         short: as for `run`; normalizer, batch_size, partition and learning_rate may be lists, and
-            seeds and workers are those of the comparison; axes is a table of further settings and
+            seeds and workers are those of the comparison; axis is a table of further settings and
             the values that each is to take: ``{"strategy.name": ["fedavg", "scaffold"]}``.
 
     Raises:

@@ -143,15 +143,16 @@ def test_tables_are_exported_and_read_back(
     names = ["cells", "rounds", "tests", "learning_rates"]
     files = [tmp_path / f"{name}.{to}" for name in names]
     assert capfd.readouterr().out.split() == [str(file) for file in files]
-    exact = {"csv": {"float_precision": "round_trip"}, "json": {"precise_float": True}}
-    read = partial(getattr(pd, f"read_{to}"), **exact.get(to, {}))
+    read = getattr(pd, f"read_{to}")
+    if to == "json":
+        read = partial(read, precise_float=True)
     for name, file in zip(names, files, strict=True):
         expected, found = getattr(result, name), read(file)
         assert list(found.columns) == list(expected.columns)
         assert len(found) == len(expected)
         for column in expected:
             for one, other in zip(expected[column], found[column], strict=True):
-                assert one == other or (pd.isna(one) and pd.isna(other))
+                assert (pd.isna(one) and pd.isna(other)) or one == other
 
 
 def test_an_export_that_cannot_be_is_one_line(
