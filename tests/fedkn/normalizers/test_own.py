@@ -57,6 +57,7 @@ def test_in_a_comparison_each_takes_the_options_that_it_has_and_names_are_those_
             "compare.normalizers": f"{OWN},kernel",
             "normalizer.options.parts": 4,
             "compare.learning_rates": "0.1",
+            "compare.batch_sizes": 2,
             "model.width": 8,
         }
     )
