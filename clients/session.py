@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Context, RecordDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from clients.device.data import (
     OwnData,
@@ -183,7 +183,7 @@ def _session(
     check_precision(config.train.precision, device)
     wanted = (told or summary_here(asked)) if own else None
     held_by = _own_images(asked, wanted, *own) if own else _partitions(asked, told)
-    model = build_model(asked, held_by.summary).to(device)
+    model = _model(asked, normalizer, held_by.summary).to(device)
     rule = federation_rule(config, normalizer, model)
     workspace, inputs = Workspace(model), inputs_of(asked, device, held_by.summary)
     examples, targets = held_by.images.to(device), held_by.labels.to(device)
@@ -230,6 +230,24 @@ def _session(
         own_data=held_by.fingerprint,
         num_classes=len(held_by.classes),
     )
+
+
+def _model(
+    config: ExperimentConfig, normalizer: Normalizer, summary: DataSummary | None
+) -> nn.Module:
+    """Return the model with its initial tensors, as far as they are not received in every round.
+
+    The file of ``model.weights`` need be here only where tensors of it stay as they are, or stay
+    with the client.
+    """
+    model = build_model(config.resolve(config.flat(), dict.fromkeys(_FILE, "")), summary)
+    stays = {TensorRole.FIXED, TensorRole.LOCAL}
+    if config.model.weights and stays & set(federation_rule(config, normalizer, model).values()):
+        return build_model(config, summary)
+    return model
+
+
+_FILE = ("model.weights", "model.weights_sha256", "model.weights_except")
 
 
 def _lowered(asked: TrainConfig, train: TrainConfig, largest: int) -> list[str]:

@@ -44,8 +44,8 @@ def with_options(
         UserError: a layer or its options are no tables.
     """
     result = dict(before)
-    dotted = {key for key in layer if "." in key}
     given = flattened(layer)
+    dotted = {key for key in layer if "." in key}
     for key in keys:
         some = {name: given.pop(name) for name in [*given] if name.startswith(f"{key}.")}
         if not some:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 import fedkn
 from fedkn.config import ExperimentConfig
 from fedkn.normalizers import table
+from simulations.comparison.grid import CompareConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +44,25 @@ def test_configuration_page_lists_every_key() -> None:
     head = text[: text.index(marker) + len(marker)]
     lines = ["", "| key | default | |", "| --- | --- | --- |", *_rows(ExperimentConfig)]
     expected = head + "\n".join(lines) + "\n"
+    _hold_equal(path, text, expected)
+
+
+def test_compare_page_lists_every_key_of_compare() -> None:
+    path = ROOT / "docs" / "compare.md"
+    text = path.read_text(encoding="utf-8")
+    start, end = "<!-- compare: make docs writes it -->\n", "<!-- end of compare -->\n"
+    head, rest = text.split(start)
+    rows = []
+    for name, field in CompareConfig.model_fields.items():
+        default = field.default
+        if isinstance(default, tuple):
+            shown = json.dumps(list(default))
+        else:
+            shown = '""' if default == "" else str(default)
+        rows.append(f"| `compare.{name}` | `{shown}` | {field.description} |")
+    lines = ["| key | default | |", "| --- | --- | --- |", *rows]
+    table_ = "\n".join(lines)
+    expected = f"{head}{start}\n{table_}\n\n{end}{rest.split(end)[1]}"
     _hold_equal(path, text, expected)
 
 

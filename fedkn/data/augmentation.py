@@ -132,13 +132,15 @@ def scale(
     """
     check_scaling(scaling, inputs.dtype)
     if scaling == "none":
-        return inputs if inputs.dtype in _MAYBE_INDICES else inputs.to(torch.float32)
+        # A copy, because a network may change what it is given in place.
+        dtype = inputs.dtype if inputs.dtype in _MAYBE_INDICES else torch.float32
+        return inputs.to(dtype, copy=True)
     if scaling == "standardized" and (mean is None or std is None):
         raise UserError("scaling 'standardized' needs the training inputs' mean and std")
     if inputs.dtype != torch.uint8:
         assert mean is not None
         assert std is not None
-        wide = inputs.to(torch.float64)
+        wide = inputs.to(torch.float64, copy=True)
         return wide.sub_(_along(mean, wide)).div_(_along(std, wide)).to(torch.float32)
     unit = inputs.to(torch.float32).div_(255)
     if scaling == "unit":

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -35,27 +35,32 @@ _HEADER = 128
 _DIGEST = 16
 _TAIL = 8 + _DIGEST
 _BLOCK = 1 << 20
+# Little-endian, as torch takes them on every machine that it runs on.
+_TYPES = {"uint8": "|u1", "int32": "<i4", "float32": "<f4"}
 _LOG = logging.getLogger("fedkn")
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Images on their way into a cache file: uint8, in chunks along N.
+    """Images on their way into a cache file, in chunks along N.
 
     Attributes
     ----------
     shape
         (N, C, H, W); N is the most that there can be.
     chunks
-        uint8 arrays (n, C, H, W) whose n sum to N at most.
+        Arrays (n, C, H, W) of `dtype` whose n sum to N at most.
     left_out
         Why images were left out, by their index among all that were asked for; complete once the
         chunks are through.
+    dtype
+        One of uint8, int32 and float32.
     """
 
     shape: tuple[int, int, int, int]
     chunks: Iterable[np.ndarray]
     left_out: dict[int, str] = field(default_factory=dict)
+    dtype: str = "uint8"
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Mapped:
     Attributes
     ----------
     images
-        uint8 (N, C, H, W), memory-mapped copy-on-write: writing to it changes no file.
+        (N, C, H, W), memory-mapped copy-on-write: writing to it changes no file.
     left_out
         As in `Decoded`.
     """
@@ -130,7 +135,7 @@ def _folders(root: Path) -> tuple[Path, Path]:
 def _mapped(path: Path, warn: Callable[..., None]) -> Mapped | None:
     try:
         with path.open("rb") as file:
-            shape, left_out = _checked(file)
+            shape, dtype, left_out = _checked(file)
     except OSError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -139,12 +144,12 @@ def _mapped(path: Path, warn: Callable[..., None]) -> Mapped | None:
             *(printable(path), printable(error)),
         )
         return None
-    pixels = np.memmap(path, dtype=np.uint8, mode="c", offset=_HEADER, shape=shape)
+    pixels = np.memmap(path, dtype=dtype, mode="c", offset=_HEADER, shape=shape)
     return Mapped(torch.from_numpy(pixels), left_out)
 
 
-def _checked(file: BinaryIO) -> tuple[tuple[int, ...], dict[int, str]]:
-    """Return shape and what was left out. Raises ValueError if any bit is not as written."""
+def _checked(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], dict[int, str]]:
+    """Return shape, type and what was left out. Raises ValueError if any bit is not as written."""
     size = file.seek(0, os.SEEK_END)
     if size < _TAIL:
         raise ValueError("it is cut short")
@@ -160,18 +165,20 @@ def _checked(file: BinaryIO) -> tuple[tuple[int, ...], dict[int, str]]:
         raise ValueError("its end is not as written")
     note = json.loads(text)
     shape = tuple(int(side) for side in note["shape"])
+    # What earlier versions wrote was of 8 bits.
+    dtype = np.dtype(_TYPES[note.get("dtype", "uint8")])
     left_out = {int(index): str(reason) for index, reason in note["left_out"]}
     file.seek(0)
-    if file.read(_HEADER) != _header(shape):
+    if file.read(_HEADER) != _header(shape, dtype):
         raise ValueError("its header is not as written")
-    if math.prod(shape) != pixels or _digest_of(file, pixels) != note["digest"]:
+    if math.prod(shape) * dtype.itemsize != pixels or _digest_of(file, pixels) != note["digest"]:
         raise ValueError("its pixels are not as written")
-    return shape, left_out
+    return shape, dtype, left_out
 
 
-def _header(shape: tuple[int, ...]) -> bytes:
+def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     """Return the header of an .npy file, format version 1.0, padded to 128 bytes."""
-    described = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    described = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {shape}, }}".encode()
     length = _HEADER - 10
     return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + described.ljust(length - 1) + b"\n"
 
@@ -225,7 +232,7 @@ def _decode_into(folder: Path, name: str, variant: str, decode: Callable[[], Dec
 
 
 def _write(path: Path, decoded: Decoded) -> None:
-    size = math.prod(decoded.shape)
+    size = math.prod(decoded.shape) * np.dtype(_TYPES[decoded.dtype]).itemsize
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise UserError(
@@ -244,23 +251,25 @@ def _write(path: Path, decoded: Decoded) -> None:
 
 def _write_images(file: BinaryIO, decoded: Decoded) -> None:
     digest = hashlib.blake2b(digest_size=_DIGEST)
-    images = 0
+    images, dtype = 0, np.dtype(_TYPES[decoded.dtype])
     file.write(bytes(_HEADER))
     for chunk in decoded.chunks:
-        content = np.ascontiguousarray(chunk).tobytes()
+        content = np.ascontiguousarray(chunk, dtype=dtype).tobytes()
         images += len(chunk)
         digest.update(content)
         file.write(content)
     shape = (images, *decoded.shape[1:])
-    note = {
+    note: dict[str, Any] = {
         "shape": shape,
         "digest": digest.hexdigest(),
         "left_out": sorted(decoded.left_out.items()),
     }
+    if decoded.dtype != "uint8":
+        note["dtype"] = decoded.dtype
     text = json.dumps(note).encode()
     file.write(text + len(text).to_bytes(8, "little") + _digest(text))
     # Last, because only now is known how many images there are.
     file.seek(0)
-    file.write(_header(shape))
+    file.write(_header(shape, dtype))
     file.flush()
     os.fsync(file.fileno())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedkn.data.assembly import Part, assembled
 from fedkn.data.examples import Examples, Source
+from fedkn.data.huggingface import is_huggingface, parts_of
 from fedkn.data.items import is_dataset, read_items
 from fedkn.data.values import as_inputs
 from fedkn.errors import FedknError, UserError
@@ -51,6 +52,7 @@ def load_own_source(
     - a mapping with ``train``, and perhaps ``test`` and ``classes``; or (train, test): each a
       mapping, a tuple or a data set as below;
     - (inputs, targets) or (inputs, targets, clients);
+    - a `Dataset` or `DatasetDict` of Hugging Face (`fedkn.data.huggingface`);
     - a torch `Dataset` of (input, target) or (input, target, client), which is read through once,
       or `Examples`.
 
@@ -132,6 +134,8 @@ def _source(name: str, where: str, returned: Any) -> Source:
 
 def _parts(where: str, returned: Any) -> tuple[list[Part], Any]:
     """Return the parts and the names of the classes, if those are given."""
+    if is_huggingface(returned):
+        return parts_of(where, returned)
     if isinstance(returned, Mapping):
         return _of_mapping(where, returned)
     if isinstance(returned, tuple | list) and not _are_arrays(returned):
@@ -180,6 +184,9 @@ def _part(where: str, given: Any, part: str) -> tuple[Part, Any]:
     """Return one part and the names of the classes that its data set has, if it has any."""
     inputs, targets, clients = (f"{part} {key}".strip() for key in _KEYS)
     called = (inputs, targets, clients)
+    if is_huggingface(given) and not isinstance(given, dict):
+        (found,), classes = parts_of(where, given)
+        return found, classes
     if isinstance(given, Mapping):
         if {*given} - {*_KEYS} or not {"inputs", "targets"} <= {*given}:
             raise UserError(

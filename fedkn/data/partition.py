@@ -91,12 +91,13 @@ def partition(
         raise unknown_name("partition scheme", scheme, _SCHEMES)
     labels = np.asarray(labels)
     settings = _Settings(clients, alpha, shards_per_client, labels_per_client, sigma, minimum)
-    _check_room(len(labels), settings)
     if scheme in _BY_CLASS and not classed:
         raise UserError(
             f"partition.scheme '{scheme}' goes by classes, and these examples have none: use iid "
             "or quantity, or natural where the data say whose they are"
         )
+    if scheme not in _BY_ORIGIN:
+        _check_room(len(labels), settings)
     rng = numpy_generator(seed, "partition", scheme)
     kinds = _origins(scheme, origins) if scheme in _BY_ORIGIN else labels
     parts = _SCHEMES[scheme](kinds, settings, rng)

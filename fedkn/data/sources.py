@@ -16,6 +16,7 @@ from fedkn.data.digits import load_digits
 from fedkn.data.digits_domains import load_digits_domains
 from fedkn.data.examples import Source
 from fedkn.data.folder import load_client_folders, load_image_folder
+from fedkn.data.huggingface import load_huggingface
 from fedkn.data.own import load_own_source
 from fedkn.data.torchvision_sources import TORCHVISION_SOURCES, load_torchvision
 from fedkn.errors import UserError
@@ -74,7 +75,7 @@ def load(
     found = find("source", name, _LOADERS)
     shown, own = printable(name, 120), name not in _LOADERS
     if image_size and name not in _RESIZED:
-        raise UserError(f"data.image_size is for folders of images, not for '{shown}': leave 0")
+        raise UserError(f"data.image_size is for images in files, not for '{shown}': leave 0")
     if options and not own and name not in _TOLD:
         raise UserError(f"source '{shown}' takes no options: leave data.options out")
     where = Path(root) if root else None
@@ -145,6 +146,14 @@ def _image_folder(asked: _Asked, load: Callable[..., Source]) -> Source:
     )
 
 
+def _huggingface(asked: _Asked) -> Source:
+    return asked.of(
+        load_huggingface(
+            asked.root, asked.options, asked.image_size, skip_damaged=asked.skip_damaged
+        )
+    )
+
+
 def _arrays(asked: _Asked) -> Source:
     return asked.of(load_arrays(asked.root))
 
@@ -156,6 +165,7 @@ _LOADERS: Mapping[str, Callable[[_Asked], Source]] = {
     "image_folder": partial(_image_folder, load=load_image_folder),
     "client_folders": partial(_image_folder, load=load_client_folders),
     "arrays": _arrays,
+    "huggingface": _huggingface,
 }
-_RESIZED = ("image_folder", "client_folders")
+_RESIZED = ("image_folder", "client_folders", "huggingface")
 _TOLD = ("huggingface",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkn.errors import UserError
-from fedkn.layers import KernelNorm2d, KNConv2d, WSConv2d
+from fedkn.layers import KernelNorm2d, KNConv1d, KNConv2d, LocalContextNorm2d, WSConv2d
 from fedkn.layers.kernel.padding import PADDING_MODES
 from fedkn.models.copying import copied, lazy_layer
 from fedkn.models.hooks import copy_tensor_hooks, move_hooks, tied_down
@@ -24,6 +25,7 @@ from fedkn.models.wiring import (
     read_wiring,
 )
 from fedkn.normalizers import Normalizer
+from fedkn.text import printable
 
 __all__ = ["Change", "Conversion", "Kept", "convert", "swap"]
 
@@ -84,6 +86,23 @@ class ChannelsLast(nn.Module):
         return out.permute(0, 2, 3, 1)
 
 
+class AsMaps(nn.Module):
+    """A norm for maps (N, C, H, W), applied to (N, C), (N, C, L) or (N, C, D, H, W).
+
+    Axes that there are not are of length one, those that there are too many are laid in one.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `x`."""
+        maps = x.flatten(3) if x.dim() > 4 else x[(..., *[None] * (4 - x.dim()))]
+        out: Tensor = self.norm(maps)
+        return out.view_as(x) if out.is_contiguous() else out.reshape(x.shape)
+
+
 class Copy(nn.Module):
     """The identity, as a copy: for a place where the model then writes into what it is given."""
 
@@ -96,11 +115,13 @@ def convert(module: nn.Module, normalizer: Normalizer) -> tuple[nn.Module, Conve
     """Return a copy of `module` in which `normalizer` does the normalizing, and what was changed.
 
     Each BatchNorm, GroupNorm, InstanceNorm or LayerNorm over image maps becomes the normalizer's
-    own; scales and biases are taken over where the new norm has them. Convolutions beside a norm
-    become the normalizer's, with the weights they had. For KernelNorm these are KNConvs, and a norm
-    with a convolution right before it or (through an activation) right after it disappears into
-    it; one that stands alone becomes a KernelNorm 1x1. A convolution gains a bias of zero where
-    it lost the norm that had one. A pretrained network needs training again after conversion.
+    own, as do BatchNorms, GroupNorms and InstanceNorms over series, volumes and features where it
+    can take these; scales and biases are taken over where the new norm has them. Convolutions
+    beside a norm become the normalizer's, with the weights they had. For KernelNorm these are
+    KNConvs, of images and of series, and a norm with a convolution right before it or (through an
+    activation) right after it disappears into it; one that stands alone becomes a KernelNorm 1x1.
+    Convolutions of volumes stay. A convolution gains a bias of zero where it lost the norm that had
+    one. A pretrained network needs training again after conversion.
 
     A new layer has the device, the dtype, the mode (training or evaluation) and the hooks of the
     old one, and is frozen (``requires_grad``) where that was. A layer that somebody tied something
@@ -153,6 +174,8 @@ class _Converter:
                 self._keep(site.name, reasons[site.name])
             else:
                 self._norm(site)
+        for name in wiring.volumes:
+            self._volume(name)
         for name in wiring.strangers:
             self._keep(name, "its class is not known: if it normalizes, replace it by hand")
         self.kept += [
@@ -171,18 +194,29 @@ class _Converter:
             return "the model's own code reads its tensors itself"
         return tied_down(self.modules[site.name])
 
+    def _volume(self, name: str) -> None:
+        """Say of a convolution of volumes that it stays, where the normalizer has its own."""
+        conv = self.modules[name]
+        assert isinstance(conv, nn.Conv3d)
+        made = self.normalizer.conv(4, 4, 3, then_norm=True)
+        if type(made) is not nn.Conv2d:
+            self._keep(name, f"{type(made).__name__} has no form for volumes")
+
     def _convolution(self, name: str, beside_norm: bool) -> None:
         conv = self.modules[name]
-        if isinstance(conv, KNConv2d):
+        if isinstance(conv, KNConv1d | KNConv2d):
             self._keep(name, "it is kernel-normalized already: build the model anew")
             return
-        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(conv, nn.Conv1d | nn.Conv2d)
         try:
             new = self._made(conv.weight, lambda: self._like(conv))
         except UserError:
             if beside_norm:
                 raise
             self._keep(name, "no norm stands beside it")
+            return
+        if isinstance(conv, nn.Conv1d) and not isinstance(new, nn.Conv1d | KNConv1d):
+            self._keep(name, f"{type(new).__name__} has no form for series")
             return
         core = new if isinstance(new, Conv) else new.get_submodule("conv")
         assert isinstance(core, Conv)
@@ -204,11 +238,13 @@ class _Converter:
         elif core.bias is not None:
             core.bias = _zeros(conv)
         core.weight = conv.weight
-        if isinstance(core, KNConv2d):
+        if isinstance(core, KNConv1d | KNConv2d):
             core.padding_mode = conv.padding_mode
         self._replace(name, new)
 
-    def _like(self, conv: nn.Conv2d) -> nn.Module:
+    def _like(self, conv: nn.Conv1d | nn.Conv2d) -> nn.Module:
+        if isinstance(conv, nn.Conv1d):
+            return self._like_series(conv)
         # Four sides, which is the only form that also says what padding="same" comes to.
         left, right, top, bottom = conv._reversed_padding_repeated_twice
         return self.normalizer.conv(
@@ -222,6 +258,27 @@ class _Converter:
             groups=conv.groups,
         )
 
+    def _like_series(self, conv: nn.Conv1d) -> nn.Module:
+        """Return the normalizer's convolution of series; that of images where it has none."""
+        channels = (conv.in_channels, conv.out_channels)
+        made = self.normalizer.conv(*channels, 3, then_norm=True, groups=conv.groups)
+        left, right = conv._reversed_padding_repeated_twice
+        if isinstance(made, KNConv2d):
+            return KNConv1d(
+                *channels,
+                conv.kernel_size,
+                conv.stride,
+                (left, right),
+                conv.dilation,
+                conv.groups,
+                dropout_p=made.dropout_p,
+                eval_mode=made.eval_mode,
+            )
+        if type(made) is not nn.Conv2d:
+            return made
+        bias = made.bias is not None
+        return nn.Conv1d(*channels, conv.kernel_size, groups=conv.groups, bias=bias)
+
     def _norm(self, site: NormSite) -> None:
         norm = self.modules[site.name]
         neighbours = [self.modules[name] for name in (site.before, *site.after) if name]
@@ -233,6 +290,9 @@ class _Converter:
         ]
         like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
         new = self._made(like, lambda: self.normalizer.norm(site.channels))
+        if site.layout in _AXES and (problem := _fails(new, site)) and not self._absorbed(site):
+            self._keep(site.name, problem)
+            return
         if self._absorbed(site) or isinstance(new, nn.Identity):
             self._replace(site.name, self._nothing(site))
             return
@@ -258,7 +318,8 @@ class _Converter:
                 else:
                     missing.append(name)
         note = f"{' and '.join(missing)} of another shape left behind" if missing else ""
-        self._replace(site.name, ChannelsLast(new) if site.layout == "channels_last" else new, note)
+        placed = {"channels_last": ChannelsLast, **dict.fromkeys(_AXES, AsMaps)}.get(site.layout)
+        self._replace(site.name, new if placed is None else placed(new), note)
 
     def _made(self, like: Tensor, make: Callable[[], nn.Module]) -> nn.Module:
         """Return what `make` makes, on the device and in the dtype of `like`."""
@@ -269,7 +330,7 @@ class _Converter:
         """Whether convolutions that normalize by themselves take this norm's place."""
 
         def normalizes(name: str) -> bool:
-            return isinstance(self.replacements.get(self.modules[name]), KNConv2d)
+            return isinstance(self.replacements.get(self.modules[name]), KNConv1d | KNConv2d)
 
         if site.before is not None and normalizes(site.before):
             return True
@@ -298,17 +359,43 @@ class _Converter:
         self.kept.append(Kept(name, type(self.modules[name]).__name__, reason))
 
 
-def _problem(conv: nn.Conv2d, core: Conv, beside_norm: bool) -> str:
+def _problem(conv: nn.Conv1d | nn.Conv2d, core: Conv, beside_norm: bool) -> str:
     """Return why a convolution must stay, empty if it need not."""
-    modes = PADDING_MODES if isinstance(core, KNConv2d) else ("zeros",)
+    modes = PADDING_MODES if isinstance(core, KNConv1d | KNConv2d) else ("zeros",)
     reasons = {
         "no norm stands beside it": not beside_norm,
         f"padding_mode='{conv.padding_mode}'": conv.padding_mode not in modes,
         f"its {COMPUTED_WEIGHT}": computes_its_weight(conv),
         tied_down(conv): bool(tied_down(conv)),
-        "its class has a forward of its own": type(conv) not in (nn.Conv2d, WSConv2d),
+        "its class has a forward of its own": type(conv) not in _OF_TORCH,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+_OF_TORCH = (nn.Conv1d, nn.Conv2d, WSConv2d)
+_AXES: dict[str, tuple[int, ...]] = {"features": (), "series": (4,), "volumes": (2, 2, 3)}
+"""What is not image maps, and the axes beside examples and channels of an example to try it on."""
+
+
+def _fails(norm: nn.Module, site: NormSite) -> str:
+    """Return why the normalizer's norm cannot take this norm's place, empty if it can: try it."""
+    if any(t.is_meta for t in (*norm.parameters(), *norm.buffers())):
+        return ""
+    if site.layout == "volumes" and isinstance(norm, LocalContextNorm2d):
+        return "its neighbourhoods are of image maps, and this one takes volumes"
+    twin = AsMaps(copied(norm)).train()
+    like = next(twin.parameters(), torch.empty(0))
+    shape = (2, site.channels, *_AXES[site.layout])
+    x = torch.arange(math.prod(shape), dtype=like.dtype, device=like.device).sin().view(shape)
+    try:
+        with torch.no_grad():
+            out = twin(x)
+    except Exception as error:
+        return f"in its place the normalizer's fails ({printable(error, 160)})"
+    # A scale of one and a bias of zero: what gives nothing back has erased what it was given.
+    if torch.equal(out, torch.zeros_like(out)):
+        return "in its place the normalizer's would give zeros: it takes statistics over pixels"
+    return ""
 
 
 def _same_kind(norm: nn.Module, new: nn.Module) -> bool:

@@ -82,9 +82,9 @@ def fold_batch_norm(
 def _problem(site: NormSite, norm: _BatchNorm, conv: nn.Module | None, wiring: Wiring) -> str:
     """Return why a batch norm cannot be folded; empty if nothing that is known speaks against."""
     if site.before is None or conv is None:
-        return UNUSABLE.get(site.layout) or site.alone
+        return _unusable(site) or site.alone
     reasons = {
-        UNUSABLE.get(site.layout, ""): site.layout in UNUSABLE,
+        _unusable(site): bool(_unusable(site)),
         f"the convolution's {COMPUTED_WEIGHT}": computes_its_weight(conv),
         tied_down(norm): bool(tied_down(norm)),
         f"of the convolution '{site.before}': {tied_down(conv)}": bool(tied_down(conv)),
@@ -134,6 +134,12 @@ def _folded(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> nn.Module:
         _fold(conv, norm)
         replacements[norm] = nn.Identity().eval()
     return swap(twin, replacements)
+
+
+def _unusable(site: NormSite) -> str:
+    if site.layout in ("series", "volumes", "features"):
+        return UNUSABLE["other"]
+    return UNUSABLE.get(site.layout, "")
 
 
 def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> None:

@@ -14,7 +14,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 __all__ = ["UNUSABLE", "Layout", "Norm", "channels_of", "layout_of"]
 
 Norm = _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.LayerNorm
-Layout = Literal["maps", "channels_last", "other", "own", "unclear", "pixels"]
+Layout = Literal[
+    "maps", "channels_last", "series", "volumes", "features", "other", "own", "unclear", "pixels"
+]
 
 UNUSABLE: dict[Layout, str] = {
     "other": "it does not normalize image maps",
@@ -38,21 +40,23 @@ def channels_of(norm: nn.Module, layout: Layout) -> int:
     raise TypeError(f"{type(norm).__name__} is not a norm with a number of channels")
 
 
-def layout_of(norm: nn.Module, source: fx.Node | None, beside: set[int]) -> Layout:
+def layout_of(
+    norm: nn.Module, source: fx.Node | None, beside: set[int], dims: int | None = None
+) -> Layout:
     """Return what `norm` takes.
 
-    Image maps (N, C, H, W), channels_last (N, H, W, C), other; own: its class does more than
-    normalize. LayerNorms over whole maps are "maps" where the first of their axes is as long as a
-    convolution `beside` them has channels, else "unclear"; over pixels alone they are "pixels".
+    Image maps (N, C, H, W), channels_last (N, H, W, C), series (N, C, L), volumes (N, C, D, H, W),
+    features (N, C), other; own: its class does more than normalize. LayerNorms over whole maps are
+    "maps" where the first of their axes is as long as a convolution `beside` them has channels,
+    else "unclear"; over pixels alone they are "pixels".
 
     Args:
         source: where its input comes from in the data flow, None if that is not known.
         beside: the numbers of channels of convolutions right before and after it.
+        dims: how many axes beside examples and channels the layers near it have, None: not known.
     """
-    if isinstance(norm, _NOT_MAPS):
-        return "other"
     if not isinstance(norm, nn.LayerNorm):
-        return "maps" if _only_normalizes(norm) else "own"
+        return _of_channels(norm, dims)
     axes = len(norm.normalized_shape)
     if type(norm).forward is not nn.LayerNorm.forward:
         return "maps" if axes == 1 and _normalizes_maps(norm) else "other"
@@ -63,7 +67,23 @@ def layout_of(norm: nn.Module, source: fx.Node | None, beside: set[int]) -> Layo
     return "pixels" if axes == 2 and beside else "other"
 
 
-_NOT_MAPS = (nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm3d)
+def _of_channels(norm: nn.Module, dims: int | None) -> Layout:
+    if isinstance(norm, _IMAGES) or (dims not in _LAYOUTS and not isinstance(norm, _OTHERS)):
+        return "maps" if _only_normalizes(norm) else "own"
+    if not type(norm).__module__.startswith("torch."):
+        return "own"
+    if isinstance(norm, _VOLUMES):
+        return "volumes"
+    if isinstance(norm, _SERIES):
+        return "features" if dims == 0 else "series"
+    return _LAYOUTS[dims]
+
+
+_SERIES = nn.BatchNorm1d | nn.InstanceNorm1d
+_VOLUMES = nn.BatchNorm3d | nn.InstanceNorm3d
+_IMAGES = nn.BatchNorm2d | nn.InstanceNorm2d
+_OTHERS = _SERIES | _VOLUMES
+_LAYOUTS: dict[int | None, Layout] = {0: "features", 1: "series", 3: "volumes"}
 
 
 def _only_normalizes(norm: nn.Module) -> bool:

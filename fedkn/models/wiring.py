@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn.modules import activation as activations
 from torch.nn.modules.dropout import _DropoutNd
 
-from fedkn.layers import KernelNorm2d, KNConv2d
+from fedkn.layers import KernelNorm2d, KNConv1d, KNConv2d
 from fedkn.models.blocks import Halve
 from fedkn.models.copying import copied
 from fedkn.models.hooks import strip_hooks
@@ -32,7 +32,7 @@ __all__ = [
     "read_wiring",
 ]
 
-Conv = nn.Conv2d | KNConv2d
+Conv = nn.Conv1d | nn.Conv2d | KNConv1d | KNConv2d
 
 COMPUTED_WEIGHT = "weight is computed, as by torch.nn.utils.spectral_norm: take that away first"
 """Why a convolution is, whose weight `computes_its_weight` says to be no parameter."""
@@ -65,6 +65,7 @@ class Wiring:
     """All norms of a model; `traced`: read from the data flow, not from the order of modules.
 
     `strangers` are layers of no known kind that hold parameters or buffers: they may be norms.
+    `volumes` are convolutions of three dimensions, which no normalizer has another form of.
     `read` are layers whose tensors the model's own code reads beside calling them.
     """
 
@@ -72,6 +73,7 @@ class Wiring:
     traced: bool
     convolutions: tuple[str, ...]
     strangers: tuple[str, ...]
+    volumes: tuple[str, ...]
     read: frozenset[str]
 
 
@@ -82,12 +84,13 @@ def read_wiring(model: nn.Module) -> Wiring:
     """
     convolutions = tuple(name for name, m in model.named_modules() if isinstance(m, Conv))
     strangers = tuple(name for name, m in model.named_modules() if name and _is_strange(m))
+    volumes = tuple(name for name, m in model.named_modules() if isinstance(m, nn.Conv3d))
     graph = _trace(model)
     if graph is None:
         sites = tuple(_in_module_order(model))
-        return Wiring(sites, False, convolutions, strangers, frozenset())
+        return Wiring(sites, False, convolutions, strangers, volumes, frozenset())
     sites = tuple(_in_data_flow(model, graph))
-    return Wiring(sites, True, convolutions, strangers, _read(graph))
+    return Wiring(sites, True, convolutions, strangers, volumes, _read(graph))
 
 
 def computes_its_weight(conv: nn.Module) -> bool:
@@ -96,7 +99,14 @@ def computes_its_weight(conv: nn.Module) -> bool:
 
 
 _POOLS = (
-    nn.MaxPool2d | nn.AvgPool2d | nn.LPPool2d | nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d | Halve
+    nn.MaxPool1d
+    | nn.AvgPool1d
+    | nn.MaxPool2d
+    | nn.AvgPool2d
+    | nn.LPPool2d
+    | nn.AdaptiveAvgPool2d
+    | nn.AdaptiveMaxPool2d
+    | Halve
 )
 _NOT_POINTWISE = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)
 _NOT_NORMS = (
@@ -186,14 +196,18 @@ def _in_data_flow(model: nn.Module, graph: fx.Graph) -> Iterator[NormSite]:
         called = calls.get(name, [])
         if len(called) != 1:
             # Never called, or in several places: no neighbour may be changed on its behalf.
-            layout = layout_of(module, None, _channels_beside(called, modules))
+            layout = layout_of(
+                module, None, _channels_beside(called, modules), _dims(called, modules)
+            )
             times = f"it is called {len(called)} times" if called else "nothing calls it"
             channels = channels_of(module, layout)
             yield NormSite(name, layout, channels, alone=times, overwritten=True)
             continue
         node = called[0]
         source = _only_input(node)
-        layout = layout_of(module, source, _channels_beside(called, modules))
+        layout = layout_of(
+            module, source, _channels_beside(called, modules), _dims(called, modules)
+        )
         if layout == "channels_last" and source is not None:
             source = _only_input(source) if len(source.users) == 1 else None
         problem = alone(source)
@@ -209,6 +223,31 @@ def _in_data_flow(model: nn.Module, graph: fx.Graph) -> Iterator[NormSite]:
             writers=tuple(str(n.target) for n in reached if _is_writer(n, modules)),
             overwritten=any(map(_overwrites, reached)),
         )
+
+
+def _dims(called: list[fx.Node], modules: dict[str, nn.Module]) -> int | None:
+    """Return how many axes beside examples and channels there are where a norm is `called`.
+
+    Those of the last convolution before it, 0 after a linear layer; None where there is neither.
+    """
+    seen: set[fx.Node] = set()
+    ahead = [argument for node in called for argument in node.all_input_nodes]
+    while ahead:
+        node = ahead.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if (dims := _dims_of(module)) is not None:
+            return dims
+        ahead += node.all_input_nodes
+    return None
+
+
+def _dims_of(module: nn.Module | None) -> int | None:
+    if isinstance(module, nn.modules.conv._ConvNd | KNConv1d | KNConv2d):
+        return len(module.kernel_size)
+    return 0 if isinstance(module, nn.Linear) else None
 
 
 def _channels_beside(called: list[fx.Node], modules: dict[str, nn.Module]) -> set[int]:
@@ -289,7 +328,9 @@ def _in_module_order(model: nn.Module) -> Iterator[NormSite]:
                 reached.append(leaf)
         beside = {m.out_channels for m in (earlier[1],) if isinstance(m, Conv)}
         beside |= {m.in_channels for _, m in reached[-1:] if isinstance(m, Conv)}
-        layout = layout_of(module, None, beside)
+        earlier_dims = (_dims_of(leaf) for _, leaf in reversed(leaves[:place]))
+        dims = next((dims for dims in earlier_dims if dims is not None), None)
+        layout = layout_of(module, None, beside, dims)
         channels = channels_of(module, layout)
         convs = [n for n, m in reached if not _is_pointwise_module(m)]
         follows = bool(reached) and _is_conv(reached[-1][1], "in_channels", channels)

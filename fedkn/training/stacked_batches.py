@@ -132,7 +132,10 @@ class StackedBatches:
 
             examples = augmented(examples)
             targets = self._tasks[0].goal.moved(targets, augmented)
-        return examples.unflatten(0, rows.shape), targets.unflatten(0, rows.shape)
+        return (
+            examples.view(*rows.shape, *examples.shape[1:]),
+            targets.view(*rows.shape, *targets.shape[1:]),
+        )
 
     def _augmented(self, some: Tensor, begin: int, end: int, clients: int, width: int) -> Tensor:
         # Drawn for the true batch: what fills it up must not change the draws.

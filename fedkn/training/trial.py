@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from fedkn.text import printable
 from fedkn.training.draws import own_draws
 
 __all__ = ["trial_step"]
+
+ResultT = TypeVar("ResultT")
 
 
 def trial_step(
@@ -72,7 +75,7 @@ def _tried_loss(goal: Task, outputs: Tensor, targets: Tensor) -> Tensor:
             f"{whose}: an example's loss changes with those beside it ({losses[0].item():g}, alone "
             f"{first.flatten()[0].item():g}): compute each from its own outputs and target alone"
         )
-    mean: Tensor = _guarded(f"{whose}: mean_loss", lambda: goal.mean_loss(outputs, targets))
+    mean = _guarded(f"{whose}: mean_loss", lambda: goal.mean_loss(outputs, targets))
     if not isinstance(mean, Tensor) or mean.dim() or not _alike(mean, losses.mean()):
         raise UserError(
             f"{whose}: mean_loss returned {_kind(mean)}"
@@ -126,9 +129,7 @@ def _try_metrics(goal: Task, outputs: Tensor, targets: Tensor) -> None:
     whose = f"task '{printable(type(goal).__name__, 60)}'"
 
     def sums_of(part: slice) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = _guarded(
-            f"{whose}: sums", lambda: goal.sums(outputs[part], targets[part])
-        )
+        sums = _guarded(f"{whose}: sums", lambda: goal.sums(outputs[part], targets[part]))
         if not isinstance(sums, dict) or not all(
             isinstance(of, Tensor) and of.dtype in (torch.int64, torch.float64)
             for of in sums.values()
@@ -146,7 +147,7 @@ def _try_metrics(goal: Task, outputs: Tensor, targets: Tensor) -> None:
                 f"{whose}: its sums '{printable(name, 60)}' of all examples are not those of its "
                 "parts, added: return sums over examples, no means, and divide in values"
             )
-    values: dict[str, float] = _guarded(f"{whose}: values", lambda: goal.values(whole))
+    values = _guarded(f"{whose}: values", lambda: goal.values(whole))
     for metric in goal.metrics:
         value = values.get(metric.name) if isinstance(values, dict) else None
         name = printable(metric.name, 60)
@@ -167,7 +168,7 @@ def _try_metrics(goal: Task, outputs: Tensor, targets: Tensor) -> None:
         )
 
 
-def _guarded(whose: str, call: Callable[[], object]) -> object:
+def _guarded(whose: str, call: Callable[[], ResultT]) -> ResultT:
     """Return what somebody's own code returns, or say where it failed."""
     try:
         return call()

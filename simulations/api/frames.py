@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkn.errors import UserError, unknown_name
 from fedkn.files import write_atomically
+from simulations.report.axes import held_of
 from simulations.report.summary import summarize
 from simulations.runs.axes import point_of
 from simulations.runs.folder import RunFolder
@@ -55,10 +56,10 @@ def tests(run: RunFolder) -> DataFrame:
         (
             {
                 "models": models,
-                "partition": test.group.partition,
-                "batch_size": test.group.batch_size,
-                "varied": test.group.axis,
-                "held": test.group.label,
+                "partition": held.partition,
+                "batch_size": held.batch_size,
+                "varied": held.axis,
+                "held": held.label,
                 "first": test.first,
                 "second": test.second,
                 "seeds": test.n,
@@ -71,6 +72,7 @@ def tests(run: RunFolder) -> DataFrame:
             }
             for models, family in families.items()
             for test in family
+            for held in (held_of(test),)
         ),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -20,6 +20,7 @@ from simulations.api.beginning import (
 from simulations.api.result import Result
 from simulations.api.settings import COMPARE, RUN, File, keys_of, table_of
 from simulations.comparison.grid import GridConfig, groups
+from simulations.comparison.model_size import model_sentence
 from simulations.comparison.plan import planned, told
 from simulations.comparison.preflight import check
 from simulations.comparison.progress import RoundLines, shown_progress
@@ -72,6 +73,8 @@ def run(
     grid = _single(table_of(file), keys_of(short, RUN), keys_of(settings or {}, {}))
     command = command or _call("run", file, out, settings, short)
     grid, folder = created(grid, "run", _path(out), command)
+    if progress is True:
+        _say([model_sentence(grid)])
     return _carried_out(grid, folder, progress, each_round=True)
 
 
@@ -97,7 +100,7 @@ def compare(
         settings: keys of docs/configuration.md, dotted or nested: ``{"train.momentum": 0.9}``.
         command: what the run folder records as what repeats the run; by default this call.
         short: as for `run`; normalizer, batch_size, partition and learning_rate may be lists, and
-            seeds and workers are those of the comparison; axes is a table of further settings and
+            seeds and workers are those of the comparison; axis is a table of further settings and
             the values that each is to take: ``{"strategy.name": ["fedavg", "scaffold"]}``.
 
     Raises:
@@ -110,10 +113,14 @@ def compare(
     command = command or _call("compare", file, out, settings, short)
     grid, folder = created(grid, "compare", _path(out), command)
     if progress is True:
-        console = terminal(stderr=True)
-        for sentence in told(planned(grid, folder.partitions())):
-            console.print(sentence, soft_wrap=True, highlight=False, markup=False)
+        _say([model_sentence(grid), *told(planned(grid, folder.partitions()))])
     return _carried_out(grid, folder, progress)
+
+
+def _say(sentences: Iterable[str]) -> None:
+    console = terminal(stderr=True)
+    for sentence in sentences:
+        console.print(sentence, soft_wrap=True, highlight=False, markup=False)
 
 
 def resume(

@@ -48,7 +48,7 @@ COMPARE = _COMMON | {
     "batch_size": "compare.batch_sizes",
     "learning_rate": "compare.learning_rates",
     "seeds": "compare.seeds",
-    "axes": "compare.axes",
+    "axis": "compare.axes",
     "workers": "compare.workers",
 }
 """The same of a comparison, where a list is an axis."""
@@ -73,7 +73,7 @@ def keys_of(settings: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, 
     """Return keywords as settings: `short` names as their keys, other keys and tables as they are.
 
     A short name whose value is a table is that table: ``model={"name": "resnet8", "width": 8}``;
-    ``axes`` is a table in any case: ``{"strategy.name": ["fedavg", "scaffold"]}``.
+    ``axis`` is a table in any case: ``{"strategy.name": ["fedavg", "scaffold"]}``.
     A value of None is not given. Functions and classes become references to them.
 
     Raises:
@@ -83,7 +83,7 @@ def keys_of(settings: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, 
     for name, value in settings.items():
         if value is None:
             continue
-        table = isinstance(value, Mapping) and name != "axes"
+        table = isinstance(value, Mapping) and name != "axis"
         key = name if table else short.get(name, name)
         refuse_set_by_runs(key)
         keys[key] = _plain(name, value)

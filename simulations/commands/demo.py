@@ -1,4 +1,4 @@
-"""``fedkn demo``: a real comparison in little more than a minute."""
+"""``fedkn demo``: a real comparison in about a minute."""
 
 # ruff: noqa: PLC0415 - torch takes seconds to import, and --help does not need it
 
@@ -21,9 +21,9 @@ def demo(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Compare normalizers on the embedded digits: non-IID clients, batches of 2 and 8.
+    """Compare normalizers on the embedded digits: non-IID clients, batches of 2.
 
-    Takes little more than a minute on two cores, needs no network, and writes a report.
+    Takes about a minute on two cores, needs no network, and writes a report.
 
     Example:
 

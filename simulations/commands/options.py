@@ -10,6 +10,7 @@ import typer
 from fedkn.errors import UserError
 from fedkn.text import printable
 from simulations.api.settings import refuse_set_by_runs
+from simulations.commands import choices
 
 __all__ = [
     "AxisValues",
@@ -44,12 +45,19 @@ Normalizers = Annotated[
         "--normalizer",
         metavar="NAME,…",
         rich_help_panel=_AXES,
-        help="Of none, batch, group, layer, instance, ws_group, kernel, …",
+        help=f"Of {choices.NORMALIZERS}, {choices.OWN}.",
+        show_default="kernel,group,ws_group,batch,none",
     ),
 ]
 BatchSizes = Annotated[
     str | None,
-    typer.Option("--batch-size", metavar="N,…", rich_help_panel=_AXES, help="Local batch sizes."),
+    typer.Option(
+        "--batch-size",
+        metavar="N,…",
+        rich_help_panel=_AXES,
+        help="Local batch sizes, 1 or more.",
+        show_default="2,8",
+    ),
 ]
 LearningRates = Annotated[
     str | None,
@@ -58,6 +66,7 @@ LearningRates = Annotated[
         metavar="X,…",
         rich_help_panel=_AXES,
         help="Rates to search on validation images; a single one is used as it is.",
+        show_default="0.01,0.03,0.1,0.3",
     ),
 ]
 Partitions = Annotated[
@@ -66,7 +75,9 @@ Partitions = Annotated[
         "--partition",
         metavar="SPEC,…",
         rich_help_panel=_AXES,
-        help="Such as iid, dirichlet:alpha=0.3, shards:shards_per_client=2, quantity:sigma=1.",
+        help=f"Of {choices.PARTITIONS}, with settings of partition.*, such as "
+        "dirichlet:alpha=0.3, shards:shards_per_client=2, iid:clients=10.",
+        show_default="partition.scheme: dirichlet",
     ),
 ]
 AxisValues = Annotated[
@@ -75,16 +86,26 @@ AxisValues = Annotated[
         "--axis",
         metavar="KEY=VALUE,…",
         rich_help_panel=_AXES,
-        help="Vary any other setting too, as strategy.name=fedavg,scaffold; repeatable.",
+        help="Vary any other setting of docs/configuration.md too, repeatable: as "
+        "train.momentum=0,0.9, model.options.depth=1,2 or strategy.name=fedavg,scaffold, of "
+        f"{choices.STRATEGIES}.",
+        show_default="none",
     ),
 ]
 Seeds = Annotated[
     int | None,
-    typer.Option(metavar="N", rich_help_panel=_AXES, help="Repetitions, each with its own seed."),
+    typer.Option(
+        metavar="N",
+        rich_help_panel=_AXES,
+        help="Repetitions, each with its own seed; tests need 3, 1000 at most.",
+        show_default="5",
+    ),
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(metavar="N", rich_help_panel=_RUN, help="The (first) seed."),
+    typer.Option(
+        metavar="N", rich_help_panel=_RUN, help="The (first) seed, 0 or more.", show_default="0"
+    ),
 ]
 SourceName = Annotated[
     str | None,
@@ -92,13 +113,17 @@ SourceName = Annotated[
         "--source",
         metavar="NAME",
         rich_help_panel=_DATA,
-        help="digits (embedded), mnist, cifar10, image_folder, arrays, …",
+        help=f"Of {choices.SOURCES} (digits are embedded), {choices.OWN}.",
+        show_default="digits",
     ),
 ]
 Root = Annotated[
     Path | None,
     typer.Option(
-        metavar="PATH", rich_help_panel=_DATA, help="Folder, or .npz file, that holds the data."
+        metavar="PATH",
+        rich_help_panel=_DATA,
+        help="Folder, or .npz file, that holds the data.",
+        show_default="none, which digits need",
     ),
 ]
 Download = Annotated[
@@ -106,21 +131,40 @@ Download = Annotated[
     typer.Option("--download", rich_help_panel=_DATA, help="Fetch missing data into --root."),
 ]
 Clients = Annotated[
-    int | None, typer.Option(metavar="N", rich_help_panel=_DATA, help="Number of clients.")
+    int | None,
+    typer.Option(metavar="N", rich_help_panel=_DATA, help="Number of clients.", show_default="20"),
 ]
 Cohort = Annotated[
-    int | None, typer.Option(metavar="N", rich_help_panel=_DATA, help="Clients in a round.")
+    int | None,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=_DATA,
+        help="Clients in a round, no more than there are.",
+        show_default="5",
+    ),
 ]
 Rounds = Annotated[
-    int | None, typer.Option(metavar="N", rich_help_panel=_RUN, help="Federated rounds.")
+    int | None,
+    typer.Option(
+        metavar="N", rich_help_panel=_RUN, help="Federated rounds, 1 or more.", show_default="15"
+    ),
 ]
 Model = Annotated[
-    str | None, typer.Option(metavar="NAME", rich_help_panel=_RUN, help="resnet8, knresnet18, …")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=_RUN,
+        help=f"Of {choices.MODELS}, {choices.OWN}.",
+        show_default="resnet8",
+    ),
 ]
 Workers = Annotated[
     int | None,
     typer.Option(
-        metavar="N", rich_help_panel=_RUN, help="Cells that run at once (default: one per core)."
+        metavar="N",
+        rich_help_panel=_RUN,
+        help="Cells that run at once.",
+        show_default="one per core",
     ),
 ]
 Settings = Annotated[
@@ -129,18 +173,28 @@ Settings = Annotated[
         "--set",
         metavar="KEY=VALUE",
         rich_help_panel=_RUN,
-        help="Any configuration key, as train.momentum=0.9; repeatable.",
+        help="Any key of docs/configuration.md, repeatable: as train.momentum=0.9, task.name=… of "
+        f"{choices.TASKS}, or strategy.name=… of {choices.STRATEGIES}.",
+        show_default="what the file says, else as documented",
     ),
 ]
 Name = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", rich_help_panel=_OUTPUT, help="Run folder runs/NAME (default: by time)."
+        metavar="NAME",
+        rich_help_panel=_OUTPUT,
+        help="Run folder runs/NAME.",
+        show_default="command and time",
     ),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option(metavar="PATH", rich_help_panel=_OUTPUT, help="Run folder, anywhere."),
+    typer.Option(
+        metavar="PATH",
+        rich_help_panel=_OUTPUT,
+        help="Run folder, anywhere.",
+        show_default="runs/NAME",
+    ),
 ]
 Json = Annotated[
     bool,

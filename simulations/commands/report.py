@@ -27,8 +27,9 @@ def report(
         typer.Option(
             metavar="FILE.html",
             rich_help_panel="Output",
-            help="The page (default: report.html in the run folder; of several runs "
-            "report-NAME-NAME.html beside the first one's).",
+            help="The page.",
+            show_default="report.html in the run folder; of several runs report-NAME-NAME.html "
+            "beside the first one's folder",
         ),
     ] = None,
     as_json: o.Json = False,

@@ -11,6 +11,7 @@ import typer
 
 from fedkn.errors import UserError
 from fedkn.tables import read_toml
+from simulations.commands import choices
 from simulations.commands import options as o
 from simulations.commands.options import given
 
@@ -27,18 +28,39 @@ def run(
     ] = None,
     normalizer: Annotated[
         str | None,
-        typer.Option(metavar="NAME", rich_help_panel=_PANEL, help="kernel, group, batch, …"),
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_PANEL,
+            help=f"Of {choices.NORMALIZERS}, {choices.OWN}.",
+            show_default="kernel",
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="N", rich_help_panel=_PANEL, help="Local batch size.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=_PANEL,
+            help="Local batch size, 1 or more.",
+            show_default="2",
+        ),
     ] = None,
     partition: Annotated[
         str | None,
-        typer.Option(metavar="SPEC", rich_help_panel=_PANEL, help="As dirichlet:alpha=0.3."),
+        typer.Option(
+            metavar="SPEC",
+            rich_help_panel=_PANEL,
+            help=f"Of {choices.PARTITIONS}, with settings of partition.*, as dirichlet:alpha=0.3.",
+            show_default="partition.scheme: dirichlet",
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(metavar="X", rich_help_panel=_PANEL, help="Local learning rate."),
+        typer.Option(
+            metavar="X",
+            rich_help_panel=_PANEL,
+            help="Local learning rate, above 0.",
+            show_default="0.05",
+        ),
     ] = None,
     source: o.SourceName = None,
     root: o.Root = None,

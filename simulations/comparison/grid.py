@@ -246,15 +246,15 @@ def groups(grid: GridConfig) -> tuple[Group, ...]:
     )
 
 
-def experiments(grid: GridConfig) -> dict[Settings, ExperimentConfig]:
-    """Return the experiment at every combination of the further axes' values.
+def experiments(grid: GridConfig) -> dict[Point, ExperimentConfig]:
+    """Return the experiment at every point of the further axes.
 
     The grid's own, where it has none.
     """
     own = grid.experiment
     try:
         return {
-            settings: ExperimentConfig.resolve(own.flat(), nest(dict(settings)))
+            point_at(settings): ExperimentConfig.resolve(own.flat(), nest(dict(settings)))
             if settings
             else own
             for settings in combinations(grid.compare.axes)

@@ -162,7 +162,7 @@ def steps_of(config: ExperimentConfig, size: int) -> int:
 
 
 def _kind(group: Group) -> tuple[object, ...]:
-    return group.normalizer, group.batch_size, group.settings
+    return group.normalizer, group.batch_size, group.point
 
 
 def _with_one_seed(grid: GridConfig) -> GridConfig:

@@ -14,7 +14,6 @@ from fedkn.normalizers import TensorRole
 from fedkn.training import refuse_unprivate
 from server.observers import check_observers
 from server.strategies.registry import create_strategy
-from simulations.comparison.axes import Settings, point_at
 from simulations.comparison.grid import (
     GridConfig,
     experiments,
@@ -25,7 +24,7 @@ from simulations.comparison.grid import (
     seeds,
     untrainable,
 )
-from simulations.runs.axes import point_label
+from simulations.runs.axes import Point, point_label
 from simulations.runs.records import EXAMPLES, PartitionRecord, partition_label
 
 __all__ = ["check", "count_labels"]
@@ -43,13 +42,13 @@ def check(grid: GridConfig) -> list[PartitionRecord]:
     reasons = [untrainable(group) for group in groups(grid)]
     if all(reasons):
         raise UserError(f"nothing can be trained: {reasons[0]}; give a larger batch size")
-    for settings, experiment in experiments(grid).items():
-        with _at(settings):
+    for point, experiment in experiments(grid).items():
+        with _at(point):
             create_strategy(experiment)
             check_observers(experiment)
             device_of(experiment)
-    for settings, experiment in _data_of(grid).items():
-        with _at(settings):
+    for point, experiment in _data_of(grid).items():
+        with _at(point):
             for partition in partitions(grid):
                 for seed in seeds(grid, "search") if searches(grid) else ():
                     _count(experiment, partition, seed)
@@ -65,8 +64,8 @@ def count_labels(grid: GridConfig) -> list[PartitionRecord]:
     Raises UserError where the data or a partition of them cannot be had.
     """
     tables: list[list[PartitionRecord]] = []
-    for settings, experiment in _data_of(grid).items():
-        with _at(settings):
+    for point, experiment in _data_of(grid).items():
+        with _at(point):
             tables.append(
                 [
                     _count(experiment, partition, seed)
@@ -78,23 +77,23 @@ def count_labels(grid: GridConfig) -> list[PartitionRecord]:
 
 
 @contextmanager
-def _at(settings: Settings) -> Iterator[None]:
+def _at(point: Point) -> Iterator[None]:
     """Let an error say at which point of the axes it is."""
     try:
         yield
     except UserError as error:
-        if not settings:
+        if not point:
             raise
-        raise UserError(f"with {point_label(point_at(settings))}: {error}") from None
+        raise UserError(f"with {point_label(point)}: {error}") from None
 
 
-def _data_of(grid: GridConfig) -> dict[Settings, ExperimentConfig]:
+def _data_of(grid: GridConfig) -> dict[Point, ExperimentConfig]:
     """Return the experiments that differ in their clients' images, each by its first point."""
-    found: dict[object, Settings] = {}
+    found: dict[object, Point] = {}
     every = experiments(grid)
-    for settings, experiment in every.items():
-        found.setdefault((experiment.data, experiment.evaluation.client_fraction), settings)
-    return {settings: every[settings] for settings in found.values()}
+    for point, experiment in every.items():
+        found.setdefault((experiment.data, experiment.evaluation.client_fraction), point)
+    return {point: every[point] for point in found.values()}
 
 
 def _count(experiment: ExperimentConfig, partition: PartitionConfig, seed: int) -> PartitionRecord:
@@ -111,11 +110,11 @@ def _count(experiment: ExperimentConfig, partition: PartitionConfig, seed: int) 
 
 
 def _check_models(grid: GridConfig) -> None:
-    by_normalizer = {(group.normalizer, group.settings): group for group in groups(grid)}
+    by_normalizer = {(group.normalizer, group.point): group for group in groups(grid)}
     keep_tensors = []
-    for (name, settings), group in by_normalizer.items():
+    for (name, point), group in by_normalizer.items():
         config = result_cells(grid, group, grid.compare.learning_rates[0])[0].config
-        with _at(settings):
+        with _at(point):
             normalizer, model = normalizer_of(config), build_model(config)
             if config.privacy.mechanism == "example":
                 refuse_unprivate(normalizer, model, config.train.precision)

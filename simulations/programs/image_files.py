@@ -95,6 +95,8 @@ def _image(path: Path, channels: int, height: int, width: int) -> ImageFile:
     if channels not in (1, 3):
         raise UserError(f"the model takes images of {channels} channels; image files have 1 or 3")
     found = header(path)
+    if found.dtype != np.uint8:
+        raise UnusableImage("has more than 8 bits a channel, and the model was trained on 8")
     size = (found.width, found.height)
     pixels = decode(path, channels, (width, height))
     tensor = torch.from_numpy(np.ascontiguousarray(pixels))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 from simulations.report import formats
@@ -24,6 +25,7 @@ __all__ = [
     "axis_contests",
     "axis_verdicts",
     "fields_of",
+    "held_of",
 ]
 
 
@@ -59,12 +61,11 @@ class Held(NamedTuple):
 
     @property
     def label(self) -> str:
-        """All that is equal, in words."""
+        """All that is equal within a run, in words."""
         parts = (
             f"{self.normalizer} at batch size {self.batch_size}".lstrip(),
             self.partition,
             point_label(self.point),
-            self.run,
         )
         return ", ".join(filter(None, parts))
 
@@ -87,6 +88,13 @@ class AxisContest:
         return self.held.axis
 
 
+def held_of(comparison: Comparison) -> Held:
+    """Return what is equal for the two that a comparison of a report compares."""
+    if not isinstance(comparison.group, Held):
+        raise TypeError("not a comparison of a report")
+    return comparison.group
+
+
 def fields_of(
     entries: Mapping[Spot, Entry],
     axes: Iterable[str],
@@ -96,7 +104,7 @@ def fields_of(
     """Return what competes along each of `axes`: by what is equal, the entry of each value.
 
     Only those with a result, as `final` gives it, and with the same `basis`; those groups alone
-    that have two or more.
+    in which two have a seed in common.
     """
     found: dict[Held, dict[str, Spot]] = {}
     for axis in axes:
@@ -112,7 +120,14 @@ def fields_of(
                 axis, run, spot.partition, others, spot.normalizer, spot.batch_size, basis(spot)
             )
             found.setdefault(held, {})[value] = spot
-    return {held: spots for held, spots in found.items() if len(spots) > 1}
+    return {
+        held: spots
+        for held, spots in found.items()
+        if any(
+            final(entries[one]).keys() & final(entries[other]).keys()
+            for one, other in combinations(spots.values(), 2)
+        )
+    }
 
 
 def axis_contests(
@@ -163,6 +178,7 @@ def _sentence(contests: Sequence[AxisContest]) -> str:
             f"with fewer than {FEWEST_SEEDS} common seeds no difference can be shown, all else "
             "being equal"
         )
+    several = len({contest.held.partition for contest in contests}) > 1
     ahead: dict[tuple[str, str], list[tuple[AxisContest, Comparison]]] = {}
     for contest, c in tested:
         if c.significant:
@@ -171,15 +187,19 @@ def _sentence(contests: Sequence[AxisContest]) -> str:
     total = _counted(len(tested))
     if not shown:
         return f"no difference is shown in any of {total}, all else being equal"
-    clauses = [_clause(names, of) for names, of in ahead.items()]
+    clauses = [_clause(names, of, several) for names, of in ahead.items()]
     rest = len(tested) - shown
     if rest:
         clauses.append(f"in the other {rest} they cannot be told apart")
     return f"all else being equal, in {total}: {'; '.join(clauses)}"
 
 
-def _clause(names: tuple[str, str], won: Sequence[tuple[AxisContest, Comparison]]) -> str:
-    places = [contest.held.label for contest, _ in won]
+def _clause(
+    names: tuple[str, str], won: Sequence[tuple[AxisContest, Comparison]], several: bool
+) -> str:
+    """Who is ahead of whom, where and by how much; `several`: whether there are partitions."""
+    held = [contest.held for contest, _ in won]
+    places = [(of if several else of._replace(partition="")).label for of in held]
     if len(places) > _PLACES_SHOWN:
         shown = places[:_PLACES_SHOWN]
         places = [*shown, f"{len(places) - len(shown)} more"]

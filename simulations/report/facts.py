@@ -27,6 +27,7 @@ def facts(summary: RunSummary) -> list[Fact]:
     configs = [cell.config for cell in cells] or [ExperimentConfig.resolve(summary.grid.experiment)]
     found = [
         *_data(summary),
+        Fact("task", _listed(config.task.name for config in configs), _decides(cells)),
         _model(configs),
         Fact("parameters", _parameters(cells), _untrained(cells)),
         Fact("clients", _listed(config.partition.clients for config in configs), _schemes(summary)),
@@ -42,9 +43,14 @@ def judged_by(cells: Sequence[CellRecord]) -> str:
     """Return in words by what the models of `cells` are judged, and which way."""
     metrics = dict.fromkeys(cell.metric for cell in cells)
     return ", ".join(
-        f"{metric.name} ({'higher' if metric.higher_is_better else 'lower'} is better)"
+        f"{metric.name}, {'higher' if metric.higher_is_better else 'lower'} is better"
         for metric in metrics
     )
+
+
+def _decides(cells: Sequence[CellRecord]) -> str:
+    decided = judged_by(cells)
+    return f"judged by {decided}" if decided else ""
 
 
 def _data(summary: RunSummary) -> list[Fact]:
@@ -55,7 +61,7 @@ def _data(summary: RunSummary) -> list[Fact]:
         if of.fingerprint:
             training, validation, test = of.fingerprint.counts
             counts = f"{training:,} to train on, {validation:,} to validate, {test:,} to test"
-        shape = " × ".join(map(str, of.shape))
+        shape = "×".join(map(str, of.shape))
         classes = f", {len(of.classes)} classes" if of.classes else ""
         found.append(Fact("data", str(entry.settings["source"]), f"{counts}; {shape}{classes}"))
     if not found and summary.grid.experiment.get("data.source"):
@@ -65,8 +71,10 @@ def _data(summary: RunSummary) -> list[Fact]:
 
 def _model(configs: Sequence[ExperimentConfig]) -> Fact:
     names = _listed(config.model.name for config in configs)
-    widths = _listed(f"{config.model.width}" for config in configs if config.model.width)
-    return Fact("model", names, f"width {widths}" if widths else "")
+    # What a model of somebody's own has is not ours to say.
+    ours = [config.model.width for config in configs if ":" not in config.model.name]
+    widths = _listed(f"width {width}" if width else "published width" for width in ours)
+    return Fact("model", names, widths)
 
 
 def _parameters(cells: Sequence[CellRecord]) -> str:

@@ -161,7 +161,7 @@ def final_values(
         if of.interval.n:
             told = f"{of.label}: {formats.interval(of.interval, metric)}"
             canvas.mark(
-                x(formats.scaled(of.interval.mean, metric)), middle - 2, style, size=4, title=told
+                x(formats.scaled(of.interval.mean, metric)), middle, style, size=4, title=told
             )
     said = "; ".join(f"{of.label} {formats.interval(of.interval, metric)}" for of in finals)
     return canvas.svg(f"{label}: {said}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simulations.report.losses import named_clients
 from simulations.runs.folder import RunFolder
@@ -49,14 +49,15 @@ def client_tables(run: RunFolder, partition: str, cells: Iterable[CellRecord]) -
         if any(held.labels is not None for held in cell.holdings.values()):
             seed = cell.config.seed
             table = drawn.get(seed)
-            notes = table.notes if table else []
-            tables[seed] = _reported(cell, partition, _classes(run, cell, table), notes)
+            told = _reported(cell, partition, _classes(run, cell, table))
+            if table:
+                known = replace(told.record, notes=table.notes, names=table.names)
+                told = replace(told, record=known)
+            tables[seed] = told
     return [tables[seed] for seed in sorted(tables)]
 
 
-def _reported(
-    cell: CellRecord, partition: str, classes: Sequence[str], notes: Sequence[str]
-) -> ClientTable:
+def _reported(cell: CellRecord, partition: str, classes: Sequence[str]) -> ClientTable:
     clients = range(cell.config.partition.clients)
     rows = [_row(cell.holdings, client, len(classes)) for client in clients]
     return ClientTable(
@@ -65,7 +66,6 @@ def _reported(
             cell.config.seed,
             list(classes),
             [row or [0] * len(classes) for row in rows],
-            notes=list(notes),
         ),
         reported=True,
         silent=tuple(client for client, row in zip(clients, rows, strict=True) if row is None),

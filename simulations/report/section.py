@@ -56,6 +56,7 @@ def section_view(run: RunSummary, section: Section, unknown: Sequence[str]) -> d
             name: figures.style_index(name, unknown) % COLOURS for name in section.normalizers
         },
         "shades": shades(section.contests),
+        "behind": {(name, c.batch_size) for c in section.contests for name in c.behind()},
         "order": _order(section, metric),
         "standing": _standings(section.contests),
         "own_standing": _standings(section.own_contests),

@@ -25,8 +25,10 @@ def shades(contests: Sequence[Contest]) -> dict[tuple[str, int], int]:
     for contest in contests:
         groups = sorted(_groups(contest), key=partial(_best, contest), reverse=True)
         if len(groups) > 1:
+            # Of few groups the shades are as far apart as there are any.
+            step = max(1, (SHADES - 1) // (len(groups) - 1))
             found |= {
-                (name, contest.batch_size): min(place, SHADES - 1)
+                (name, contest.batch_size): min(place * step, SHADES - 1)
                 for place, names in enumerate(groups)
                 for name in names
             }

@@ -348,7 +348,10 @@ def _nowhere(batch_sizes: Sequence[int], everywhere: bool) -> str:
 
 def _values(values: Sequence[float], metric: Metric) -> str:
     low, high = formats.value(min(values), metric), formats.value(max(values), metric)
-    return low if low == high else f"{formats.difference(min(values), metric)}–{high}"
+    if low == high:
+        return low
+    between = "–" if min(values) >= 0 else " to "
+    return f"{formats.difference(min(values), metric)}{between}{high}"
 
 
 def _named(value: str, metric: Metric) -> str:

@@ -16,8 +16,8 @@ Which of two values is better, the metric says (`fedkn.tasks.metric`): a metric 
 have the same p-values, the same intervals mirrored and the same winner.
 
 Intervals end where the metric's range does. A true mean lies in the range, so the interval cut off
-there covers it exactly as often as the whole one does (Mandelkern 2002, Statistical Science 17(2),
-section 3, of bounded parameters).
+there covers it exactly as often as the whole one does (on intervals for bounded parameters:
+Mandelkern 2002, Statistical Science 17(2)).
 """
 
 from __future__ import annotations

@@ -296,6 +296,28 @@ def _other_array(rng: random.Random, array: np.ndarray) -> Any:
             return np.array([None])
 
 
+def _write_numbers() -> Path:
+    path = _folder("numbers") / "numbers.npz"
+    inputs = np.linspace(-1, 1, 12 * 2 * 5).astype(np.float32).reshape(12, 2, 5)
+    stream = io.BytesIO()
+    np.savez(
+        stream, inputs=inputs, targets=inputs[:, 0, :2].astype(np.float64),
+        test_inputs=inputs, test_targets=inputs[:, 0, :2], clients=np.arange(12) % 3,
+    )  # fmt: skip
+    path.write_bytes(stream.getvalue())
+    return _place("numbers", path)
+
+
+@_told
+def numbers(rng: random.Random) -> object:
+    source = load_arrays(_changed(rng, "numbers"))
+    for data in (source.train, source.test):
+        assert bool(data.inputs.double().isfinite().all()), "NaN is trained on"
+        assert bool(data.targets.isfinite().all()), "NaN is trained on"
+        assert data.inputs.ndim <= 5
+    return source
+
+
 def _decoded() -> Decoded:
     images = np.arange(4 * 3 * 4 * 4, dtype=np.uint8).reshape(4, 3, 4, 4)
     return Decoded((4, 3, 4, 4), [images])
@@ -394,6 +416,7 @@ _WRITERS: dict[str, Callable[[], Path]] = {
     "weights": _write_weights,
     "run": _write_run,
     "npz": _write_npz,
+    "numbers": _write_numbers,
     "cache": _write_cache,
     "fleet": _write_fleet,
     "device": _write_device,
@@ -407,6 +430,7 @@ LOADERS: dict[str, Case] = {
     "run-metrics": run_metrics,
     "run-record": run_record,
     "npz": npz,
+    "npz-numbers": numbers,
     "image-cache": image_cache,
     "configuration": configuration,
     "fleet-file": fleet_file,

@@ -99,9 +99,12 @@ def test_of_tests_that_were_given_only_these_are_named(tmp_path):
 
 
 def test_the_same_images_written_otherwise_are_the_same_data(tmp_path):
-    """What the file is like, when it was written and in which dtype, is no matter."""
+    """What the file is like, when it was written and in which type labels are, is no matter."""
     assert held(tmp_path / "run", arrays(tmp_path))
-    assert held(tmp_path / "run", arrays(tmp_path, images=IMAGES / 255, labels=LABELS.astype("u1")))
+    assert held(tmp_path / "run", arrays(tmp_path, labels=LABELS.astype("u1")))
+    # Other numbers are other data, whatever a scaling would make of them.
+    floats = change_of(tmp_path / "run", arrays(tmp_path, images=IMAGES / 255))
+    assert "shape of the images (1x8x8, now float64 1x8x8)" in floats
 
 
 # -- folders of images, torchvision's files, digits -----------------------------------------------

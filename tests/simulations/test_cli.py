@@ -68,6 +68,12 @@ BAD_INPUT = {
     "root without the data": (["--source", "mnist", "--root", "."], "mnist"),
     "no such device": (["--set", "device=cuda:99"], "cuda:99"),
     "no such file": (["nothing.toml"], "nothing.toml"),
+    "axis of its own": (["--axis", "seed=1,2"], "--seeds"),
+    "axis that is no key": (["--axis", "strategy.nmae=fedavg"], "did you mean 'strategy.name'"),
+    "axis value": (["--axis", "train.momentum=0,fast"], "axis 'train.momentum'"),
+    "axis name": (["--axis", "strategy.name=fedavg,scafold"], "with strategy.name scafold"),
+    "axis without values": (["--axis", "strategy.name"], "KEY=VALUE"),
+    "axis twice": (["--axis", "rounds=1", "--axis", "rounds=2"], "given twice"),
     "no such option": (["--normaliser", "kernel"], "--normaliser"),
 }
 
@@ -128,6 +134,36 @@ def test_malformed_toml_names_the_line(capfd: pytest.CaptureFixture[str]) -> Non
 def test_debug_shows_where(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="did you mean 'kernel'"):
         cli.main(["compare", "--normalizer", "kernal", "--debug"])
+
+
+def test_an_axis_and_two_runs_in_one_report_from_end_to_end(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    few = ["--normalizer", "none", "--batch-size", "8", "--learning-rate", "0.1", "--seeds", "3"]
+    axis = ["--axis", "strategy.name=fedavg,scaffold"]
+    assert fedkn("compare", *TINY, *few, *axis, "--name", "varied") == 0
+    out, err = capfd.readouterr()
+    assert "6 result cells: about 24 local steps of clients." in err
+    assert "Estimate: " in err
+    assert "Between values of strategy.name: " in out
+    run = RunFolder.open("runs/varied")
+    steps = sum(round_.steps for cell in run.cells() for round_ in cell.rounds)
+    assert steps == 24
+    assert {cell.config.strategy.name for cell in run.cells()} == {"fedavg", "scaffold"}
+    # What is complete is not run again, under whatever name its cells have.
+    assert fedkn("resume", "runs/varied", "--json") == 0
+    (told,) = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert told["cells"]["completed"] == 6
+    assert fedkn("compare", *TINY, *few, "--set", "train.momentum=0.9", "--name", "momentum") == 0
+    capfd.readouterr()
+    assert fedkn("report", "runs/varied", "runs/momentum", "--json") == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["beside"]["common"] == 3
+    assert list(told["beside"]["settings"]) == ["train.momentum"]
+    (between,) = told["beside"]["differences"]
+    assert (between["seeds"], between["axes"]) == (3, {"strategy.name": "fedavg"})
+    assert told["report"] == "runs/report-varied-momentum.html"
+    assert Path(told["report"]).is_file()
 
 
 def test_compare_report_and_resume_from_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedkn.errors import UserError
 from simulations.partition_view import partition_table, save_picture
-from simulations.runs.records import PartitionRecord
+from simulations.runs.records import EXAMPLES, PartitionRecord
 
 RECORD = PartitionRecord("shards of 1, 3 clients", 4, ["cat", "dog"], [[9, 0], [0, 30], [1, 2]])
 
@@ -65,3 +65,26 @@ def test_names_of_classes_are_plain_text(tmp_path: Path) -> None:
     with mpl.rc_context({"text.usetex": True}):
         save_picture([record], tmp_path / "p.svg")
     assert "$" in (tmp_path / "p.svg").read_text()
+
+
+def test_whose_examples_a_client_has_stands_beside_it(tmp_path: Path) -> None:
+    record = PartitionRecord(
+        "natural, 2 clients", 0, ["cat", "dog"], [[1, 2], [3, 4]], names=["[b]ann", "bob\x1b"]
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(partition_table(record))
+    text = console.export_text()
+    assert "│ 0 │ [b]ann" in " ".join(text.split())
+    assert "│ 1 │ bob\\x1b" in " ".join(text.split())
+    save_picture([record], tmp_path / "p.svg")
+    assert "bob" in (tmp_path / "p.svg").read_text()
+
+
+def test_examples_without_classes_are_counted_by_client_alone() -> None:
+    record = PartitionRecord("iid, 2 clients", 0, [EXAMPLES], [[5], [7]])
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(partition_table(record))
+    lines = console.export_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert cells == [["0", "5"], ["1", "7"], ["all", "12"]]
+    assert "label" not in lines[0]

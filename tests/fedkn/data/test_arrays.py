@@ -285,3 +285,70 @@ def test_a_lone_npy_is_not_an_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", _IMAGES)
     with pytest.raises(UserError, match="not an intact"):
         load("arrays", tmp_path / "images.npy")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int16", "int32", "uint16"])
+@pytest.mark.parametrize("key", ["images", "inputs"])
+def test_no_value_is_rounded(dtype: str, key: str, tmp_path: Path) -> None:
+    # 6,400 different values, which fedkn once made 4 of.
+    values = np.linspace(0, 1, 6400).reshape(100, 8, 8)
+    images = (values if dtype.startswith("f") else values * 30_000).astype(dtype)
+    given = images if key == "images" else images[:, None]
+    source = load("arrays", _saved(tmp_path, **{key: given, "labels": np.arange(100) % 4}))
+    found = source.train.joined(source.test).inputs.numpy()
+    assert found.shape == (100, 1, 8, 8)
+    assert found.dtype == (np.int32 if dtype == "uint16" else dtype)
+    assert np.array_equal(np.unique(found), np.unique(images))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 9), (2, 4, 6), (1, 3, 4, 5)])
+def test_inputs_of_one_to_four_axes(shape: tuple[int, ...], tmp_path: Path) -> None:
+    inputs = _rng.standard_normal((20, *shape)).astype(np.float32)
+    targets = _rng.standard_normal((20, 2))
+    source = load("arrays", _saved(tmp_path, inputs=inputs, targets=targets))
+    assert source.shape == shape
+    assert source.num_classes == 0
+    both = source.train.joined(source.test)
+    order = [int(np.flatnonzero(targets[:, 0] == y)[0]) for y in targets[:, 0]]
+    found = sorted(zip(both.targets[:, 0].tolist(), map(bytes, both.inputs.numpy()), strict=True))
+    wanted = sorted(zip(targets[order, 0].astype("f4").tolist(), map(bytes, inputs), strict=True))
+    assert found == wanted
+
+
+def test_masks_may_have_a_number_of_no_class(tmp_path: Path) -> None:
+    masks = (np.arange(20 * 30) % 3).reshape(20, 6, 5)
+    masks[0, 0, 0] = 255
+    names = np.array(["sky", "sea", "land"])
+    path = _saved(tmp_path, images=_IMAGES, targets=masks.astype(np.uint8), classes=names)
+    source = load("arrays", path)
+    assert source.train.targets.shape[1:] == (6, 5)
+    assert int(source.train.joined(source.test).targets.max()) == 255
+    with pytest.raises(UserError, match="4 different numbers up to 255"):
+        load("arrays", _saved(tmp_path, images=_IMAGES, targets=masks.astype(np.uint8)))
+
+
+def test_clients_in_a_file(tmp_path: Path) -> None:
+    clients = np.array(["bob", "ann"])[np.arange(20) % 2]
+    source = load("arrays", _saved(tmp_path, **_NEEDED, clients=clients))
+    assert source.train.origins is not None
+    assert source.train.origins.names == ("ann", "bob")
+    assert np.bincount(source.test.origins.ids).tolist() == [2, 2]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({**_NEEDED, "inputs": _IMAGES}, "has both 'images' and 'inputs'"),
+        ({**_NEEDED, "targets": _LABELS}, "has both 'labels' and 'targets'"),
+        ({**_NEEDED, "clients": _LABELS[:5]}, "20 examples but 5 client ids"),
+        ({**_NEEDED, "clients": _LABELS / 2}, r"'clients' must be \(N,\) integers or names"),
+        ({"inputs": _IMAGES, "targets": _with_nan()[:, 2, 1]}, "'targets' holds nan at index"),
+        ({"inputs": np.arange(20.0), "targets": _LABELS}, r"x\[:, None\]"),
+    ],
+)
+def test_what_does_not_fit_of_any_kind(
+    arrays: dict[str, np.ndarray], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load("arrays", _saved(tmp_path, **arrays))
+    assert str(caught.value).isprintable()

@@ -1,10 +1,18 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkn.data.augmentation import SCALINGS, augment, channel_statistics, scale
+from fedkn.data.augmentation import (
+    SCALINGS,
+    augment,
+    channel_statistics,
+    check_augmentation,
+    scale,
+)
 from fedkn.data.examples import Examples
 from fedkn.errors import UserError
 
@@ -132,6 +140,92 @@ def test_statistics_of_nothing() -> None:
     data = Examples(images, torch.zeros(0, dtype=torch.int64), ("a", "b"))
     with pytest.raises(UserError, match="no examples"):
         channel_statistics(data)
+
+
+def _plain(inputs: torch.Tensor) -> Examples:
+    return Examples(inputs, torch.zeros(len(inputs)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int32])
+@pytest.mark.parametrize("shape", [(3,), (3, 50), (3, 7, 5), (3, 2, 3, 4)])
+def test_statistics_of_other_types_are_exact_however_large_the_mean(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(211, *shape, generator=generator, dtype=torch.float64) * 100
+    # A mean of a thousand or ten million times the deviation costs no digits.
+    inputs[:, 1] += 2e3 if dtype == torch.float16 else 1e9
+    inputs = inputs.to(dtype)
+    mean, std = channel_statistics(_plain(inputs))
+    assert mean.dtype == std.dtype == torch.float64
+    for channel in range(3):
+        exact = [Fraction(value) for value in inputs[:, channel].double().flatten().tolist()]
+        expected = sum(exact) / len(exact)
+        variance = sum((value - expected) ** 2 for value in exact) / len(exact)
+        assert float(mean[channel]) == pytest.approx(float(expected), rel=1e-15)
+        assert float(std[channel]) == pytest.approx(float(variance) ** 0.5, rel=1e-12)
+    before = inputs.clone()
+    scaled = scale(inputs, "standardized", mean, std)
+    assert torch.equal(inputs, before)
+    assert scaled.dtype == torch.float32
+    shape_ = (1, 3, *(1,) * (len(shape) - 1))
+    naive = (inputs.double() - mean.view(shape_)) / std.view(shape_)
+    assert torch.equal(scaled, naive.float())
+
+
+def test_statistics_of_several_chunks_and_of_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.arange(600.0).view(100, 2, 3)
+    inputs[:, 1] = 0.1
+    whole = channel_statistics(_plain(inputs))
+    monkeypatch.setattr("fedkn.data.augmentation._NUMBERS", 30)
+    parts = channel_statistics(_plain(inputs))
+    assert torch.allclose(parts[0], whole[0], rtol=1e-15)
+    assert torch.allclose(parts[1], whole[1], rtol=1e-15)
+    assert whole[0][1] == inputs[0, 1, 0].double()
+    assert whole[1][1] == 1
+    assert scale(inputs, "standardized", *whole)[:, 1].abs().max() == 0
+
+
+@pytest.mark.parametrize("values", [[1e200, -1e200], [1.7e308, 1.7e308, -1.7e308]])
+def test_numbers_too_large_to_be_standardized_are_refused(values: list[float]) -> None:
+    inputs = torch.tensor(values, dtype=torch.float64)[:, None]
+    with pytest.raises(UserError, match=r"channel 0 .* too large.*data\.scaling = 'none'"):
+        channel_statistics(_plain(inputs))
+
+
+@pytest.mark.parametrize("scaling", ["unit", "centered"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int8])
+def test_scalings_of_a_byte_are_for_bytes(scaling: str, dtype: torch.dtype) -> None:
+    with pytest.raises(UserError, match=r"is for uint8.*data\.scaling = 'standardized'"):
+        scale(torch.ones(2, 3).to(dtype), scaling)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "after"),
+    [
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float32),
+        (torch.uint8, torch.float32),
+        (torch.int16, torch.float32),
+        (torch.int64, torch.int64),
+    ],
+)
+def test_as_they_are(dtype: torch.dtype, after: torch.dtype) -> None:
+    inputs = torch.arange(6).view(2, 3).to(dtype)
+    scaled = scale(inputs, "none")
+    assert torch.equal(scaled, inputs.to(after))
+    assert scaled.dtype == after
+    scaled.zero_()
+    assert inputs.any()
+
+
+def test_only_images_are_augmented() -> None:
+    images, series = _plain(torch.zeros(2, 1, 4, 4)), _plain(torch.zeros(2, 1, 4))
+    check_augmentation(images, flip=True, crop_padding=1)
+    check_augmentation(series, flip=False, crop_padding=0)
+    for settings_ in ({"flip": True, "crop_padding": 0}, {"flip": False, "crop_padding": 1}):
+        with pytest.raises(UserError, match=r"for images .*these inputs are 1x4"):
+            check_augmentation(series, **settings_)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 import io
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,61 @@ def test_images_are_opened_in_one_place() -> None:
         if re.search(r"\bPIL\b|imread", path.read_text(encoding="utf-8"))
     ]
     assert importing == ["fedkn/data/decoding.py"]
+
+
+_DEEP = np.random.default_rng(1).integers(0, 65536, (9, 7)).astype(np.uint16)
+
+
+def _pgm(pixels: np.ndarray, kind: bytes) -> bytes:
+    return b"%s 7 9 65535\n" % kind + pixels.astype(">u2").tobytes()
+
+
+def _png_of_16_bits_in_colour(pixels: np.ndarray) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + check
+
+    head = struct.pack(">IIBBBBB", 7, 9, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "pgm"])
+def test_grey_images_of_16_bits_keep_every_value(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"deep.{kind}"
+    if kind == "pgm":
+        path.write_bytes(_pgm(_DEEP, b"P5"))
+    else:
+        Image.fromarray(_DEEP).save(path)
+    found = header(path)
+    assert found == Header(7, 9, True, np.dtype(np.int32))
+    assert np.array_equal(decode(path, 1, None, found.dtype)[0], _DEEP)
+    # Resized: the mean of what it covers, to a value.
+    (wide,) = decode(path, 1, (1, 1), found.dtype).flatten()
+    assert _DEEP.min() < wide < _DEEP.max()
+
+
+def test_floating_point_images_keep_every_value(tmp_path: Path) -> None:
+    path, pixels = tmp_path / "deep.tiff", (_DEEP / 7).astype(np.float32)
+    Image.fromarray(pixels).save(path)
+    found = header(path)
+    assert found == Header(7, 9, True, np.dtype(np.float32))
+    assert np.array_equal(decode(path, 1, None, found.dtype)[0], pixels)
+    pixels[3, 2] = np.nan
+    Image.fromarray(pixels).save(path)
+    with pytest.raises(UnusableImage, match="NaN"):
+        decode(path, 1, None, found.dtype)
+
+
+@pytest.mark.parametrize("kind", ["png", "ppm"])
+def test_of_colour_in_16_bits_nothing_is_cut_off_in_silence(kind: str, tmp_path: Path) -> None:
+    path, pixels = tmp_path / f"deep.{kind}", np.repeat(_DEEP, 3, axis=1)
+    path.write_bytes(_png_of_16_bits_in_colour(pixels) if kind == "png" else _pgm(pixels, b"P6"))
+    # Pillow says nothing of it.
+    assert Image.open(path).mode == "RGB"
+    with pytest.raises(UnusableImage, match="more than 8 bits a channel in colour"):
+        header(path)
 
 
 @settings(

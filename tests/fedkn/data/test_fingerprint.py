@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedkn.data.examples import Examples
+from fedkn.data.examples import Examples, Origins
 from fedkn.data.fingerprint import Fingerprint
 
 CLASSES = ("cat", "dog", "owl")
@@ -140,3 +140,42 @@ def test_what_is_no_fingerprint_is_refused(spoil):
 def test_what_is_no_json_of_ours_is_refused(text):
     with pytest.raises(ValueError, match=r".+"):
         Fingerprint.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
+)
+def test_of_any_type_one_bit_and_the_type_itself_are_told(dtype):
+    kind = getattr(torch, dtype)
+    inputs = torch.arange(24).view(4, 3, 2).to(kind)
+    targets = torch.arange(8.0).view(4, 2)
+    own = Fingerprint.of(Examples(inputs, targets))
+    assert own == Fingerprint.of(Examples(inputs.transpose(1, 2).contiguous().mT, targets))
+    bits = inputs.clone().view(torch.uint8)
+    bits[2, 1, 0] ^= 1
+    assert Fingerprint.of(Examples(bits.view(kind), targets)).images != own.images
+    # The same bytes as other numbers, where there is such a type.
+    alike = {"int16": "float16", "float16": "bfloat16", "int32": "float32", "int64": "float64"}
+    if other := alike.get(dtype):
+        assert Fingerprint.of(Examples(inputs.view(getattr(torch, other)), targets)) != own
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        torch.arange(4.0),
+        torch.arange(12.0).view(4, 3),
+        torch.arange(24).view(4, 2, 3),
+    ],
+)
+def test_targets_of_any_kind_and_origins_are_in_it(targets):
+    inputs = torch.zeros(4, 5)
+    own = Fingerprint.of(Examples(inputs, targets))
+    moved = targets.clone()
+    moved.view(-1)[-1] += 1
+    other = Fingerprint.of(Examples(inputs, moved))
+    assert other.images == own.images
+    assert own.changes(other) == ["labels"]
+    whose = [Origins(torch.tensor(ids), ("a", "b")) for ids in ([0, 0, 1, 1], [0, 1, 1, 1])]
+    prints = [Fingerprint.of(Examples(inputs, targets, (), origins)) for origins in whose]
+    assert len({own.labelled, *(one.labelled for one in prints)}) == 3

@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fedkn.data.decoded import CACHE_FOLDER, Decoded
@@ -285,7 +287,7 @@ def _odd(root: Path) -> dict[str, str]:
         "cut.png": "damaged|cannot be read",
         "empty.png": "is empty",
         "postscript.png": "none of PNG, JPEG",
-        "deep.png": "8 bits",
+        "deep.png": "more than 8 bits a channel, and most others 8",
         "huge.png": "89,478,485 pixels",
         "pipe.png": "a named pipe",
         "device.png": "a device",
@@ -445,7 +447,7 @@ def _dangling(root: Path) -> None:
         (_foreign, "cat holds files but no images"),
         (_broken, r"1 of 8 image files cannot be used: .*1\.png (is damaged|cannot be read)"),
         (_not_an_image, r"cannot be used: .*1\.png is damaged, or is none of PNG"),
-        (_deep, "8 bits"),
+        (_deep, "more than 8 bits a channel, and most others 8 bits"),
         (_dangling, r"7\.png cannot be read: No such file"),
     ],
 )
@@ -456,3 +458,83 @@ def test_unfit_folders(change: Callable[[Path], None], message: str, parts: Path
     assert "\n" not in str(caught.value)
     assert not list(parts.parent.rglob("*.npy"))
     assert not list(parts.parent.rglob("partial-*"))
+
+
+def test_a_folder_of_16_bit_images_keeps_them_and_so_does_its_cache(parts: Path) -> None:
+    rng = np.random.default_rng(0)
+    expected = {}
+    for path in sorted(parts.rglob("*.png")):
+        expected[path] = rng.integers(0, 65536, (4, 6)).astype(np.uint16)
+        Image.fromarray(expected[path]).save(path)
+    for _ in ("decoded", "from the cache"):
+        source = load("image_folder", parts)
+        assert source.train.inputs.dtype == torch.int32
+        found = sorted(map(bytes, torch.cat([source.train.inputs, source.test.inputs]).numpy()))
+        assert found == sorted(bytes(pixels.astype("<i4")) for pixels in expected.values())
+
+
+def _clients(root: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for client, classes in (("ann", "cat dog"), ("bob", "dog"), ("cy", "cat dog emu")):
+        for name in classes.split():
+            (root / client / name).mkdir(parents=True)
+            for number in range(5):
+                pixels = rng.integers(0, 256, (4, 6), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / client / name / f"{number}.png")
+    return root
+
+
+def test_folders_of_clients_say_whose_each_image_is(tmp_path: Path) -> None:
+    source = load("client_folders", _clients(tmp_path / "data"))
+    assert source.train.classes == ("cat", "dog", "emu")
+    for part, each in ((source.train, 4), (source.test, 1)):
+        assert part.origins is not None
+        assert part.origins.names == ("ann", "bob", "cy")
+        # A fifth of every client's own is for tests.
+        assert torch.bincount(part.origins.ids).tolist() == [2 * each, each, 3 * each]
+        for image, label, client in zip(part.inputs, part.targets, part.origins.ids, strict=True):
+            folder = tmp_path / "data" / part.origins.names[client] / part.classes[label]
+            files = [np.asarray(Image.open(file)) for file in folder.iterdir()]
+            assert any(np.array_equal(image[0].numpy(), pixels) for pixels in files)
+    limited_ = load("client_folders", tmp_path / "data", train_limit=6)
+    assert limited_.train.origins is not None
+    assert torch.bincount(limited_.train.origins.ids).tolist() == [2, 1, 3]
+
+
+def _loose(root: Path) -> None:
+    (root / "dee").mkdir()
+    Image.new("L", (6, 4)).save(root / "dee" / "0.png")
+
+
+def _nothing(root: Path) -> None:
+    shutil.rmtree(root)
+    root.mkdir()
+
+
+def _as_parts(root: Path) -> None:
+    (root / "ann").rename(root / "train")
+    (root / "cy").rename(root / "test")
+    shutil.rmtree(root / "bob")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_loose, r"dee holds images \(such as 0\.png\) but no class folders: put them"),
+        (_nothing, r"must hold ROOT/<client>/<class>/\*.*0 folders with 0"),
+        (_as_parts, "has the parts test, train, not clients: set data.source = 'image_folder'"),
+    ],
+)
+def test_folders_that_are_none_of_clients(
+    change: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    change(_clients(tmp_path / "data"))
+    with pytest.raises(UserError, match=message) as caught:
+        load("client_folders", tmp_path / "data")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_client_without_an_image_is_named(tmp_path: Path) -> None:
+    (_clients(tmp_path / "data") / "dan" / "cat").mkdir(parents=True)
+    source = load("client_folders", tmp_path / "data")
+    assert source.notes == ("1 of 4 clients without an image: dan",)

@@ -33,7 +33,7 @@ def test_names_start_with_the_embedded_source() -> None:
     assert names()[0] == "digits"
     assert set(names()) == {
         *("digits", "mnist", "fashion_mnist", "emnist", "cifar10", "cifar100"),
-        *("digits_domains", "image_folder", "client_folders", "arrays"),
+        *("digits_domains", "image_folder", "client_folders", "arrays", "huggingface"),
     }
 
 
@@ -109,4 +109,6 @@ def test_missing_package_names_the_install_command(
 def test_a_device_needs_none_of_the_optional_packages_to_import_this() -> None:
     code = "import fedkn.data.sources, sys; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"sklearn", "scipy", "torchvision", "PIL"} & set(run.stdout.split())
+    assert not {"sklearn", "scipy", "torchvision", "PIL", "datasets", "pyarrow"} & set(
+        run.stdout.split()
+    )

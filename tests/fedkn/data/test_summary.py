@@ -13,6 +13,7 @@ from fedkn.data.examples import Examples
 from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
+from fedkn.federation import join_request, told_data
 
 NAMES = ("ape", "bee", "cat", "dog", "eel")
 WANTED = DataSummary(NAMES, (2, 3, 4))
@@ -122,3 +123,35 @@ def test_the_identity_tells_data_apart():
     others = [told(classes=NAMES[::-1]), told(shape=(2, 4, 3)), told(fingerprint=None)]
     assert len({one.identity for one in (told(), *others)}) == 4
     assert re.fullmatch("[0-9a-f]{12}", told().identity)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "classes"),
+    [
+        (torch.zeros(3, 5), torch.zeros(3), ()),
+        (torch.zeros(3, 2, 9, dtype=torch.float64), torch.zeros(3, 4), ("a", "b", "c", "d")),
+        (torch.zeros(3, 1, 2, 3, 4), torch.tensor([0, 1, 1]), ("a", "b")),
+        (torch.zeros(3, 1, 4, 4, dtype=torch.int16), torch.ones(3, 4, 4).long(), ("a", "b")),
+    ],
+)
+def test_of_any_data_a_summary_comes_back_and_they_conform(inputs, targets, classes):
+    data = Examples(inputs, targets, classes)
+    summary = DataSummary.of(data, fingerprint=Fingerprint.of(data))
+    assert DataSummary.from_record(json.loads(json.dumps(summary.to_record()))) == summary
+    assert told_data(join_request(summary)) == summary
+    assert summary.conformed(data) is data
+    wider = Examples(inputs.double() if inputs.dtype != torch.float64 else inputs.float(), targets)
+    with pytest.raises(UserError, match=r"has inputs of float|has none"):
+        summary.conformed(wider)
+    with pytest.raises(UserError, match=r"has other targets|has none"):
+        summary.conformed(Examples(inputs, torch.zeros(3, 7)))
+
+
+def test_columns_and_pixels_go_by_the_names_of_the_classes():
+    wanted = DataSummary(("a", "b", "c"), (2,), (), (), None, "float32", "float32", (3,))
+    own = Examples(torch.zeros(2, 2), torch.tensor([[1.0, 0], [0, 1]]), ("c", "a"))
+    assert wanted.conformed(own).targets.tolist() == [[0, 0, 1], [1, 0, 0]]
+    masks = torch.tensor([[[0, 1], [255, -1]]])
+    pixels = Examples(torch.zeros(1, 1, 2, 2), masks, ("c", "a"))
+    wanted = DataSummary(("a", "b", "c"), (1, 2, 2), (), (), None, "float32", "int64", (2, 2))
+    assert wanted.conformed(pixels).targets.tolist() == [[[2, 0], [255, -1]]]

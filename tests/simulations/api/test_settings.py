@@ -27,12 +27,12 @@ def test_the_flags_of_the_command_line_are_the_short_names() -> None:
     from simulations.commands.run import run
 
     config = {"rounds", "cohort", "seed"}  # have no other name as keys
-    ways = {"file", "settings", "axis", "out", "as_json", "debug"}
+    ways = {"file", "settings", "out", "as_json", "debug"}
     for command, short in ((run, RUN), (compare, COMPARE)):
         flags = set(inspect.signature(command).parameters)
         assert flags - ways <= short.keys() | config
-        # On the command line: --set strategy.name=…, --axis KEY=VALUE,…
-        assert short.keys() - flags - {"axes"} == {"strategy", "observers", "task"}
+        # On the command line: --set strategy.name=…
+        assert short.keys() - flags == {"strategy", "observers", "task"}
 
 
 def test_names_tables_and_keys_give_the_same_settings() -> None:
@@ -53,6 +53,15 @@ def test_lists_are_axes() -> None:
     assert grid.compare.normalizers == ("kernel", "group")
     assert grid.compare.batch_sizes == (1, 2)
     assert grid.compare.seeds == 3
+
+
+def test_an_axis_is_a_table_of_values() -> None:
+    values = {"strategy.name": ["fedavg", "scaffold"], "train": {"momentum": [0, 0.9]}}
+    grid = GridConfig.resolve(keys_of({"axis": values}, COMPARE))
+    assert grid.compare.axes == {
+        "strategy.name": ("fedavg", "scaffold"),
+        "train.momentum": (0.0, 0.9),
+    }
 
 
 def test_what_is_none_is_not_given() -> None:

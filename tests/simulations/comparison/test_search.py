@@ -25,10 +25,23 @@ def setting(rates: list[float], seeds: int = 1) -> tuple[GridConfig, Group]:
     return grid, groups(grid)[0]
 
 
+LOWER = {
+    "name": "made up",
+    "metric": "rmse",
+    "higher_is_better": False,
+    "lowest": None,
+    "highest": None,
+    "unit": "",
+}
+
+
 def finished(
-    tmp_path: Path, rates: list[float], score: Score, seeds: int = 1
+    tmp_path: Path, rates: list[float], score: Score, seeds: int = 1, *, mirrored: bool = False
 ) -> tuple[Search, list[float]]:
-    """Answer the search's cells until it is over; return it and the rates in the order asked."""
+    """Answer the search's cells until it is over; return it and the rates in the order asked.
+
+    `mirrored`: by a metric where lower is better, whose values are those of `score`, negated.
+    """
     grid, group = setting(rates, seeds)
     metrics = tmp_path / "metrics.jsonl"
     asked: list[float] = []
@@ -43,12 +56,19 @@ def finished(
         asked.append(cell.config.train.learning_rate)
         evaluations = score(cell.config.train.learning_rate, cell.config.seed)
         lines: list[dict[str, object]] = [{"kind": "start", "purpose": "search", "config": {}}]
+        if mirrored:
+            lines[0]["task"] = LOWER
+        if evaluations is None:
+            lines = []  # it failed before its server said what it is judged by
         # The initial model is evaluated too, and counts for no rate.
         for number, (accuracy, loss) in enumerate(
             [(1.0 - cell.config.train.learning_rate / 1e4, 0.0), *(evaluations or [])]
         ):
             line = {"kind": "evaluation", "round": number, "split": "validation", "examples": 1}
-            lines.append({**line, "accuracy": accuracy, "loss": loss})
+            if lines:
+                values = {"rmse": None if accuracy is None else -accuracy}
+                told = {"metrics": values} if mirrored else {"accuracy": accuracy}
+                lines.append({**line, **told, "loss": loss})
         status = "failed" if evaluations is None else "completed"
         lines.append({"kind": "end", "status": status})
         with metrics.open("a") as file:
@@ -171,3 +191,24 @@ def test_clients_own_models_decide_where_tensors_stay_with_them(tmp_path: Path) 
         line.pop("local_tensors", None)
     # Now the best is at an end of the grid, and the next rate is asked for.
     assert chosen() is None
+
+
+@pytest.mark.parametrize("best", [1000.0, 0.1, 0.03, 1e-9])
+def test_where_lower_is_better_the_search_is_the_mirrored_one(tmp_path: Path, best: float) -> None:
+    (tmp_path / "up").mkdir()
+    (tmp_path / "down").mkdir()
+
+    def score(rate: float, seed: int) -> list[tuple[float | None, float | None]] | None:
+        # The first rate of the grid fails, before anything says which way is better.
+        return None if rate == 0.01 else peak(best)(rate, seed)
+
+    rates = [0.01, 0.03, 0.1, 0.3]
+    up, asked = finished(tmp_path / "up", rates, score)
+    down, asked_down = finished(tmp_path / "down", rates, score, mirrored=True)
+    assert asked == asked_down
+    assert (up.chosen, up.at_edge) == (down.chosen, down.at_edge)
+    for one, other in zip(up.trials, down.trials, strict=True):
+        assert (one.learning_rate, one.loss) == pytest.approx(
+            (other.learning_rate, other.loss), nan_ok=True
+        )
+        assert one.value == pytest.approx(-other.value, nan_ok=True)

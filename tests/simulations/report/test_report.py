@@ -125,7 +125,8 @@ def test_what_was_run_and_the_verdict_come_first(full: RunFolder, page: Page) ->
     verdict = summary_dict(full)["partitions"][0]["verdict"]
     body = page.text[page.text.index("full", page.text.index("fedkn")) :]
     facts = (
-        "data digits model resnet8 width 16 parameters 78,042 clients 20 dirichlet 0.3 "
+        "data digits task classification judged by accuracy, higher is better "
+        "model resnet8 published width parameters 78,042 clients 20 dirichlet 0.3 "
         "cohort 5 a round rounds 12 of 1 local epoch seeds 5 0 to 4 engine auto"
     )
     assert body.startswith(f"full {facts} {verdict}")
@@ -147,7 +148,7 @@ def test_the_terminal_tells_the_same_facts_and_cuts_nothing_at_80_columns(tmp_pa
     assert max(map(len, lines)) <= 80
     assert "…" not in "".join(lines)
     words = " ".join(" ".join(lines).split())
-    assert "model resnet8 (width 16) · parameters 78,042 · clients 20, 300" in words
+    assert "model resnet8 (published width) · parameters 78,042 · clients 20, 300" in words
     assert "iid, 20 clients: accuracy after the last round" in words
     (start, *_) = {line.index("normalizer") for line in lines if "normalizer" in line}
     names = "".join(line[start:].split(" ")[0] for line in lines if len(line) > start)

@@ -1,0 +1,29 @@
+"""The names that options may take, for their help: reading it needs no torch, which takes seconds.
+
+A test holds them to what there is (tests/simulations/commands/test_help.py).
+"""
+
+from __future__ import annotations
+
+__all__ = ["MODELS", "NORMALIZERS", "OWN", "PARTITIONS", "SOURCES", "STRATEGIES", "TASKS"]
+
+NORMALIZERS = (
+    "none, batch, group, layer, instance, ws_group, kernel, sws, frn, evonorm_s, rms, lcn, brn, "
+    "feature_norm, fedbn, silobn, fixbn, fbn, hbn"
+)
+MODELS = (
+    "resnet8, resnet18, resnet34, resnet50, preact_resnet18, densenet20x16, densenet121, "
+    "convnet3, vgg6, mobilenet_v2, knresnet8, knresnet13, knresnet18, knresnet34, knresnet50, "
+    "kndensenet20x16"
+)
+SOURCES = (
+    "digits, digits_domains, mnist, fashion_mnist, emnist, cifar10, cifar100, image_folder, "
+    "client_folders, arrays"
+)
+STRATEGIES = (
+    "fedavg, fednova, fedprox, scaffold, fedavgm, fedadam, fedyogi, fedadagrad, qfedavg, "
+    "fedmedian, fedtrimmedavg, krum, multikrum, bulyan"
+)
+TASKS = "classification, multilabel, regression, segmentation"
+PARTITIONS = "iid, dirichlet, shards, quantity, labels, natural, domains"
+OWN = "or your own: package.module:NAME"

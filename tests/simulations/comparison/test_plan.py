@@ -1,0 +1,90 @@
+"""What a comparison is said to take, against what a real one took."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from fedkn.config import ExperimentConfig
+from fedkn.training.batches import plan_batches
+from simulations.comparison.grid import GridConfig
+from simulations.comparison.plan import Plan, planned, steps_of, told
+from simulations.comparison.preflight import check
+from simulations.comparison.scheduler import run_grid
+from simulations.runs.folder import RunFolder
+from tests.simulations.fake_runs import Recorder, make_run
+
+TINY = {
+    "rounds": 2,
+    "cohort": 3,
+    "partition.clients": 3,
+    "partition.scheme": "iid",
+    "model.width": 4,
+    "data.train_limit": 120,
+    "compare.normalizers": "none",
+    "compare.batch_sizes": "8",
+    "compare.seeds": 2,
+    "compare.workers": 1,
+    "compare.learning_rates": "0.1,0.3",
+    "compare.search_rounds": 1,
+}
+
+
+def test_the_plan_counts_the_steps_that_a_run_takes(tmp_path: Path) -> None:
+    grid, run = make_run(tmp_path / "run", **{k.replace(".", "__"): v for k, v in TINY.items()})
+    plan = planned(grid, check(grid))
+    assert (plan.results, plan.searched, plan.more) == (2, 2, 4)
+    assert (plan.timed, plan.kinds, plan.workers) == (1, 1, 1)
+    assert plan.seconds > 0
+    assert plan.bytes > 50e6
+    run_grid(grid, run, Recorder())
+    cells = RunFolder.open(tmp_path / "run").cells()
+    # A search that went beyond its rates made more cells than were sure to be needed.
+    known = [
+        c for c in cells if c.purpose == "result" or c.config.train.learning_rate in (0.1, 0.3)
+    ]
+    assert len(known) == 4
+    assert plan.steps == sum(round_.steps for cell in known for round_ in cell.rounds)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("cap", [0, 5])
+def test_steps_are_those_that_are_planned(accumulate: int, cap: int) -> None:
+    for size in (1, 7, 8, 30, 61):
+        config = ExperimentConfig.resolve(
+            {
+                "train.batch_size": 4,
+                "train.accumulate": accumulate,
+                "train.local_epochs": 2,
+                "train.local_steps": cap,
+            }
+        )
+        plan = plan_batches(size, config.train, 1, seed=0, round_=1, client=0)
+        assert steps_of(config, size) == len(plan.steps)
+
+
+def test_axes_and_batch_sizes_are_counted() -> None:
+    axes = {"compare.axes.strategy.name": "fedavg,fedprox", "compare.normalizers": "none,batch"}
+    grid = GridConfig.resolve(TINY, axes, {"compare.batch_sizes": "1,8"})
+    plan = planned(grid, [])
+    # BatchNorm does not train on single images: it has one group where the others have two.
+    assert (plan.results, plan.searched) == (2 * 3 * 2, 2 * 3 * 2)
+
+
+def test_a_long_comparison_says_how_to_make_it_smaller() -> None:
+    plan = Plan(300, 120, 60, 4_000_000, 7260.0, 2, 4, 8, 450_000_000, 64)
+    cells, estimate, smaller = told(plan)
+    assert cells == (
+        "300 result cells and 120 that try learning rates (up to 60 more): about 4,000,000 local "
+        "steps of clients."
+    )
+    assert "2 h 01 min with 2 at a time" in estimate
+    assert "4 of 8 kinds of cells timed here" in estimate
+    assert "about 450 MB of memory each" in estimate
+    assert "--seeds" in smaller
+    assert "up to 64 in a round" in smaller
+    short = Plan(3, 0, 0, 100, 90.0, 2, 4, 4, 450_000_000, 64)
+    assert len(told(short)) == 2
+    assert "that try" not in told(short)[0]
+    unknown = Plan(3, 0, 0, 100, math.nan, 2, 0, 4, 450_000_000, 64)
+    assert "not known" in told(unknown)[-1]
