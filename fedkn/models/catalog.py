@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedkn.models.convnet3 import convnet3
 from fedkn.models.densenet import densenet20x16, densenet121
 from fedkn.models.knresnet import knresnet18, knresnet34, knresnet50
-from fedkn.models.lenet import lenet
+from fedkn.models.lenet import cnn_cifar, lenet
 from fedkn.models.mobilenet import mobilenet_v2
 from fedkn.models.preact_resnet import knresnet13, preact_resnet18
 from fedkn.models.resnet import resnet18, resnet34, resnet50
@@ -24,6 +24,7 @@ _DENSE = "Huang et al., CVPR 2017, arXiv 1608.06993"
 _FEDAVG = "after the CNN of McMahan et al., AISTATS 2017, arXiv 1602.05629"
 _HYBRID = "code of Chen et al., ICML 2025, arXiv 2505.21877"
 _NIID = "Li et al., ICDE 2022, arXiv 2102.02079, after LeCun et al. 1998"
+_SKEWED = "code of Zhang et al., TMLR 2024, arXiv 2308.09565"
 _MOBILE = "Sandler et al., CVPR 2018, arXiv 1801.04381"
 
 # Builder, paper, width, final norm, dropout of KernelNorm and of the KernelNorm at the end. A
@@ -39,6 +40,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "densenet121": Architecture(densenet121, _DENSE, 64, "own", 0.05, 0.25),
     "convnet3": Architecture(convnet3, _FEDAVG, 32, "none", 0.1, 0.25, ("low",)),
     "simple_cnn": Architecture(simple_cnn, _HYBRID, 16, "none", 0.1, 0.25, ("low",)),
+    "cnn_cifar": Architecture(cnn_cifar, _SKEWED, 64, "none", 0.1, 0.25, ("low",)),
     "lenet": Architecture(lenet, _NIID, 6, "none", 0.1, 0.25, ("low",)),
     "vgg6": Architecture(vgg6, _TMLR, 64, "none", 0.1, 0.25, ("low",)),
     "mobilenet_v2": Architecture(mobilenet_v2, _MOBILE, 32, "none", 0.05, 0.25),

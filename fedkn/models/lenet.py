@@ -1,4 +1,4 @@
-"""LeNet: two 5x5 convolutions and three fully connected layers, as NIID-Bench trains it."""
+"""LeNet: two 5x5 convolutions and three fully connected layers; narrow, and as CIFAR's CNN."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedkn.models.blocks import DenseHead, Halve, network
 from fedkn.models.spec import ModelSpec
 
-__all__ = ["lenet"]
+__all__ = ["cnn_cifar", "lenet"]
 
 _SIDE = 32
 
@@ -20,7 +20,20 @@ def lenet(spec: ModelSpec) -> nn.Module:
     LeCun et al. 1998: without a norm. Here any normalizer's follows each convolution. Images of
     less than 32 pixels a side stand in a black frame, as LeCun's 28x28 digits did.
     """
-    first, second = spec.scaled(6), spec.scaled(16)
+    return _built(spec, (6, 16), (120, 84))
+
+
+def cnn_cifar(spec: ModelSpec) -> nn.Module:
+    """Build LeNet at the width of federated learning's CIFAR-10 CNN: 64, 64, then 384 and 192.
+
+    As in the code of Zhang et al., "Understanding the Role of Layer Normalization in Label-Skewed
+    Federated Learning", TMLR 2024 (arXiv 2308.09565), which normalizes the hidden layers too.
+    """
+    return _built(spec, (64, 64), (384, 192))
+
+
+def _built(spec: ModelSpec, channels: tuple[int, int], hidden: tuple[int, int]) -> nn.Module:
+    first, second = map(spec.scaled, channels)
     make = spec.normalizer
     return network(
         [
@@ -29,7 +42,7 @@ def lenet(spec: ModelSpec) -> nn.Module:
             ("pool1", Halve()),
             ("conv2", make.conv_norm(first, second, 5, activation="relu")),
             ("pool2", Halve()),
-            ("head", DenseHead(spec, second, 5, [spec.scaled(120), spec.scaled(84)])),
+            ("head", DenseHead(spec, second, 5, map(spec.scaled, hidden))),
         ]
     )
 

@@ -15,6 +15,7 @@ def simple_cnn(spec: ModelSpec) -> nn.Module:
 
     As in the code of Chen et al., ICML 2025 (arXiv 2505.21877), for 32x32 images. Convolutions
     with a norm behind them have no bias here; theirs have one, which the norm takes out again.
+    FedFN's layer stands where they have it, before the first linear layer.
     """
     channels = spec.in_channels
     parts: list[tuple[str, nn.Module]] = []
@@ -23,4 +24,5 @@ def simple_cnn(spec: ModelSpec) -> nn.Module:
         unit = spec.normalizer.conv_norm(channels, outputs, 3, padding=1, activation="relu")
         parts += [(f"conv{place}", unit), (f"pool{place}", Halve())]
         channels = outputs
-    return network([*parts, ("head", DenseHead(spec, channels, 4, [spec.scaled(128)]))])
+    head = DenseHead(spec, channels, 4, [spec.scaled(128)], features_first=True)
+    return network([*parts, ("head", head)])

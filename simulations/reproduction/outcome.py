@@ -79,7 +79,7 @@ def rich_table(of: PublishedTable, scale: str, outcomes: Sequence[Outcome]) -> T
 
 def markdown(of: PublishedTable, scale: str, outcomes: Sequence[Outcome], command: str) -> str:
     """Return the table as a page that can be kept."""
-    columns, part = _columns(of), of.scale["small" if scale == "small" else "paper"]
+    columns, part = _columns(of), of.part(scale)
     head = [
         f"# {of.title}, scale {scale}",
         "",

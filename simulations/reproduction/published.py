@@ -22,6 +22,8 @@ Each is a TOML file in tables/:
     published = 71.3               # in %; without one: reason = "…"
     [rows.settings]
     normalizer.name = "hbn"
+    [rows.scale.small]             # where a row needs it: what the scale changes of the row
+    train.learning_rate = 0.02
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ class Row(_Part):
     spread: Annotated[float, Field(ge=0)] | None = None
     reason: str = ""
     settings: dict[str, Any] = {}
+    scale: dict[Literal["small", "paper"], dict[str, Any]] = {}
 
     @model_validator(mode="after")
     def _a_figure_or_a_reason(self) -> Self:
@@ -96,6 +99,13 @@ class PublishedTable(_Part):
         if len({row.name for row in self.rows}) != len(self.rows):
             raise ValueError("two rows have the same name")
         return self
+
+    def part(self, scale: str) -> Scale:
+        """Return what that scale changes. Raises UserError if there is no such scale."""
+        for name, part in self.scale.items():
+            if name == scale:
+                return part
+        raise unknown_name("scale", scale, SCALES)
 
     def row(self, name: str) -> Row:
         """Return the row of that name. Raises UserError, naming the nearest, if there is none."""
@@ -136,8 +146,18 @@ def settings_of(
 
     Raises UserError for a setting that does not exist or has no such value.
     """
-    part = of.scale["small" if scale == "small" else "paper"]
-    layers = (of.protocol, part.settings, row.settings, changes)
+    layers = (
+        of.protocol,
+        of.part(scale).settings,
+        row.settings,
+        {
+            key: value
+            for name, own in row.scale.items()
+            if name == scale
+            for key, value in own.items()
+        },
+        changes,
+    )
     one = GridConfig.single(*layers)
     return {
         key: value for key, value in one.experiment.flat().items() if key not in _SET_BY_RUNS

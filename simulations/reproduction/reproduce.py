@@ -35,7 +35,7 @@ def plans(
     Raises UserError for a row or a setting that there is not, or a folder begun with other ones.
     """
     chosen = [of.row(name) for name in dict.fromkeys(rows)] or list(of.rows)
-    part = of.scale["small" if scale == "small" else "paper"]
+    part = of.part(scale)
     wanted = seeds or part.seeds
     return [plan_row(of, scale, row, out, seeds=wanted, changes=changes) for row in chosen]
 

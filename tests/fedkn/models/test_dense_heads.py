@@ -21,13 +21,17 @@ def published_simple_cnn(norm):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-def published_lenet():
+def published_lenet(first=6, second=16, hidden=(120, 84)):
     return nn.Sequential(
-        *(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()),
-        nn.Linear(84, 10),
+        *(nn.Conv2d(3, first, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(first, second, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(25 * second, hidden[0]), nn.ReLU()),
+        *(nn.Linear(*hidden), nn.ReLU(), nn.Linear(hidden[1], 10)),
     )
+
+
+def published_cnn_cifar():
+    return published_lenet(64, 64, (384, 192))
 
 
 def count(model):
@@ -36,6 +40,7 @@ def count(model):
 
 def test_parameter_counts_are_the_published_ones():
     assert count(built("lenet")) == count(published_lenet()) == 62_006
+    assert count(built("cnn_cifar")) == count(published_cnn_cifar())
     assert count(built("simple_cnn")) == count(published_simple_cnn(lambda _: nn.Identity()))
     # A convolution before a norm has no bias of its own: 16 + 32 + 64 fewer.
     published = count(published_simple_cnn(nn.BatchNorm2d))
@@ -46,6 +51,7 @@ def test_parameter_counts_are_the_published_ones():
     ("name", "published"),
     [
         ("lenet", published_lenet),
+        ("cnn_cifar", published_cnn_cifar),
         ("simple_cnn", lambda: published_simple_cnn(lambda _: nn.Identity())),
     ],
 )
@@ -59,7 +65,7 @@ def test_they_compute_what_the_published_ones_do(name, published):
     torch.testing.assert_close(ours(x), reference(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lenet", "simple_cnn"])
+@pytest.mark.parametrize("name", ["lenet", "simple_cnn", "cnn_cifar"])
 @pytest.mark.parametrize("side", [8, 28, 32, 48])
 def test_weights_do_not_depend_on_the_images(name, side):
     model = built(name, "group", in_channels=1)
@@ -73,10 +79,14 @@ def test_width_scales_hidden_layers_too():
     assert sizes == [60, 42, 10]
 
 
-def test_a_normalizer_may_put_its_layer_before_the_first_hidden_one():
-    model = built("simple_cnn", "feature_norm")
+@pytest.mark.parametrize(
+    ("name", "place", "features"), [("simple_cnn", 1, 1024), ("lenet", -1, 84)]
+)
+def test_a_normalizers_layer_stands_where_the_paper_has_it(name, place, features):
+    model = built(name, "feature_norm")
     seen = []
-    model.head.hidden[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    after = model.head.fc if place < 0 else model.head.hidden[place]
+    after.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     model(torch.randn(2, 3, 32, 32))
     # FedFN scales the features to the norm of the square root of their number.
-    torch.testing.assert_close(seen[0].norm(dim=1), torch.full((2,), 1024**0.5))
+    torch.testing.assert_close(seen[0].norm(dim=1), torch.full((2,), features**0.5))
