@@ -71,14 +71,24 @@ def hold_to_data(folder: Path, data: DataConfig, now: DataSummary) -> bool:
     return not begun
 
 
-def move_data(folder: Path, root: str) -> None:
+def move_data(folder: Path, root: str, now: Sequence[tuple[DataConfig, DataSummary]]) -> None:
     """Let what the run folder `folder` recorded of its data hold for the same data in `root`.
 
+    `now` is what is found there, by the settings that select it.
+
     Raises:
+        DataChanged: they are not the same; nothing was written.
         UserError: data.json cannot be read. OSError: it cannot be written.
     """
-    if known := recorded_data(folder):
-        _write(folder, [({**entry.settings, "root": root}, entry.summary) for entry in known])
+    moved = [
+        Recorded({**entry.settings, "root": root}, entry.summary) for entry in recorded_data(folder)
+    ]
+    for entry in moved:
+        for data, summary in now:
+            if entry.is_of(data):
+                refuse_changes(entry.summary, summary, f"'{folder}'")
+    if moved:
+        _write(folder, [(entry.settings, entry.summary) for entry in moved])
 
 
 def recorded_data(folder: Path) -> list[Recorded]:

@@ -85,10 +85,9 @@ def amended(
 ) -> GridConfig:
     """Return the grid of `run` with its data elsewhere, or with more seeds, and record that.
 
-    The data at `root` must be those that it was begun with: `refuse_other_data` looks, as ever.
-
     Raises:
-        UserError: fewer seeds than it has; data.root is varied; another process runs it; the disk.
+        UserError: the data at `root` are not those that it was begun with, fewer seeds than it has,
+            data.root is varied, another process runs it: nothing was changed. Or the disk.
     """
     changes: dict[str, object] = {}
     if root is not None:
@@ -112,7 +111,8 @@ def amended(
     try:
         with held(run.path):
             if root is not None:
-                move_data(run.path, str(new.data.root))
+                found = [(point.data, data_summary(point)) for point in experiments(new).values()]
+                move_data(run.path, str(new.data.root), found)
             run.write_partitions(tables)
             run.write_grid(record)
             # Last: until it is there, the run is as it was.

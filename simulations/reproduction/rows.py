@@ -117,7 +117,8 @@ def _is_begun(folder: Path) -> bool:
 
 def _refuse_others(there: GridConfig, here: GridConfig, folder: Path) -> None:
     before, now = there.flat(), here.flat()
-    for key in sorted(before.keys() | now.keys()):
+    # An experiment's own keys first: those of a comparison only repeat them.
+    for key in sorted(before.keys() | now.keys(), key=lambda key: ("compare." in key, key)):
         if key not in _OF_THE_MACHINE and before.get(key) != now.get(key):
             how = {"data.source": f" (give --source {before.get(key)})"}.get(key, "")
             raise UserError(
