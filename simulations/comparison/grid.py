@@ -31,18 +31,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field
 
 from fedkn import normalizers
-from fedkn.config import (
-    ExperimentConfig,
-    PartitionConfig,
-    Positive,
-    Scalar,
-    Section,
-    check_keys,
-    validated,
-)
+from fedkn.config import ExperimentConfig, PartitionConfig
 from fedkn.errors import UserError, unknown_name
 from fedkn.options import read_options
 from fedkn.references import is_reference
+from fedkn.sections import Positive, Scalar, Section, check_keys, validated
 from fedkn.tables import nest, shown
 from simulations.comparison.axes import (
     Settings,
