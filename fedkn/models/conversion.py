@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkn.errors import UserError
 from fedkn.layers import KernelNorm2d, KNConv1d, KNConv2d, LocalContextNorm2d, WSConv2d
 from fedkn.layers.kernel.padding import PADDING_MODES
-from fedkn.models.counterparts import counterpart
 from fedkn.models.copying import copied, lazy_layer
+from fedkn.models.counterparts import counterpart
 from fedkn.models.hooks import copy_tensor_hooks, move_hooks, tied_down
 from fedkn.models.layouts import UNUSABLE, Norm
 from fedkn.models.wiring import (
@@ -379,4 +379,4 @@ def _on_one_device(norm: nn.SyncBatchNorm) -> nn.BatchNorm2d:
 
 
 def _zeros(conv: nn.Conv1d | nn.Conv2d) -> nn.Parameter:
-    return nn.Parameter(conv.weight.new_zeros(conv.out_channels), conv.weight.requi
+    return nn.Parameter(conv.weight.new_zeros(conv.out_channels), conv.weight.requires_grad)

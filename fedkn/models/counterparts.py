@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fedkn.layers.kernel import KNConv1d, KNConv2d
+from fedkn.layers import KNConv1d, KNConv2d
 from fedkn.normalizers import Normalizer
 
 __all__ = ["counterpart"]
