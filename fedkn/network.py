@@ -24,6 +24,7 @@ from fedkn.models.spec import Architecture
 from fedkn.models.weights import file_sha256, load_weights
 from fedkn.normalizers import Normalizer
 from fedkn.normalizers.frozen import freeze, patterns
+from fedkn.normalizers.fused import lay_out_inputs
 from fedkn.options import read_options
 from fedkn.references import find
 from fedkn.seeds import derive
@@ -165,6 +166,8 @@ _SMALL_SIDE = 64
 def _finished(model: ModelConfig, network: Network, before: Iterable[str] = ()) -> Network:
     """Freeze what is to be frozen; `before` are the tensors that there were before a conversion."""
     frozen = freeze(network.module, patterns(model.frozen), before)
+    if frozen or model.name not in ARCHITECTURES:
+        lay_out_inputs(network.module)
     return replace(network, frozen=tuple(frozen))
 
 

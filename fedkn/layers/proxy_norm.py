@@ -55,4 +55,5 @@ class ProxyNorm2d(nn.Module):
 def _normal(like: Tensor) -> Tensor:
     """Return the quantiles of N(0, 1) at (i + 1/2) / 256."""
     places = (torch.arange(_SAMPLES, device=like.device, dtype=torch.float32) + 0.5) / _SAMPLES
-    return torch.special.ndtri(places).to(like.dtype)
+    normal: Tensor = torch.special.ndtri(places)
+    return normal.to(like.dtype)

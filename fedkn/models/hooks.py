@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fedkn.normalizers.fused import refuse_single_value
+from fedkn.normalizers.fused import OWN_HOOKS
 
 __all__ = [
     "copy_tensor_hooks",
@@ -103,7 +103,7 @@ _AFTER = "_post_accumulate_grad_hooks"
 
 def _own(module: nn.Module, name: str) -> dict[int, Callable[..., Any]]:
     hooks: dict[int, Callable[..., Any]] = getattr(module, name)
-    return {key: hook for key, hook in hooks.items() if hook is not refuse_single_value}
+    return {key: hook for key, hook in hooks.items() if hook not in OWN_HOOKS}
 
 
 def _of_tensor(parameter: Tensor) -> bool:

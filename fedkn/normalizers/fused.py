@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Unpack
 
+import torch
 from torch import Tensor, nn
 
 from fedkn.errors import UserError
@@ -14,7 +15,14 @@ from fedkn.layers.group_norm import group_norm, pools, serves
 from fedkn.normalizers.base import Normalizer
 from fedkn.normalizers.factory import ConvOptions
 
-__all__ = ["FusedNormalizer", "FusedSequential", "hooked", "refuse_single_value"]
+__all__ = [
+    "OWN_HOOKS",
+    "FusedNormalizer",
+    "FusedSequential",
+    "hooked",
+    "lay_out_inputs",
+    "refuse_single_value",
+]
 
 
 class FusedNormalizer(Normalizer):
@@ -103,6 +111,29 @@ def refuse_single_value(layer: nn.Module, inputs: tuple[object, ...]) -> None:
         )
 
 
+def lay_out(layer: nn.Module, inputs: tuple[object, ...]) -> object:
+    """Forward pre-hook of a GroupNorm: lay out as usual an input that no gradient is asked of.
+
+    PyTorch's backward pass on the CPU ends the process where such an input is channels last (2.13).
+    """
+    del layer
+    x = inputs[0]
+    if not isinstance(x, Tensor) or x.requires_grad or not torch.is_grad_enabled():
+        return None
+    return (x.contiguous(), *inputs[1:])
+
+
+def lay_out_inputs(model: nn.Module) -> None:
+    """Give every GroupNorm of `model` the hook `lay_out`: before some may be what is frozen."""
+    for layer in model.modules():
+        if isinstance(layer, nn.GroupNorm) and lay_out not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(lay_out)
+
+
+OWN_HOOKS = (refuse_single_value, lay_out)
+"""Hooks of fedkn's own, which nobody put there to see anything."""
+
+
 def _fusible(layer: nn.GroupNorm | nn.InstanceNorm2d, x: object) -> bool:
     if isinstance(layer, nn.InstanceNorm2d) and layer.track_running_stats:
         return False
@@ -117,7 +148,7 @@ def _fusible(layer: nn.GroupNorm | nn.InstanceNorm2d, x: object) -> bool:
 
 def hooked(layer: nn.Module) -> bool:
     """Whether somebody wants to see this layer's own inputs, outputs or gradients."""
-    before = [hook for hook in layer._forward_pre_hooks.values() if hook is not refuse_single_value]
+    before = [hook for hook in layer._forward_pre_hooks.values() if hook not in OWN_HOOKS]
     return bool(
         before or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedkn.config import ExperimentConfig
-from fedkn.errors import FedknError
+from fedkn.errors import FedknError, UserError
 from fedkn.experiment import data_summary
 from fedkn.federation import (
     ARRAYS,
@@ -78,14 +78,18 @@ class RoundReport:
     waited_for: list[int]
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields of the log's line."""
+        """Return the fields of the log's line.
+
+        Raises:
+            UserError: somebody's own strategy adds one under a name that the line has already.
+        """
 
         def total(key: str) -> float:
             return sum(update.metrics[key] for update in self.updates)
 
         examples = total("trained-examples")
         losses = [u.metrics["train-loss"] * u.metrics["trained-examples"] for u in self.updates]
-        return {
+        fields = {
             "round": self.round_,
             "seconds": self.seconds,
             "cohort": self.cohort,
@@ -114,8 +118,13 @@ class RoundReport:
             "learning_rate": self.learning_rate,
             "waiting_seconds": self.waiting_seconds,
             "waited_for": self.waited_for,
-            **self.strategy,
         }
+        if taken := sorted({"kind", *fields} & self.strategy.keys()):
+            raise UserError(
+                f"the strategy adds '{taken[0]}' to the log, whose own field that is: give it "
+                "another name in fields"
+            )
+        return fields | dict(self.strategy)
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,7 +73,9 @@ class OwnStrategy(Strategy):
     ) -> dict[str, np.ndarray]:
         """Return the strategy's next parameters: all of those `sent`, in their shapes."""
         with self._asked("failed in aggregate"):
-            made = self._strategy.aggregate(round_, sent, updates)
+            # Copies: what its code does to them in place is no business of the round's.
+            given = {name: value.copy() for name, value in sent.items()}
+            made = self._strategy.aggregate(round_, given, updates)
         self._check(made, sent, "aggregate")
         return {name: np.asarray(made[name]) for name in sent}
 
@@ -82,17 +84,19 @@ class OwnStrategy(Strategy):
         with self._asked("failed in state"):
             state = self._strategy.state()
         for name, value in state.items():
-            if not isinstance(name, str) or not isinstance(value, np.ndarray) or value.dtype == "O":
+            numbers = isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
+            if not isinstance(name, str) or not numbers:
                 raise UserError(
                     f"strategy '{self._name}': state must return numbers in NumPy arrays by name, "
                     f"and '{printable(name, 60)}' is {type(value).__name__}"
                 )
-        return state
+        # A round that comes to nothing is taken back, whatever its code did to these in place.
+        return {name: value.copy() for name, value in state.items()}
 
     def load_state(self, arrays: Arrays) -> None:
         """Let the strategy go on from what `state` returned."""
         with self._asked("failed in load_state"):
-            self._strategy.load_state(arrays)
+            self._strategy.load_state({name: value.copy() for name, value in arrays.items()})
 
     def fields(self) -> dict[str, float]:
         """Return what the strategy adds to the log: finite numbers by name."""

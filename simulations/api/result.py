@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from fedkn.text import printable
 from simulations.api import frames
-from simulations.report import build_report, summary_dict, summary_table
+from simulations.report import build_report, formats, summary_dict, summary_table
+from simulations.report.summary import Section, summarize
 from simulations.runs.flower_runs import open_run
 from simulations.runs.folder import RunFolder
 
@@ -39,7 +41,7 @@ class Result:
 
     @property
     def cells(self) -> DataFrame:
-        """A row for every cell: its settings, its status, its accuracy after the last round."""
+        """A row for every cell: its settings, its status, its result."""
         return frames.cells(self._run)
 
     @property
@@ -116,13 +118,13 @@ class Result:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the verdicts and the results."""
-        summary = self.summary()
+        (summary,) = summarize([self._run])
         parts = [f"<p>Run <code>{escape(str(self.folder))}</code></p>"]
-        for section in summary["partitions"]:
-            parts.append(
-                f"<p><b>{escape(section['partition'])}</b>: {escape(section['verdict'])}</p>"
+        for section in summary.sections:
+            label, verdict = (
+                escape(printable(of, 10_000)) for of in (section.label, section.verdict)
             )
-            parts.append(_html_table(section["entries"]))
+            parts.append(f"<p><b>{label}</b>: {verdict}</p>{_html_table(section)}")
         return "\n".join(parts)
 
 
@@ -137,24 +139,16 @@ def load(folder: str | PathLike[str]) -> Result:
     return Result(open_run(Path(folder)))
 
 
-def _html_table(entries: list[dict[str, Any]]) -> str:
-    head = ("normalizer", "batch size", "accuracy", "± 95%", "seeds")
-    rows = [
+def _html_table(section: Section) -> str:
+    rows = [("normalizer", "batch size", f"{section.metric.name} ± 95%", "seeds")]
+    rows += [
         (
-            entry["normalizer"],
-            entry["batch_size"],
-            _percent(entry["accuracy"]),
-            _percent(entry["half_width"]),
-            f"{entry['seeds']}/{entry['planned']}",
+            entry.normalizer,
+            str(entry.batch_size),
+            formats.interval(entry.accuracy, section.metric),
+            f"{entry.accuracy.n}/{entry.planned}",
         )
-        for entry in entries
+        for entry in section.entries.values()
     ]
-    cells = [f"<tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>"]
-    cells += [
-        f"<tr>{''.join(f'<td>{escape(str(value))}</td>' for value in row)}</tr>" for row in rows
-    ]
-    return f"<table>{''.join(cells)}</table>"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}%"
+    lines = ["".join(f"<td>{escape(printable(text))}</td>" for text in row) for row in rows]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple, TypeVar
 
+from fedkn.algorithms import keeps_model
 from fedkn.errors import UserError
 from fedkn.tasks.metric import Metric
 from simulations.report.axes import (
@@ -266,7 +267,7 @@ def _read(run: RunFolder, label: str) -> _Run:
         grid=grid,
         cells=cells,
         damaged_lines=tail.skipped,
-        keepers={cell.config.normalizer.name for cell in cells if cell.local_tensors},
+        keepers={cell.config.normalizer.name for cell in cells if _lacks_tensors(cell)},
         metric=metric,
         places={place: _entries(grid, of_place, metric) for place, of_place in places.items()},
     )
@@ -452,3 +453,14 @@ def _judged(entries: Sequence[Entry]) -> dict[str, Metric]:
 def _union(*lists: Iterable[T]) -> list[T]:
     """The entries of all lists, each once, in the order of their first appearance."""
     return list(dict.fromkeys(entry for entries in lists for entry in entries))
+
+
+def _lacks_tensors(cell: CellRecord) -> bool:
+    """Whether clients keep tensors that the global model has as initialised.
+
+    Not where they keep whole models beside a global one that is as good as any.
+    """
+    try:
+        return bool(cell.local_tensors) and not keeps_model(cell.config)
+    except UserError:  # a strategy of somebody's own that is not here
+        return bool(cell.local_tensors)

@@ -72,6 +72,16 @@ def test_joining_tells_partition_and_size():
     }
 
 
+def test_joining_with_privacy_does_not_tell_how_many_of_each_class():
+    config = small(privacy__mechanism="example", privacy__noise_multiplier=1.0)
+    query = Message(
+        join_request(data_summary(config)), dst_node_id=9, message_type=MessageType.QUERY
+    )
+    answer = app(query, context(config, 4))
+    assert set(answer.content.metric_records["metrics"]) == {"partition-id", "num-examples"}
+    assert set(answer.content) == {"metrics"}
+
+
 @pytest.mark.parametrize("proximal_mu", [None, 0.5])
 @pytest.mark.parametrize("name", ["kernel", "batch", "group"])
 def test_training_is_local_training_of_what_was_received(name, proximal_mu):

@@ -159,8 +159,8 @@ def bring_up(fleet: Fleet) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def wait_for(condition: Callable[[], object], timeout: float) -> None:
-    """Wait until `condition` holds."""
+def wait_for(condition: Callable[[], object], timeout: float = 200.0) -> None:
+    """Wait until `condition` holds, for as long as a machine with much to do may need."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
@@ -173,7 +173,7 @@ def kill(fleet: Fleet, name: str, number: signal.Signals = signal.SIGKILL) -> No
         if process.name == name:
             psutil.Process(process.pid).send_signal(number)
     if number is signal.SIGKILL:
-        wait_for(lambda: name not in main_processes(fleet), 10)
+        wait_for(lambda: name not in main_processes(fleet))
 
 
 def expected_weights(**changes: object) -> str:
@@ -196,9 +196,12 @@ def training(fleet: Fleet, name: str) -> bool:
 
 
 def refused(
-    arguments: list[str], folder: Path, environment: Mapping[str, str] | None = None
+    arguments: list[str], folder: Path, told: str, environment: Mapping[str, str] | None = None
 ) -> str:
-    """Start a SuperNode that is to be refused; return what it said until it ended, or for 40 s."""
+    """Start a SuperNode that is to be refused and to say `told`; return what it said.
+
+    It is ended once it has said so, or after three minutes, which is for machines with much to do.
+    """
     # A file: the SuperExec that it starts keeps a pipe open after it has ended.
     log = folder / "supernode.log"
     with log.open("w") as output:
@@ -210,9 +213,11 @@ def refused(
             stderr=subprocess.STDOUT,
         )
     children: list[psutil.Process] = []
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 180
     try:
         while process.poll() is None and time.monotonic() < deadline:
+            if told.lower() in _flat(log).lower():
+                break
             with suppress(psutil.Error):
                 children = process.children(recursive=True)
             time.sleep(0.1)
@@ -221,4 +226,8 @@ def refused(
             with suppress(psutil.NoSuchProcess):
                 one.kill()
         process.wait()
-    return " ".join(log.read_text().split())
+    return _flat(log)
+
+
+def _flat(log: Path) -> str:
+    return " ".join(log.read_text(errors="replace").split())

@@ -95,7 +95,7 @@ def test_the_bundle_trains_where_only_a_devices_dependencies_are(bare, tmp_path)
         stop(fleet, names)
         for device, program in zip(fleet.devices, (without_fedkn, with_fedkn), strict=True):
             start(fleet, program(fleet, device, bare))
-        wait_for_devices(control, 90, lambda text: None)
+        wait_for_devices(control, 150, lambda text: None)
         results = fleet.runs / "bare"
         results.mkdir()
         size = {"rounds": 2, "partition.clients": 2, "cohort": 2}

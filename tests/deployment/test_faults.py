@@ -90,10 +90,10 @@ def state_of(fleet: Fleet, name: str) -> dict[str, Any]:
 def test_a_killed_device_that_stays_away_is_waited_for_once_and_said(fleet):
     with Run(fleet, "killed", rounds=6, server__join_timeout=120) as run:
         run.after_round(1)
-        wait_for(lambda: training(fleet, "device-2"), 60)
+        wait_for(lambda: training(fleet, "device-2"))
         kill(fleet, "device-2")
         # Within seconds: 5 after the other two, which take about as long as in round 1.
-        wait_for(lambda: run.lines("waiting"), 30)
+        wait_for(lambda: run.lines("waiting"))
         assert run.lines("waiting")[0]["clients"] == [2]
         seen = [state_of(fleet, "device-2")]
         while seen[-1]["state"] != "offline":
@@ -124,9 +124,9 @@ def test_a_killed_device_that_comes_back_is_the_same_client(fleet):
     own = {"normalizer__name": "hbn", "evaluation__client_fraction": 0.2}
     with Run(fleet, "back", rounds=9, server__join_timeout=60, **own) as run:
         run.after_round(1)
-        wait_for(lambda: training(fleet, "device-2"), 60)
+        wait_for(lambda: training(fleet, "device-2"))
         kill(fleet, "device-2")
-        wait_for(lambda: any(line["failed"] for line in run.lines("round")), 150)
+        wait_for(lambda: any(line["failed"] for line in run.lines("round")))
         bring_up(fleet)
         code, output = run.end()
     assert code == 0, output

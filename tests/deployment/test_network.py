@@ -101,7 +101,7 @@ def fleet(line, tmp_path_factory) -> Iterator[Fleet]:
         start(made, near)
         start(made, replace(far, command=(*inside, *far.command)))
         with Control(made) as control:
-            wait_for_devices(control, 60, lambda text: None)
+            wait_for_devices(control, 150, lambda text: None)
         yield made
 
 

@@ -37,7 +37,7 @@ def test_a_run_outlives_its_command_and_has_one_writer(fleet):
     config = ExperimentConfig.resolve(SMALL, begun["config"])
     with Control(fleet) as control:
         second = control.start(build_bundle(), config.flat())
-        wait_for(lambda: control.run(second).finished, 120)
+        wait_for(lambda: control.run(second).finished)
         assert control.run(second).outcome == "failed"
         output = "\n".join(control.output(second))
     assert "is being run by another process (pid " in output

@@ -58,7 +58,7 @@ def online(fleet) -> Device:
     """The first device, started and online."""
     device = fleet.devices[0]
     start(fleet, programs.supernode(fleet, device, fleet.address, free_port()))
-    wait_for(lambda: "SuperNode ID:" in said(fleet, device.name), 60)
+    wait_for(lambda: "SuperNode ID:" in said(fleet, device.name))
     return device
 
 
@@ -74,7 +74,7 @@ def logged(fleet: Fleet, *reasons: str) -> Iterator[list[str]]:
     line: list[str] = []
     yield line
     # nginx answers first, and then writes.
-    wait_for(lambda: len(said(fleet, REFUSALS).splitlines()) > len(before), 5)
+    wait_for(lambda: len(said(fleet, REFUSALS).splitlines()) > len(before))
     line.append(said(fleet, REFUSALS).splitlines()[-1])
     for reason in reasons:
         assert reason in line[0]
@@ -118,7 +118,7 @@ def test_a_device_whose_clock_is_off_is_told_so_and_refused(fleet, tmp_path, sec
             [str(FEDKN), "device", *words],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
             check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1", **off},
         )
@@ -141,7 +141,8 @@ def test_a_device_whose_clock_is_off_is_told_so_and_refused(fleet, tmp_path, sec
     # Flower's own program, started nevertheless, ends without a reason; the server has one.
     reasons = ("/v1/fleet/activate-node: 401, signed at 20", "over 5 s ahead or 305 s behind")
     with logged(fleet, *reasons) as line:
-        assert "SuperNode terminated" in refused(arguments(fleet, device), tmp_path, off)
+        told = "SuperNode terminated"
+        assert told in refused(arguments(fleet, device), tmp_path, told, off)
     signed = datetime.fromisoformat(re.search(r"signed at ([^ ,]+)", line[0])[1])
     assert abs((signed - datetime.now(UTC)).total_seconds() - seconds) < 20
 
@@ -152,13 +153,14 @@ def test_a_certificate_that_a_device_does_not_believe_is_told_on_both_sides(flee
     create_authority(other)
     words = arguments(fleet, fleet.devices[0])
     words[words.index(str(fleet.authority))] = str(other.authority)
-    assert "certificate verify failed: unable to get local issuer" in refused(words, tmp_path)
+    told = "certificate verify failed: unable to get local issuer"
+    assert told in refused(words, tmp_path, told)
     assert "alert unknown ca" in said(fleet, programs.PROXY)
     try:
         issue_certificate(fleet, timedelta(days=-2))
         restart_proxy(fleet)
-        told = refused(arguments(fleet, fleet.devices[0]), tmp_path)
-        assert "certificate verify failed: certificate has expired" in told
+        told = "certificate verify failed: certificate has expired"
+        assert told in refused(arguments(fleet, fleet.devices[0]), tmp_path, told)
         assert "alert certificate expired" in said(fleet, programs.PROXY)
     finally:
         issue_certificate(fleet)
@@ -169,13 +171,13 @@ def restart_proxy(fleet: Fleet) -> None:
     stop(fleet, [programs.PROXY])
     start(fleet, programs.proxy(fleet, NGINX))
     host, port = fleet.address.split(":")
-    wait_for(lambda: not socket.socket().connect_ex((host, int(port))), 20)
+    wait_for(lambda: not socket.socket().connect_ex((host, int(port))))
 
 
 def test_a_copied_key_is_refused_while_its_device_is_online(fleet, online, tmp_path):
     with logged(fleet, "/v1/fleet/activate-node: 412, key not registered, or online already"):
-        told = refused(arguments(fleet, online), tmp_path)
-    assert "Failed to activate SuperNode" in told, told
+        told = "Failed to activate SuperNode"
+        assert told in refused(arguments(fleet, online), tmp_path, told)
     assert "could not be activated" in said(fleet, "superlink")
 
 
@@ -257,7 +259,7 @@ def test_captured_headers_are_good_for_their_own_device_alone(fleet):
     device = fleet.devices[1]
     with eavesdropper(fleet) as (address, calls):
         start(fleet, programs.supernode(fleet, device, address, free_port()))
-        wait_for(lambda: [call for call in calls if call.path.endswith("pull-messages")], 60)
+        wait_for(lambda: [call for call in calls if call.path.endswith("pull-messages")])
         captured = next(call for call in calls if call.path.endswith("pull-messages"))
         # The signature is over the time alone. Whoever has it can say it again, and other things.
         assert post(fleet, captured).status_code == 200
@@ -306,8 +308,8 @@ def test_headers_are_worth_nothing_after_five_minutes(fleet, online, monkeypatch
 
 def test_a_plain_text_client_is_refused_with_the_reason(fleet, tmp_path):
     with logged(fleet, "400, plain text or no HTTP: this port speaks TLS alone"):
-        told = refused(["--superlink", fleet.address, "--insecure"], tmp_path)
-    assert "plain text: the server speaks TLS alone" in told, told
+        told = "plain text: the server speaks TLS alone"
+        assert told in refused(["--superlink", fleet.address, "--insecure"], tmp_path, told)
     with grpc.insecure_channel(fleet.address) as channel:
         call = channel.unary_unary("/flwr.proto.Fleet/PullMessages")
         with pytest.raises(grpc.RpcError) as caught:
@@ -337,7 +339,7 @@ def test_a_run_goes_on_without_an_update_larger_than_the_limit(fleet, online, tm
         FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE="100000000",
     )
     with Control(fleet) as control:
-        wait_for_devices(control, 60, lambda text: None)
+        wait_for_devices(control, 150, lambda text: None)
     with Run(fleet, "large", rounds=1, cohort=2, server__round_timeout=40) as run:
         code, output = run.end()
     stop(fleet, ["device-1"])

@@ -74,7 +74,7 @@ def test_a_restart_between_its_replies_loses_nothing(fleet, tmp_path, monkeypatc
         for restarted, slow, next_slow in ((0, 1, 2), (1, 2, 0), (2, 0, None)):
             for name in names[:slow] + names[slow + 1 :]:
                 sent[name] += 1
-                wait_for(lambda name=name: replies(fleet, name) >= sent[name], 120)
+                wait_for(lambda name=name: replies(fleet, name) >= sent[name])
             sent[names[slow]] += 1
             # Until the server has fetched the replies, which it looks for four times a second.
             time.sleep(3)

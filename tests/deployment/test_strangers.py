@@ -44,7 +44,7 @@ def fleet(tmp_path_factory) -> Iterator[Fleet]:
         bring_up(made, local=False, say=lambda text: None)
         start(made, programs.supernode(made, made.devices[0], made.address, free_port()))
         with Control(made) as control:
-            wait_for_devices(control, 60, lambda text: None)
+            wait_for_devices(control, 150, lambda text: None)
         yield made
 
 
@@ -133,7 +133,7 @@ def test_a_certificate_is_of_this_fleet_or_none(fleet, tmp_path):
         answer = httpx.post(url, content=b"x", verify=trust)
         assert answer.status_code == 400
         assert answer.json()["detail"] == "no certificate of this fleet: device.pem"
-        wait_for(lambda why=why: why in last_lines(fleet, REFUSALS, 1)[0], 5)
+        wait_for(lambda why=why: why in last_lines(fleet, REFUSALS, 1)[0])
     own = context(fleet, fleet.devices[0].certificate)
     answer = httpx.post(url, content=b"", verify=own)
     assert answer.status_code in (401, 415)
@@ -151,7 +151,7 @@ def test_a_device_whose_certificate_is_not_the_fleets_is_told_so(fleet, tmp_path
             [str(FEDKN), "device", "start", str(device.folder)],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
             check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
@@ -217,7 +217,7 @@ def test_status_tells_sizes(fleet):
         [str(FEDKN), "deploy", "status", str(fleet.path)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=True,
     )
     assert "SuperLink's database" in done.stdout

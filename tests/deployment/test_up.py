@@ -52,9 +52,9 @@ def background(*arguments: str) -> subprocess.Popen[str]:
 def test_ctrl_c_of_up_leaves_what_runs_and_up_goes_on(made):
     stop(made)
     going = background("up", str(made.path), "--local")
-    wait_for(lambda: made.devices[0].name in main_processes(made), 60)
+    wait_for(lambda: made.devices[0].name in main_processes(made))
     going.send_signal(signal.SIGINT)
-    said, errors = going.communicate(timeout=20)
+    said, errors = going.communicate(timeout=100)
     assert (going.returncode, errors) == (130, "")
     assert "stopped; what was started runs" in said
     before = main_processes(made)
@@ -170,7 +170,7 @@ def test_followed_logs_go_on_until_ctrl_c(fleet):
         while "something new" not in following.stdout.readline():
             pass
         following.send_signal(signal.SIGINT)
-        _, errors = following.communicate(timeout=20)
+        _, errors = following.communicate(timeout=100)
     finally:
         following.kill()
     assert (following.returncode, errors) == (130, "")

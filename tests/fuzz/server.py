@@ -6,6 +6,7 @@ updates are made up, near what was sent, so that a case takes milliseconds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import data_summary
@@ -35,6 +37,7 @@ from server.global_model import GlobalModel
 from server.metrics_log import MetricsLog
 from server.rounds.aggregation import Aggregator
 from server.rounds.client_evaluation import evaluate_clients
+from server.rounds.identities import Identities
 from server.rounds.loop import Federation, run_round
 from server.rounds.membership import Member, Membership
 from server.rounds.participation import begin
@@ -100,21 +103,24 @@ def training(rng: random.Random) -> str:
 
 
 def joining(rng: random.Random) -> str:
-    """A joining in which one of four answers is hostile."""
+    """A joining in which one of four answers is hostile, half of them with keys as in a fleet."""
     config, _ = _experiment("fedavg")
-    deployed = rng.random() < 0.6
+    deployed, keyed = rng.random() < 0.6, rng.random() < 0.5
 
     def respond(message: Message) -> list[Message]:
         partition = message.metadata.dst_node_id - FIRST_NODE
         honest = Message(join_answer(partition, _EXAMPLES), reply_to=message)
         return [honest] if partition else _hostile(rng, honest, message, deployed)
 
-    grid = ScriptedGrid([FIRST_NODE + p for p in range(_CLIENTS)], respond)
-    membership = Membership(grid, _CLIENTS, 0.0, data=data_summary(config))
+    grid = Keyed([FIRST_NODE + p for p in range(_CLIENTS)], respond)
+    identities = _IDENTITIES if keyed else None
+    membership = Membership(grid, _CLIENTS, 0.0, data=data_summary(config), identities=identities)
     complaints = membership._ask(set(grid.nodes), 1.0)
     members = membership.online(range(1, _CLIENTS))
     assert list(members) == [1, 2, 3], members
-    assert all(member.node_id == FIRST_NODE + p for p, member in members.items())
+    taken = {p: m.node_id for p, m in members.items() if m.node_id != FIRST_NODE + p}
+    # Without keys the first that claims a partition is believed.
+    assert not taken if keyed else list(taken.values()) in ([], [FIRST_NODE]), taken
     _check_texts([*complaints, membership.why_absent(0)])
     return _kind(complaints)
 
@@ -158,6 +164,18 @@ def whole_runs(rng: random.Random) -> str:
     outcome = run_server(FakeGrid(config, tamper), config)
     assert math.isfinite(outcome.evaluation.loss)
     return "run"
+
+
+class Keyed(ScriptedGrid):
+    """Nodes that Flower knows by their keys: that of node N is ``key N``."""
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node, public_key=b"key %d" % node) for node in self.nodes]
+
+
+_IDENTITIES = Identities(
+    {hashlib.sha256(b"key %d" % (FIRST_NODE + p)).hexdigest(): p for p in range(_CLIENTS)}
+)
 
 
 class Model(GlobalModel):

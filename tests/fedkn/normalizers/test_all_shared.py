@@ -18,7 +18,6 @@ NAMES = (
     "lcn",
     "dyt",
     "proxy",
-    "ws_kernel",
     "brn",
     "feature_norm",
 )

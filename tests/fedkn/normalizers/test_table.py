@@ -69,6 +69,6 @@ def test_needs_options_and_when_it_does_not_help(tables):
     assert "[results.md](results.md)" in first["fbn"]["not for"]
     assert second["frn"]["options"] == "`learn_eps = true`"
     assert second["batch"]["examples of a batch"] == "mixed"
-    assert [n for n, row in second.items() if row["pixels"] == "unit"] == ["kernel"]
+    assert [n for n, row in second.items() if row["pixels"] == "unit"] == ["kernel", "ws_kernel"]
     assert second["rms"]["scale and bias"] == "yes"
     assert second["none"]["scale and bias"] == ""

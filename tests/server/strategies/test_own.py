@@ -131,15 +131,19 @@ class Wrong(Halfway):
             return None
         if self.how == "raises":
             return made["nothing of this name"]
+        if self.how == "in place":
+            for value in sent.values():
+                value *= np.nan
+            made[name] = made[name] * np.nan
         if self.how == "nan":
             made[name] = made[name] * np.nan
         return made
 
     def fields(self):
-        return {"odd": float("nan")} if self.how == "fields" else {}
+        return {"fields": {"odd": float("nan")}, "taken": {"cohort": 3.0}}.get(self.how, {})
 
     def state(self):
-        return {"odd": [1]} if self.how == "state" else {}
+        return {"state": {"odd": [1]}, "words": {"odd": np.array(["a"])}}.get(self.how, {})
 
     def load_state(self, arrays):
         pass
@@ -283,7 +287,10 @@ def test_it_runs_in_the_engines_of_a_simulation(monkeypatch, here):
         ("Wrong", {"how": "raises"}, r"failed in aggregate: KeyError: .*mystrategies\.py, line"),
         ("Wrong", {"how": "fields"}, "fields must return finite numbers by name"),
         ("Wrong", {"how": "state"}, "state must return numbers in NumPy arrays"),
+        ("Wrong", {"how": "words"}, "state must return numbers in NumPy arrays"),
+        ("Wrong", {"how": "taken"}, "adds 'cohort' to the log, whose own field that is"),
         ("Wrong", {"how": "nan"}, "no valid update in the last"),
+        ("Wrong", {"how": "in place"}, "no valid update in the last"),
     ],
 )
 def test_what_is_wrong_with_it_is_named_in_one_line(name, options, words):

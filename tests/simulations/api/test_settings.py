@@ -31,8 +31,8 @@ def test_the_flags_of_the_command_line_are_the_short_names() -> None:
     for command, short in ((run, RUN), (compare, COMPARE)):
         flags = set(inspect.signature(command).parameters)
         assert flags - ways <= short.keys() | config
-        # Of the command line: --set strategy.name=…
-        assert short.keys() - flags == {"strategy", "observers"}
+        # On the command line: --set strategy.name=…
+        assert short.keys() - flags == {"strategy", "observers", "task"}
 
 
 def test_names_tables_and_keys_give_the_same_settings() -> None:

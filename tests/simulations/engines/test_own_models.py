@@ -50,6 +50,12 @@ def trained(config: ExperimentConfig) -> dict[str, torch.Tensor]:
         ("with_blocks", "kernel", {}),
         ("mobilenet", "group", {"train__local_steps": 1, "rounds": 1}),
         ("Plain", "batch", {"model__frozen": FROZEN}),
+        # A group norm whose input no gradient is asked of.
+        ("Plain", "group", {"model__frozen": "conv1.*"}),
+        ("with_blocks", "group", {"model__frozen": "0.conv.*"}),
+        ("Plain", "layer", {"model__frozen": "conv1.*"}),
+        ("Plain", "instance", {"model__frozen": "conv1.*"}),
+        ("Plain", "ws_group", {"model__frozen": "conv1.*"}),
         ("Plain", "fedbn", {"model__frozen": FROZEN, "evaluation__client_fraction": 0.2}),
         ("Plain", "batch", {"model__frozen": FROZEN, "normalizer__bn_statistics": "recalibrated"}),
         ("Plain", "hbn", {"model__frozen": FROZEN, "evaluation__client_fraction": 0.2}),
