@@ -136,7 +136,8 @@ class GridConfig(ExperimentConfig):
     @classmethod
     def resolve(cls, *layers: Any) -> Self:
         """Return the grid of the defaults overlaid by each of `layers`; see ExperimentConfig."""
-        rest, axes = [], {}
+        rest: list[dict[str, Any]] = []
+        axes: dict[str, Any] = {}
         for layer in layers:
             if not isinstance(layer, Mapping):
                 raise UserError(f"{shown(layer)}: must be a table of settings")
@@ -294,15 +295,16 @@ def seeds(grid: GridConfig, purpose: Purpose) -> range:
 
 def search_cells(grid: GridConfig, group: Group, learning_rate: float) -> tuple[Cell, ...]:
     """Return the cells that try `learning_rate` on the validation split, one for each seed."""
-    rounds = grid.compare.search_rounds
+    rounds: dict[str, Scalar] = {}
+    if grid.compare.search_rounds:
+        rounds["rounds"] = grid.compare.search_rounds
     return tuple(
         _cell(
             grid,
             group,
             f"search-{group.id}-lr{learning_rate:g}-s{seed}",
             "search",
-            {"seed": seed, "train.learning_rate": learning_rate}
-            | ({"rounds": rounds} if rounds else {}),
+            {"seed": seed, "train.learning_rate": learning_rate, **rounds},
         )
         for seed in seeds(grid, "search")
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from fedkn.algorithms import keeps_model
 from fedkn.errors import UserError
-from fedkn.tasks.metric import Metric
+from fedkn.tasks.metric import ACCURACY, Metric
 from simulations.report.axes import (
     NORMALIZER,
     AxisContest,
@@ -424,7 +424,7 @@ def _contest(
         lost={e.normalizer: e.lost for e in entries if e.lost},
         untrained=[e.normalizer for e in entries if e.cells and e.lost == len(e.cells)],
         entrants=len(entries),
-        **_judged(entries),
+        metric=_judged(entries),
     )
 
 
@@ -441,13 +441,13 @@ def _own_contest(
         untrained=[e.normalizer for e in entries if e.cells and lost[e.normalizer] == len(e.cells)],
         failed_clients={name: own.failed for name, own in results.items() if own.failed},
         entrants=len(entries),
-        **_judged(entries),
+        metric=_judged(entries),
     )
 
 
-def _judged(entries: Sequence[Entry]) -> dict[str, Metric]:
-    """The metric of a contest of `entries`, where there is any."""
-    return {"metric": entries[0].metric} if entries else {}
+def _judged(entries: Sequence[Entry]) -> Metric:
+    """The metric of a contest of `entries`; of none any will do."""
+    return entries[0].metric if entries else ACCURACY
 
 
 def _union(*lists: Iterable[T]) -> list[T]:
