@@ -37,6 +37,7 @@ from fedkn.options import read_options
 from fedkn.tasks import Task
 from fedkn.training.inputs import Inputs
 from fedkn.training.stackable import Stacking, try_stacking
+from fedkn.training.trial import trial_step
 
 __all__ = [
     "FederatedData",
@@ -51,6 +52,7 @@ __all__ = [
     "normalizer_of",
     "own_stacking",
     "task_of",
+    "try_parts",
     "why_alone",
 ]
 
@@ -163,6 +165,25 @@ def network_of(config: ExperimentConfig, summary: DataSummary | None = None) -> 
     layout = layout_on(device_of(config), normalizer)
     network.module.to(memory_format=layout)  # type: ignore[call-overload]  # as torch has it
     return network
+
+
+def try_parts(config: ExperimentConfig, model: nn.Module) -> list[str]:
+    """Take a step of `model` on a few training examples, without moving it; return warnings.
+
+    Raises:
+        UserError: what is wrong with the model or the task, as `trial_step` finds it.
+    """
+    device = next(model.parameters()).device
+    train, task = _split(config.data)[0], task_of(config)
+    size = max(_TRIED, normalizer_of(config).minimum_batch)
+    some = train.select(np.arange(size) % len(train)).to(device)
+    x = inputs_of(config, device)(some.inputs)
+    outputs = task.outputs(len(some.classes), tuple(some.targets.shape[1:]))
+    return trial_step(model, task, x, some.targets, outputs=outputs)
+
+
+_TRIED = 2
+"""Examples that parts are tried on: enough for a batch, few enough to cost nothing."""
 
 
 def layout_on(device: torch.device, normalizer: Normalizer) -> torch.memory_format:

@@ -20,6 +20,7 @@ from fedkn.experiment import (
     network_of,
     normalizer_of,
     task_of,
+    try_parts,
     why_alone,
 )
 from fedkn.federation import fixed_sha256, on_the_wire
@@ -27,7 +28,6 @@ from fedkn.normalizers import FederationRule, TensorRole
 from fedkn.tasks import Metric
 from fedkn.training import Evaluation, Workspace, check_precision, evaluate, refuse_unprivate
 from fedkn.training.memory import step_memory
-from fedkn.training.trial import trial_step
 
 __all__ = ["GlobalModel"]
 
@@ -45,7 +45,7 @@ class GlobalModel:
             batches. examples: how many the experiment has to train on.
 
     Raises:
-        UserError: a configuration, a task, a model or data that cannot work (`trial_step`).
+        UserError: a configuration, a task, a model or data that cannot work (`try_parts`).
     """
 
     def __init__(self, config: ExperimentConfig) -> None:
@@ -105,7 +105,9 @@ class GlobalModel:
         self._sample = data.train
         self.examples = len(data.train)
         _check_target(config, self.task.metric)
-        self._try()
+        self._workspace.load()
+        for warning in try_parts(config, self._workspace.model):
+            _LOG.warning("%s", warning)
 
     def rule(self, round_: int) -> FederationRule:
         """Return the role of every tensor in `round_` (from 1)."""
@@ -160,20 +162,6 @@ class GlobalModel:
     def _some(self, size: int) -> Examples:
         return self._sample.select(np.arange(size) % len(self._sample)).to(self._device)
 
-    def _try(self) -> None:
-        """Take a step on a few examples, to say of a model or a task what is wrong with it."""
-        some = self._some(max(_TRIED, self._minimum_batch))
-        target = tuple(some.targets.shape[1:])
-        self._workspace.load()
-        for warning in trial_step(
-            self._workspace.model,
-            self.task,
-            self._inputs(some.inputs),
-            some.targets,
-            outputs=self.task.outputs(len(some.classes), target),
-        ):
-            _LOG.warning("%s", warning)
-
 
 def _check_target(config: ExperimentConfig, metric: Metric) -> None:
     target = config.evaluation.target
@@ -186,9 +174,6 @@ def _check_target(config: ExperimentConfig, metric: Metric) -> None:
 
 # Flower's own logger, whose lines are shown wherever a run is followed.
 _LOG = logging.getLogger("flwr")
-
-# Examples that a model is tried on: enough for a batch, few enough to cost nothing.
-_TRIED = 2
 
 
 # What the layers call them.

@@ -163,7 +163,7 @@ def _run(grid: Grid, config: ExperimentConfig, log: Audience, hold: Callable[[],
         tensors, report = run_round(round_, tensors, participation, federation)
         participation = participation.after(round_, [u.partition for u in report.updates])
         failed_rounds = 0 if report.updates else failed_rounds + 1
-        log.write("round", state=tensors, **report.fields())
+        log.write("round", tensors, **report.fields())
         last = round_ == config.rounds
         evaluates = last or round_ % config.evaluation.every == 0
         # A round that brought nothing is no reason to go on, or to stop.
@@ -334,7 +334,7 @@ def _log_evaluation(
     confusion = {"confusion": evaluation.confusion} if whole and evaluation.confusion else {}
     log.write(
         "evaluation",
-        state=tensors,
+        tensors,
         round=round_,
         split=split,
         metrics=evaluation.metrics,

@@ -8,7 +8,7 @@ import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -48,8 +48,10 @@ _ORIENTATION = 0x0112
 _TURNED_BY_A_QUARTER = range(5, 9)
 _GREY_MODES = frozenset({"1", "L", "LA"})
 # Of more than 8 bits, which Pillow has in grey alone, and what they are decoded to.
-_DEEP_MODES = {mode: np.dtype(np.int32) for mode in ("I", "I;16", "I;16B", "I;16L", "I;16N")}
-_DEEP_MODES["F"] = np.dtype(np.float32)
+_DEEP_MODES: Mapping[str, np.dtype[Any]] = {
+    **dict.fromkeys(("I", "I;16", "I;16B", "I;16L", "I;16N"), np.dtype(np.int32)),
+    "F": np.dtype(np.float32),
+}
 _EIGHT_BITS = np.dtype(np.uint8)
 # What a decoder is told of pixels of more than 8 bits, such as "RGB;16B".
 _DEEPER = re.compile(r";(?:10|12|14|16|24|32|64)")

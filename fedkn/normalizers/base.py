@@ -18,11 +18,11 @@ class Normalizer(LayerFactory, Federated, Needs):
 
     title: ClassVar[str]
     """How a report calls it."""
-    paper: ClassVar[str]
+    paper: ClassVar[str] = ""
     """Where it comes from."""
-    statistics: ClassVar[str]
+    statistics: ClassVar[str] = ""
     """What its statistics are taken over; empty where it takes none."""
-    not_for: ClassVar[str]
+    not_for: ClassVar[str] = ""
     """When it does not help: one sentence, from its paper or from what was measured here."""
     rule_settings: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     """Settings of its options that between them show every federation rule it can have."""

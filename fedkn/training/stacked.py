@@ -24,7 +24,9 @@ from fedkn.errors import UserError
 from fedkn.layers.kernel.dropout import dropout_keys
 from fedkn.layers.stacked_convolution import StackedConvolutions
 from fedkn.seeds import derive
+from fedkn.text import printable
 from fedkn.training.batches import BatchPlan, plan_batches
+from fedkn.training.captured import Captured
 from fedkn.training.draws import own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.local import LocalTask, LocalUpdate
@@ -164,20 +166,27 @@ class _Replayed:
         rules = _acting(task)
         key = (stack, self._tables.shape, task.train, task.goal, rules)
         if key not in workspace.steps:
-            changed = (*workspace.values, *workspace.velocity, workspace.losses)
-            tables, inputs = self._tables, self._batches.inputs
-            workspace.steps[key] = self._capture(
-                lambda: _step(
-                    workspace,
-                    tables.batch(stack, inputs),
-                    task,
-                    rules,
-                    partly=True,
-                ),
-                (),
-                (*changed, tables.place),
-            )
+            workspace.steps[key] = self._captured(stack, rules)
         workspace.steps[key].replay(())
+
+    def _captured(self, stack: int, rules: tuple[LocalRule, ...]) -> Captured:
+        workspace, task = self._workspace, self._task
+        changed = (*workspace.values, *workspace.velocity, workspace.losses)
+        tables, inputs = self._tables, self._batches.inputs
+
+        def step() -> None:
+            _step(workspace, tables.batch(stack, inputs), task, rules, partly=True)
+
+        try:
+            return self._capture(step, (), (*changed, tables.place))
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = printable((str(error).strip().splitlines() or ["no reason given"])[0], 200)
+            raise UserError(
+                f"a step of this network and its loss cannot be recorded ({reason}): compute the "
+                "loss without looking at values on the host, or set engine = 'inprocess'"
+            ) from error
 
     def _fill(self, first: int) -> None:
         batches = self._batches

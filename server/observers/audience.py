@@ -48,7 +48,7 @@ class Audience:
         self._observers = list(observers)
 
     def write(
-        self, kind: str, *, state: Mapping[str, np.ndarray] | None = None, **fields: Any
+        self, kind: str, state: Mapping[str, np.ndarray] | None = None, /, **fields: Any
     ) -> None:
         """Write a line of `kind` to the log, and tell the observers if it is one of theirs.
 

@@ -89,7 +89,8 @@ def _factory(name: str) -> Callable[..., object]:
         raise UserError(f"observer '{printable(name, 120)}' is no class and no function")
     if isinstance(found, type):
         _refuse_no_observer(name, found)
-    return found
+    factory: Callable[..., object] = found
+    return factory
 
 
 def _ours(name: str, where: str) -> Callable[..., object]:

@@ -23,7 +23,7 @@ def untouched() -> Iterator[None]:
     and determinism, NumPy's handling of floating-point errors, and the current folder.
     """
     before = [(put, get()) for get, put in _STATES]
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if _uses_gpu() else None
     try:
         with torch.random.fork_rng(devices=[]):
             yield
@@ -38,6 +38,14 @@ def untouched() -> Iterator[None]:
 
 def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+def _uses_gpu() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _record_gradients(on: bool) -> None:
+    torch.set_grad_enabled(on)
 
 
 def _folder() -> str:
@@ -62,7 +70,7 @@ _STATES: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
     (random.getstate, random.setstate),
     (np.random.get_state, np.random.set_state),
     (np.geterr, lambda errors: np.seterr(**errors) and None),
-    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.is_grad_enabled, _record_gradients),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, torch.set_default_device),
     (torch.get_num_threads, torch.set_num_threads),

@@ -27,6 +27,7 @@ from flwr.serverapp.strategy import (
 from fedkn import algorithms
 from fedkn.config import ExperimentConfig, StrategyConfig
 from fedkn.errors import UserError, unknown_name
+from fedkn.experiment import task_of
 from fedkn.federation import TRAIN_LOSS
 from fedkn.references import registered
 from server.strategies.base import Strategy
@@ -59,6 +60,11 @@ def create_strategy(config: ExperimentConfig, parameters: Sequence[str] = ()) ->
         raise UserError(
             f"strategy '{name}' takes no strategy.options: what it can be set to are settings of "
             "their own, strategy.… (docs/strategies.md)"
+        )
+    if name == "qfedavg" and task_of(config).least_loss < 0:
+        raise UserError(
+            "strategy 'qfedavg' weighs clients by powers of their loss, which this task may have "
+            "below 0: give the task least_loss = 0 if it cannot be, or choose another strategy"
         )
     mechanism = config.privacy.mechanism
     of_clients = mechanism.startswith(("server_", "client_"))

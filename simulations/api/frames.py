@@ -126,9 +126,9 @@ def export(run: RunFolder, to: str, folder: Path) -> list[Path]:
 
 
 # Floats in full: what is read back is what was written.
-_FORMATS: dict[str, Callable[[DataFrame, BytesIO], None]] = {
+_FORMATS: dict[str, Callable[[DataFrame, BytesIO], object]] = {
     "csv": lambda frame, file: frame.to_csv(file, index=False),
-    "json": lambda frame, file: file.write(_json(frame)) and None,
+    "json": lambda frame, file: file.write(_json(frame)),
     "parquet": lambda frame, file: frame.to_parquet(file, index=False),
 }
 

@@ -9,7 +9,7 @@ from fedkn.algorithms import federation_rule, keeps_model
 from fedkn.config import ExperimentConfig, PartitionConfig
 from fedkn.data.partition import client_names, label_counts
 from fedkn.errors import UserError
-from fedkn.experiment import build_model, device_of, federated_data, normalizer_of
+from fedkn.experiment import build_model, device_of, federated_data, normalizer_of, try_parts
 from fedkn.normalizers import TensorRole
 from fedkn.training import refuse_unprivate
 from server.observers import check_observers
@@ -119,6 +119,7 @@ def _check_models(grid: GridConfig) -> None:
             if config.privacy.mechanism == "example":
                 refuse_unprivate(normalizer, model, config.train.precision)
             rule = federation_rule(config, normalizer, model)
+            try_parts(config, model)
         if config.evaluation.client_fraction:
             continue
         if TensorRole.LOCAL in normalizer.federation_rule(model).values():

@@ -27,6 +27,7 @@ from fedkn.experiment import (
 from fedkn.federation import on_the_wire
 from fedkn.normalizers import TensorRole
 from fedkn.seeds import torch_generator
+from fedkn.text import printable
 from server.checkpoints import Checkpoint, CheckpointStore, weights_sha256
 from simulations.programs.classifier import Card, Classifier, FromPixels
 from simulations.runs.flower_runs import open_run
@@ -36,6 +37,7 @@ from simulations.runs.records import CellRecord
 __all__ = ["SomeImages", "TrainedModel", "load_trained_model", "trained_network"]
 
 _IMAGES = 256
+_OWN = "take the weights themselves, from Python by fedkn.load(…).model()"
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +96,15 @@ class TrainedModel:
         return f"the data changed since the run: {'; '.join(found)}" if found else ""
 
 
+def _check_classifies(record: CellRecord) -> None:
+    name = record.config.task.name
+    if name != "classification":
+        raise UserError(
+            f"cell '{record.id}' was trained for the task '{printable(name, 60)}', and programs "
+            f"are for classification: {_OWN}"
+        )
+
+
 def load_trained_model(path: Path, cell: str | None) -> TrainedModel:
     """Return the model of the newest good checkpoint of `cell` in the run folder `path`.
 
@@ -101,16 +112,22 @@ def load_trained_model(path: Path, cell: str | None) -> TrainedModel:
     images and the scaling are those that the run recorded: its data need not be there. Only a
     checkpoint of an earlier fedkn says nothing of them; then they come from the data.
 
-    Raises UserError where the folder is not a run's, the cell is unknown or must be chosen, there
-    is no good checkpoint, it does not fit the model, or the data are needed and missing.
+    Raises UserError where the folder is not a run's, the cell is unknown or must be chosen, it does
+    not classify images, there is no good checkpoint, it does not fit the model, or the data are
+    needed and missing.
     """
     record = _chosen(open_run(path), cell)
+    _check_classifies(record)
     checkpoint, damaged = _checkpoint(path / "cells" / record.id)
     # The exported program and the check of it are for the CPU, whatever trained the model. Nothing
     # is downloaded for the check alone.
     config = record.config.overlay(device="cpu", data__download=False)
     data = checkpoint.data or data_summary(config)
     network = _network(config, data, checkpoint)
+    if len(data.shape) != 3:
+        raise UserError(
+            f"'{path}' was trained on {data.inputs}, and programs are for images: {_OWN}"
+        )
     channels, height, width = data.shape
     inputs = inputs_of(config, torch.device("cpu"), data)
     program = FromPixels.of(network, inputs, channels)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedkn.config import ExperimentConfig
+from fedkn.models.catalog import ARCHITECTURES
 from simulations.report.summary import RunSummary
 from simulations.runs.records import CellRecord
 
@@ -71,8 +72,8 @@ def _data(summary: RunSummary) -> list[Fact]:
 
 def _model(configs: Sequence[ExperimentConfig]) -> Fact:
     names = _listed(config.model.name for config in configs)
-    # What a model of somebody's own has is not ours to say.
-    ours = [config.model.width for config in configs if ":" not in config.model.name]
+    # How wide a model of somebody's own is, its factory alone knows.
+    ours = [config.model.width for config in configs if config.model.name in ARCHITECTURES]
     widths = _listed(f"width {width}" if width else "published width" for width in ours)
     return Fact("model", names, widths)
 

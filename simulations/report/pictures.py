@@ -45,7 +45,8 @@ def partition_picture(table: PartitionRecord) -> str:
     )
     _names_beside(canvas, names, left, grid, row)
     for tick in Scale(0, max(1, clients - 1), 0, 1).ticks(12, whole=True):
-        canvas.text(x(tick + 0.5), bottom + 14, f"{tick:g}", "middle")
+        whose = f" {printable(table.names[int(tick)], 8)}" if table.names else ""
+        canvas.text(x(tick + 0.5), bottom + 14, f"{tick:g}{whose}", "middle")
     canvas.text((x.start + x.end) / 2, bottom + 31, "client", "middle")
     return canvas.svg(f"examples by client and label, {table.partition}, seed {table.seed}")
 

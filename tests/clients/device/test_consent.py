@@ -13,6 +13,7 @@ from clients.device.consent import Consent, node_consent
 from clients.device.settings import read_device
 from clients.local_state import STATE_FOLDER
 from clients.privacy_account import account_in
+from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import data_summary, federated_data
 from fedkn.federation import join_request
@@ -243,3 +244,15 @@ def test_the_check_shows_what_was_decided_and_spent(tmp_path):
     (tmp_path / "state" / "privacy-account-1.json").write_bytes(b"damage")
     found = {finding.name: finding for finding in check_start(device)}
     assert found["privacy account"].status == "fail"
+
+
+def test_somebodys_own_model_is_allowed_by_its_name_and_by_no_other():
+    consent = Consent(models="resnet8, mynets:small")
+    consent.check_names()
+    own = ExperimentConfig.resolve({"model.name": "mynets:small"})
+    consent.allow_run(own)
+    for other in ("mynets:large", "othernets:small", "vgg6"):
+        with pytest.raises(UserError, match=r"consent\.models"):
+            consent.allow_run(ExperimentConfig.resolve({"model.name": other}))
+    with pytest.raises(UserError, match="did you mean 'resnet8'"):
+        Consent(models="resnet9").check_names()

@@ -17,7 +17,10 @@ from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, federated_data, inputs_of, task_of
 from fedkn.reference import federated_averaging
+from simulations.comparison.grid import GridConfig
+from simulations.comparison.preflight import check
 from simulations.engines.run import run_experiment
+from simulations.programs.trained_model import load_trained_model
 from simulations.runs.flower_runs import open_run
 from tests.simulations.engines import own_tasks
 
@@ -223,3 +226,23 @@ def test_a_target_that_the_metric_cannot_have() -> None:
     with pytest.raises(UserError, match="micro_f1 is from 0 to 1"):
         run_experiment(config)
     assert task_of(CASES["multilabel"]).metric.unit == "%"
+
+
+def test_a_comparison_says_what_is_wrong_before_it_begins() -> None:
+    config = experiment("numbers", f"{OWN}:Silent")
+    grid = GridConfig.resolve(
+        config.flat(), {"compare.normalizers": ["none"], "compare.batch_sizes": [3]}
+    )
+    with pytest.raises(UserError, match="its loss has no gradient"):
+        check(grid)
+
+
+def test_powers_of_a_loss_that_may_be_negative_are_refused() -> None:
+    with pytest.raises(UserError, match="give the task least_loss = 0"):
+        run_experiment(CASES["a task of one's own"].overlay(strategy__name="qfedavg"))
+
+
+def test_programs_are_of_classifiers(tmp_path: Path) -> None:
+    run_experiment(CASES["regression"].overlay(checkpoint__folder=str(tmp_path), rounds=1))
+    with pytest.raises(UserError, match="programs are for classification"):
+        load_trained_model(tmp_path, None)
