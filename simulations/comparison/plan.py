@@ -45,10 +45,15 @@ _LONG_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds that a client's step takes on one core, and those of evaluating an example."""
+    """Seconds on one core: of a client's step, of evaluating an example, of a client's round.
+
+    The last is what a client does once a round, however many its steps are: a pass over all its
+    images, for normalizers that take one.
+    """
 
     step: float
     example: float
+    turn: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,8 @@ def planned(grid: GridConfig, tables: Sequence[PartitionRecord]) -> Plan:
             speed = speeds.get(_kind(group)) or _in_proportion(config, kinds, speeds)
             steps += count * of_cell
             evaluated = math.ceil(config.rounds / config.evaluation.every) + 1
-            seconds += count * (of_cell * speed.step + evaluated * _examples(config, speed))
+            turns = config.rounds * config.cohort * speed.turn
+            seconds += count * (of_cell * speed.step + turns + evaluated * _examples(config, speed))
     results, searched = len(trained) * grid.compare.seeds, len(trained) * tried
     workers = min(grid.compare.workers or usable_cores(), max(1, results + searched))
     more = 2 * MOST_EXTENSIONS * grid.compare.search_seeds * len(trained) if searches(grid) else 0
@@ -219,7 +225,8 @@ def _speed(config: ExperimentConfig) -> Speed:
     )
     session, client = open_session(context, None)
     # The first step pays for what is loaded and allocated once.
-    for steps in (1, _STEPS_TIMED):
+    updates = []
+    for steps in (1, 1, 1 + _STEPS_TIMED):
         task = LocalTask(
             seed=config.seed,
             round_=1,
@@ -228,7 +235,8 @@ def _speed(config: ExperimentConfig) -> Speed:
             learning_rate=config.train.learning_rate,
             goal=session.task,
         )
-        update, _ = SequentialTrainer().train(session, task, {})
+        updates.append(SequentialTrainer().train(session, task, {})[0])
+    step, turn = _divided(*((update.seconds, update.steps) for update in updates[1:]))
     examples, targets = (of[:_EXAMPLES_TIMED] for of in session.client_data(client))
     start = time.perf_counter()
     evaluate(
@@ -239,9 +247,19 @@ def _speed(config: ExperimentConfig) -> Speed:
         config.evaluation.batch_size,
         goal=session.task,
     )
-    return Speed(
-        update.seconds / max(1, update.steps), (time.perf_counter() - start) / len(examples)
-    )
+    return Speed(step, (time.perf_counter() - start) / len(examples), turn)
+
+
+def _divided(few: tuple[float, int], many: tuple[float, int]) -> tuple[float, float]:
+    """Return the seconds of a step and those beside the steps, of two timings: seconds and steps.
+
+    Where more steps took no longer, or there were no more, all of it is taken as the steps'.
+    """
+    more = many[1] - few[1]
+    step = (many[0] - few[0]) / more if more > 0 else 0.0
+    if step <= 0:
+        return many[0] / max(1, many[1]), 0.0
+    return step, max(0.0, few[0] - step * few[1])
 
 
 def _in_proportion(
@@ -254,7 +272,8 @@ def _in_proportion(
         return Speed(math.nan, math.nan)
     cost = _step_cost(config)
     steps = [of.step * cost / _step_cost(kinds[kind]) for kind, of in speeds.items()]
-    return Speed(fmean(steps), fmean(of.example for of in speeds.values()))
+    of_all = speeds.values()
+    return Speed(fmean(steps), fmean(of.example for of in of_all), fmean(of.turn for of in of_all))
 
 
 def _step_cost(config: ExperimentConfig) -> float:

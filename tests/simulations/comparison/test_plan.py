@@ -7,6 +7,7 @@ import pytest
 
 from fedkn.config import ExperimentConfig
 from fedkn.training.batches import plan_batches
+from simulations.comparison import plan as planning
 from simulations.comparison.grid import GridConfig
 from simulations.comparison.plan import Plan, planned, steps_of, told
 from simulations.comparison.preflight import check
@@ -88,3 +89,13 @@ def test_a_long_comparison_says_how_to_make_it_smaller() -> None:
     assert "that try" not in told(short)[0]
     unknown = Plan(3, 0, 0, 100, math.nan, 2, 0, 4, 450_000_000, 64)
     assert "not known" in told(unknown)[-1]
+
+
+def test_what_a_client_does_once_a_round_is_not_counted_with_every_step():
+    # A pass of 3 s and steps of 0.1 s each: 1 step takes 3.1 s, 4 take 3.4 s.
+    step, turn = planning._divided((3.1, 1), (3.4, 4))
+    assert (step, turn) == (pytest.approx(0.1), pytest.approx(3.0))
+    assert planning._divided((0.2, 1), (0.8, 4)) == (pytest.approx(0.2), pytest.approx(0.0))
+    # Noise, or a client whose images are fewer than a batch: no less than what was measured.
+    assert planning._divided((0.5, 1), (0.4, 4)) == (pytest.approx(0.1), 0.0)
+    assert planning._divided((0.5, 1), (0.4, 1)) == (pytest.approx(0.4), 0.0)
