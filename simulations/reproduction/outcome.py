@@ -136,7 +136,7 @@ def _columns(of: PublishedTable) -> list[str]:
         f"ours, last round{marks.get('last', '')}",
         "seeds",
         "rounds",
-        "core minutes",
+        "minutes by the clock",
     ]
 
 
