@@ -284,7 +284,10 @@ def npz(rng: random.Random) -> object:
                 content = stream.getvalue()
                 if rng.random() < 0.1:
                     content = mutated_bytes(rng, content)
-                archive.writestr(f"{str(name).encode('utf-8', 'replace').decode()}.npy", content)
+                member = zipfile.ZipInfo()
+                # Set so, it is not cut at a NUL before it is written.
+                member.filename = f"{str(name).encode('utf-8', 'replace').decode()}.npy"
+                archive.writestr(member, content)
     return load_arrays(path)
 
 
