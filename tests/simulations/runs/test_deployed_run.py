@@ -50,8 +50,12 @@ class Failed:
     ("output", "reason"),
     [
         (OUTPUT, "cannot write c.safetensors (No space left on device): free"),
-        ("killed\n", "killed"),
-        ("", "exit code 201"),
+        (
+            "round 2/3\n",
+            "its process on the server was killed or crashed (exit code 201), the last that it "
+            "printed: round 2/3",
+        ),
+        ("", "its process on the server was killed or crashed (exit code 201)"),
     ],
 )
 def test_the_reason_is_told_without_a_log(output, reason, tmp_path, monkeypatch):
