@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from fedkn.tasks.metric import ACCURACY, Metric
@@ -69,9 +70,18 @@ def outcome(of: PublishedTable, scale: str, row: Row, out: Path) -> Outcome:
 
 def rich_table(of: PublishedTable, scale: str, outcomes: Sequence[Outcome]) -> Table:
     """Return the table for a terminal."""
-    shown = Table(title=f"{of.title}, scale {scale}", title_justify="left")
-    for place, column in enumerate(_columns(of)):
-        shown.add_column(column, justify="left" if not place else "right")
+    best, last = ("*" if of.reading == reading else "" for reading in ("best", "last"))
+    shown = Table(
+        title=f"{of.title}, scale {scale}",
+        caption="ours: best and last round, * as the paper reads it; minutes by the clock",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    short = ("published", f"best{best}", f"last{last}", "seeds", "rounds", "minutes")
+    shown.add_column("row")
+    for column in short:
+        shown.add_column(column, justify="right")
     for line in _lines(of, outcomes):
         shown.add_row(*(printable(cell, 300) for cell in line))
     return shown
