@@ -51,7 +51,14 @@ def reproduce(
             show_default="the table's own",
         ),
     ] = None,
-    root: o.Root = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Folder, or .npz file, that holds the data.",
+            show_default="where a row that was begun had them",
+        ),
+    ] = None,
     download: o.Download = False,
     workers: o.Workers = None,
     out: Annotated[

@@ -17,8 +17,22 @@ __all__ = ["resume"]
 def resume(
     *,
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    root: o.Root = None,
-    seeds: o.Seeds = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Where the same data lie on this machine.",
+            show_default="where they lay",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Repetitions that there are to be, no fewer than there are.",
+            show_default="as many as there are",
+        ),
+    ] = None,
     workers: o.Workers = None,
     as_json: o.Json = False,
     debug: o.Debug = False,
