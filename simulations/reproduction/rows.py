@@ -76,6 +76,7 @@ def plan_row(
     if _is_begun(folder):
         grid, run = begun(folder)
         _refuse_others(grid, GridConfig.resolve(settings), folder)
+        settings["data.root"] = settings["data.root"] or grid.data.root
         seeds = max(seeds, grid.compare.seeds)
         done = [c for c in run.cells() if c.purpose == "result" and c.status == "completed"]
         left = seeds - len(done)

@@ -222,6 +222,12 @@ def test_what_all_rows_take_is_said_before(table, data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_row_that_was_begun_knows_where_its_data_lie(whole, table):
+    (plan,) = plans(table, "small", ["group"], whole, seeds=3, changes={})
+    assert plan.left == 1
+    assert plan.core_seconds() > 0
+
+
 def test_a_copy_is_brought_up_to_date_but_never_over_another_run(whole, tmp_path):
     runs = [RunFolder.open(whole / f"tiny-small-{name}") for name in ("group", "none")]
     kept = publish(runs[0], tmp_path)
