@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fedkn.models.hooks import strip_hooks
+
 __all__ = [
     "UNUSABLE",
     "Layout",
@@ -83,6 +85,7 @@ def torch_class(norm: nn.Module) -> type[nn.Module]:
 def computes(norm: nn.Module, channels: int, by_hand: Callable[[Any, Tensor], Tensor]) -> bool:
     """Whether `norm` gives for maps what `by_hand` gives with its tensors, in evaluation."""
     twin = _with_numbers(norm).eval()  # a copy: a forward may leave marks
+    strip_hooks(twin)  # nobody hears of the trial
     like = next(twin.parameters(), torch.empty(0))
     x = torch.arange(12 * channels, dtype=like.dtype, device=like.device).sin()
     maps = x.view(2, channels, 2, 3)
