@@ -8,25 +8,32 @@ booleans, because those are what Flower's run config carries.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field
 
-from fedkn.errors import UserError, unknown_name
+from fedkn.errors import UserError
 from fedkn.options import Options, with_options
-from fedkn.tables import flattened, nest, shown
+from fedkn.sections import (
+    Fraction,
+    NonNegative,
+    Positive,
+    Scalar,
+    Section,
+    check_keys,
+    option_tables,
+    validated,
+)
+from fedkn.server_sections import (
+    CheckpointConfig,
+    EvaluationConfig,
+    ObserversConfig,
+    PrivacyConfig,
+    ServerConfig,
+    StrategyConfig,
+)
+from fedkn.tables import flattened, nest
 
 __all__ = [
     "CheckpointConfig",
@@ -38,55 +45,12 @@ __all__ = [
     "ObserversConfig",
     "PartitionConfig",
     "PrivacyConfig",
-    "Section",
     "ServerConfig",
     "StrategyConfig",
     "TaskConfig",
     "TrainConfig",
     "as_named_now",
-    "check_keys",
-    "validated",
 ]
-
-Scalar = str | int | float | bool
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("must be a finite number")
-    return value
-
-
-Finite = Annotated[float, AfterValidator(_finite)]
-Positive = Annotated[float, Field(gt=0), AfterValidator(_finite)]
-NonNegative = Annotated[float, Field(ge=0), AfterValidator(_finite)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-_NUMBERS = (int, float)
-
-
-class Section(BaseModel):
-    """A table of the configuration: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_boolean_as_number(cls, value: object, info: ValidationInfo) -> object:
-        # Pydantic takes true for 1, also where a word may stand for a number.
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        choice = get_origin(annotation) in (Union, UnionType) and bool not in get_args(annotation)
-        number = annotation in _NUMBERS or choice
-        if isinstance(value, bool) and number:
-            raise ValueError(f"must be a number, not {str(value).lower()}")
-        return value
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _no_integer_beyond_64_bits(cls, value: object) -> object:
-        # Flower's run config cannot carry it, nor a checkpoint.
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError("must be a whole number of at most 64 bits")
-        return value
 
 
 class DataConfig(Section):
@@ -244,149 +208,6 @@ class TrainConfig(Section):
     )
 
 
-class StrategyConfig(Section):
-    """How the server aggregates. "default" is Flower's own default of that strategy."""
-
-    name: str = Field("fedavg", description="fedavg, fedprox, fedavgm, fedadam, fedyogi, …")
-    proximal_mu: NonNegative = Field(0.01, description="fedprox: weight of the proximal term")
-    personal_weight: NonNegative = Field(
-        0.1, description="ditto: weight of the term that holds a client's own model (lambda)"
-    )
-    local_parameters: str = Field(
-        "",
-        description="fedper, fedrep: what stays on the client, as patterns of layers or parameters "
-        "divided by commas (empty: the last linear layer)",
-    )
-    head_epochs: int = Field(
-        1, ge=1, description="fedrep: passes in which the head is trained, before the body"
-    )
-    mixture: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="apfl: weight of a client's own model in its mixture, at first"
-    )
-    adaptive_mixture: bool = Field(True, description="apfl: every client learns its mixture")
-    server_learning_rate: Positive | Literal["default"] = Field(
-        "default",
-        description="fedavgm, fedadam, fedyogi, fedadagrad, scaffold, fednova: the server's step",
-    )
-    server_momentum: Fraction = Field(0.9, description="fedavgm: the server's momentum")
-    tau: Positive | Literal["default"] = Field(
-        "default", description="fedadam, fedyogi, fedadagrad: degree of adaptivity"
-    )
-    q: NonNegative = Field(0.1, description="qfedavg: fairness (0 is FedAvg)")
-    trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.2, description="fedtrimmedavg: part cut off at either end"
-    )
-    malicious_clients: int = Field(0, ge=0, description="krum, multikrum, bulyan: tolerated")
-    options: Options = Field(
-        "", description="[strategy.options]: what a strategy of your own takes"
-    )
-
-
-class PrivacyConfig(Section):
-    """Differential privacy: of examples, on the clients, or of clients, in the aggregation."""
-
-    mechanism: Literal[
-        "none", "example", "server_fixed", "server_adaptive", "client_fixed", "client_adaptive"
-    ] = Field(
-        "none",
-        description="example: DP-SGD on every client; server_… and client_…: updates are clipped "
-        "by server or client, to a fixed or an adaptive norm, and the average is noised",
-    )
-    noise_multiplier: NonNegative = Field(1.0, description="deviation of the noise over the clip")
-    clip_norm: Positive = Field(
-        1.0, description="norm to which gradients (example) or updates are clipped, at first"
-    )
-    delta: Annotated[float, Field(gt=0, lt=1)] = Field(
-        1e-5, description="example: delta of the privacy spent, (epsilon, delta)"
-    )
-    secret: bool = Field(
-        False,
-        description="draw noise (example: batches too) from the operating system, so that nobody "
-        "can replay it; false: from the seed, which server and clients know",
-    )
-
-
-class EvaluationConfig(Section):
-    """When and on what the server evaluates the global model."""
-
-    split: Literal["test", "validation"] = Field("test", description="test or validation images")
-    every: int = Field(1, ge=1, description="evaluate every so many rounds, and after the last")
-    batch_size: int = Field(256, ge=1, description="images in an evaluation batch")
-    target: Finite | Literal["auto", "none"] = Field(
-        "auto",
-        description="value of the deciding metric whose first round the report tells, in the "
-        "metric's own unit (auto: 0.8 of accuracy, none of other metrics)",
-    )
-    patience: int = Field(
-        0,
-        ge=0,
-        description="stop after so many evaluations without a better one, on validation examples "
-        "(0: never)",
-    )
-    client_fraction: Fraction = Field(
-        0.0,
-        description="part of its images that every client keeps from training, to evaluate its "
-        "own model on (0: none)",
-    )
-
-
-class ServerConfig(Section):
-    """Limits of the server's patience."""
-
-    round_timeout: Positive = Field(3600.0, description="seconds to wait for a round's updates")
-    join_timeout: Positive = Field(120.0, description="seconds to wait for the clients to join")
-    max_failed_rounds: int = Field(
-        3, ge=1, description="end the run after so many rounds in a row without a valid update"
-    )
-    max_update_norm: NonNegative | Literal["auto"] = Field(
-        "auto",
-        description="refuse updates that move the weights by more than this norm (0: any norm; "
-        "auto: ten times the cohort's median, docs/strategies.md)",
-    )
-    max_examples: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        "auto",
-        description="refuse clients that declare more examples than this (0: any number; auto: "
-        "ten times the clients' median, or as many as the experiment has)",
-    )
-    enough_updates: int = Field(
-        0, ge=0, description="end a round with so many valid updates, not the cohort's (0: all)"
-    )
-
-
-class CheckpointConfig(Section):
-    """Where the run folder is, and how many checkpoints are kept."""
-
-    folder: str = Field("", description="run folder (empty: write nothing)")
-    cell: str = Field("experiment", description="name of this experiment in the run folder")
-    every: int = Field(1, ge=1, description="checkpoint every so many rounds, and after the last")
-    keep: int = Field(2, ge=1, description="number of checkpoints kept")
-    best: bool = Field(
-        False,
-        description="the result is the model of the round that is best on validation images, not "
-        "of the last",
-    )
-
-
-def _joined(value: object) -> object:
-    """Return names as one text, each once: a list of them, or a text with spaces between them."""
-    names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        return value
-    return ",".join(dict.fromkeys(name.strip() for name in names if name.strip()))
-
-
-class ObserversConfig(Section):
-    """What watches the run on its server; it changes nothing of the result."""
-
-    names: Annotated[str, BeforeValidator(_joined)] = Field(
-        "",
-        description="tensorboard, mlflow, wandb, or package.module:Observer; several by commas",
-    )
-    options: Options = Field(
-        "", description="[observers.options]: each goes to those of the observers that take it"
-    )
-
-
 class ExperimentConfig(Section):
     """One federated experiment."""
 
@@ -421,7 +242,7 @@ class ExperimentConfig(Section):
         them. Raises UserError naming the key, and the nearest valid one where it is unknown.
         """
         flat: dict[str, Any] = {}
-        tables = [*_option_tables(cls)]
+        tables = [*option_tables(cls)]
         for layer in layers:
             flat = as_named_now(with_options(tables, flat, layer))
         check_keys(cls, flat)
@@ -470,59 +291,3 @@ def as_named_now(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _RENAMED = {"evaluation.target_accuracy": "evaluation.target"}
-
-SectionT = TypeVar("SectionT", bound=Section)
-
-
-def validated(section: type[SectionT], values: Mapping[str, Any]) -> SectionT:
-    """Return `section` made of nested `values`, or raise UserError in one readable line."""
-    try:
-        return section.model_validate(dict(values))
-    except ValidationError as error:
-        raise _first_problem(section, error) from None
-
-
-def check_keys(section: type[BaseModel], flat: Iterable[str]) -> None:
-    """Raise UserError for the first dotted key that `section` lacks, naming the nearest."""
-    valid = list(_keys(section))
-    tables = {key.rpartition(".")[0] for key in valid} - {""}
-    for key in flat:
-        if key in tables:
-            raise UserError(f"'{key}' is a table of settings, not a setting: give {key}.… = value")
-        if key not in valid:
-            raise unknown_name("configuration key", key, valid)
-
-
-def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _keys(kind, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _option_tables(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the keys of type `Options`."""
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _option_tables(kind, f"{prefix}{name}.")
-        elif field.metadata and field.metadata == _OPTIONS_METADATA:
-            yield f"{prefix}{name}"
-
-
-_OPTIONS_METADATA = list(get_args(Options)[1:])
-
-
-def _first_problem(section: type[BaseModel], error: ValidationError) -> UserError:
-    problem = error.errors(include_url=False)[0]
-    valid = list(_keys(section))
-    # Unions add the name of the branch that failed to the location: keep only what are keys.
-    parts = [str(part) for part in problem["loc"]]
-    while len(parts) > 1 and ".".join(parts) not in valid:
-        parts.pop()
-    message = problem["msg"].removeprefix("Value error, ")
-    return UserError(
-        f"{'.'.join(parts)} = {shown(problem['input'])}: {message[0].lower()}{message[1:]}"
-    )

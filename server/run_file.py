@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkn.config import ExperimentConfig, ObserversConfig, Scalar, ServerConfig, StrategyConfig
+from fedkn.config import ExperimentConfig, ObserversConfig, ServerConfig, StrategyConfig
 from fedkn.errors import FedknError, UserError
 from fedkn.files import write_atomically
+from fedkn.sections import Scalar
 
 __all__ = ["RUN_FILES", "RunFile", "for_clients", "read_run_file", "told_run", "write_run_file"]
 

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from fedkn.config import ExperimentConfig, Section, validated
+from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError, unknown_name
 from fedkn.models import names as model_names
 from fedkn.references import is_reference, registered
+from fedkn.sections import Section, validated
 from fedkn.text import printable
 from fedkn.training.privacy_spent import PrivacySpent
 

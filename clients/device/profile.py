@@ -14,8 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedkn.config import ExperimentConfig, Section, TrainConfig, validated
+from fedkn.config import ExperimentConfig, TrainConfig
 from fedkn.errors import UserError
+from fedkn.sections import Section, validated
 from fedkn.tasks import Task
 from fedkn.training import Inputs, Workspace
 from fedkn.training.memory import step_memory

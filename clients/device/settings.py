@@ -16,9 +16,10 @@ from clients.device.data import node_data
 from clients.device.profile import Profile
 from clients.instructions import SERVER_KEY
 from clients.local_state import STATE_FOLDER
-from fedkn.config import ExperimentConfig, Section, check_keys, validated
+from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.files import expanded
+from fedkn.sections import Section, check_keys, validated
 from fedkn.signatures import public_key
 from fedkn.supernode import uncarried
 from fedkn.tables import read_toml

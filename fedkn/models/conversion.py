@@ -14,6 +14,7 @@ from fedkn.errors import UserError
 from fedkn.layers import KernelNorm2d, KNConv1d, KNConv2d, LocalContextNorm2d, WSConv2d
 from fedkn.layers.kernel.padding import PADDING_MODES
 from fedkn.models.copying import copied, lazy_layer
+from fedkn.models.counterparts import counterpart
 from fedkn.models.hooks import copy_tensor_hooks, move_hooks, tied_down
 from fedkn.models.layouts import UNUSABLE, Norm
 from fedkn.models.splitting import split
@@ -228,7 +229,7 @@ class _Converter:
             return
         assert isinstance(conv, nn.Conv1d | nn.Conv2d)
         try:
-            new = self._made(conv.weight, lambda: self._like(conv))
+            new = self._made(conv.weight, lambda: counterpart(self.normalizer, conv))
         except UserError:
             if beside_norm:
                 raise
@@ -260,43 +261,6 @@ class _Converter:
         if isinstance(core, KNConv1d | KNConv2d):
             core.padding_mode = conv.padding_mode
         self._replace(name, new)
-
-    def _like(self, conv: nn.Conv1d | nn.Conv2d) -> nn.Module:
-        if isinstance(conv, nn.Conv1d):
-            return self._like_series(conv)
-        # Four sides, which is the only form that also says what padding="same" comes to.
-        left, right, top, bottom = conv._reversed_padding_repeated_twice
-        return self.normalizer.conv(
-            conv.in_channels,
-            conv.out_channels,
-            _pair(conv.kernel_size),
-            then_norm=True,
-            stride=_pair(conv.stride),
-            padding=(left, right, top, bottom),
-            dilation=_pair(conv.dilation),
-            groups=conv.groups,
-        )
-
-    def _like_series(self, conv: nn.Conv1d) -> nn.Module:
-        """Return the normalizer's convolution of series; that of images where it has none."""
-        channels = (conv.in_channels, conv.out_channels)
-        made = self.normalizer.conv(*channels, 3, then_norm=True, groups=conv.groups)
-        left, right = conv._reversed_padding_repeated_twice
-        if isinstance(made, KNConv2d):
-            return KNConv1d(
-                *channels,
-                conv.kernel_size,
-                conv.stride,
-                (left, right),
-                conv.dilation,
-                conv.groups,
-                dropout_p=made.dropout_p,
-                eval_mode=made.eval_mode,
-            )
-        if type(made) is not nn.Conv2d:
-            return made
-        bias = made.bias is not None
-        return nn.Conv1d(*channels, conv.kernel_size, groups=conv.groups, bias=bias)
 
     def _norm(self, site: NormSite) -> None:
         norm = self.modules[site.name]
@@ -433,10 +397,5 @@ def _on_one_device(norm: nn.SyncBatchNorm) -> nn.BatchNorm2d:
     )
 
 
-def _zeros(conv: nn.Conv2d) -> nn.Parameter:
+def _zeros(conv: nn.Conv1d | nn.Conv2d) -> nn.Parameter:
     return nn.Parameter(conv.weight.new_zeros(conv.out_channels), conv.weight.requires_grad)
-
-
-def _pair(value: tuple[int, ...]) -> tuple[int, int]:
-    height, width = value
-    return height, width

@@ -30,8 +30,9 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.error import FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from fedkn.config import ExperimentConfig, Scalar
+from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError, UserError
+from fedkn.sections import Scalar
 from server.deployment.certificates import public_pem
 from server.deployment.fleet import Device, Fleet
 from server.rounds.heartbeats import heartbeat_age

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -38,6 +39,8 @@ class MLflow(Tracker):
     def open(self, folder: Path, event: Event) -> None:
         """Make the run, or find it again."""
         # Not by MLflow's own global state: that is the user's.
+        # A folder of files needs no server; recent versions of MLflow want to be asked for it.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self._client = MlflowClient(tracking_uri=folder.as_uri())
         name = self._experiment or (event.folder.name if event.folder else "fedkn")
         # Another cell's process may make it at the same moment.

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import Group
 
 from fedkn.text import printable
 from simulations.api import frames
@@ -108,8 +108,8 @@ class Result:
         """Return what ``--json`` prints: every entry of the table, tests and verdicts."""
         return summary_dict(self._run)
 
-    def table(self) -> Table:
-        """Return the table of the results, for a terminal (a rich table)."""
+    def table(self) -> Group:
+        """Return the table of the results, for a terminal (a rich group)."""
         return summary_table(self._run)
 
     def __repr__(self) -> str:

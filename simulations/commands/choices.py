@@ -9,20 +9,21 @@ __all__ = ["MODELS", "NORMALIZERS", "OWN", "PARTITIONS", "SOURCES", "STRATEGIES"
 
 NORMALIZERS = (
     "none, batch, group, layer, instance, ws_group, kernel, sws, frn, evonorm_s, rms, lcn, brn, "
-    "feature_norm, fedbn, silobn, fixbn, fbn, hbn"
+    "feature_norm, fedbn, silobn, fixbn, fbn, hbn, nf, fedwon, anfr, ws_kernel, dyt, proxy, ghost, "
+    "bcn, online"
 )
 MODELS = (
     "resnet8, resnet18, resnet34, resnet50, preact_resnet18, densenet20x16, densenet121, "
-    "convnet3, vgg6, mobilenet_v2, knresnet8, knresnet13, knresnet18, knresnet34, knresnet50, "
-    "kndensenet20x16"
+    "convnet3, simple_cnn, cnn_cifar, lenet, vgg6, mobilenet_v2, knresnet8, knresnet13, "
+    "knresnet18, knresnet34, knresnet50, kndensenet20x16"
 )
 SOURCES = (
     "digits, digits_domains, mnist, fashion_mnist, emnist, cifar10, cifar100, image_folder, "
-    "client_folders, arrays"
+    "client_folders, arrays, huggingface"
 )
 STRATEGIES = (
-    "fedavg, fednova, fedprox, scaffold, fedavgm, fedadam, fedyogi, fedadagrad, qfedavg, "
-    "fedmedian, fedtrimmedavg, krum, multikrum, bulyan"
+    "apfl, ditto, fedavg, fednova, fedper, fedprox, fedrep, scaffold, fedavgm, fedadam, fedyogi, "
+    "fedadagrad, qfedavg, fedmedian, fedtrimmedavg, krum, multikrum, bulyan"
 )
 TASKS = "classification, multilabel, regression, segmentation"
 PARTITIONS = "iid, dirichlet, shards, quantity, labels, natural, domains"

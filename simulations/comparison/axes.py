@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, TypeVar
 
-from fedkn.config import ExperimentConfig, Scalar
+from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
+from fedkn.sections import Scalar
 from fedkn.tables import flattened, nest, shown
 from simulations.runs.axes import Point, value_of, value_text
 

@@ -26,23 +26,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import BeforeValidator, Field
+from typing import Any, Literal, Self
 
 from fedkn import normalizers
-from fedkn.config import (
-    ExperimentConfig,
-    PartitionConfig,
-    Positive,
-    Scalar,
-    Section,
-    check_keys,
-    validated,
-)
+from fedkn.config import ExperimentConfig, PartitionConfig
 from fedkn.errors import UserError, unknown_name
 from fedkn.options import read_options
 from fedkn.references import is_reference
+from fedkn.sections import Scalar, check_keys, validated
 from fedkn.tables import nest, shown
 from simulations.comparison.axes import (
     Settings,
@@ -52,6 +43,7 @@ from simulations.comparison.axes import (
     slug,
     taken_out,
 )
+from simulations.comparison.settings import LARGEST_SEED_COUNT, CompareConfig
 from simulations.runs.axes import Point, point_label
 
 __all__ = [
@@ -73,59 +65,7 @@ __all__ = [
 
 Purpose = Literal["search", "result"]
 
-_LARGEST_SEED_COUNT = 1000
 _MOST_CELLS = 100_000
-
-
-def _entries(value: Any) -> Any:
-    """Split ``"a,b"`` as a command line gives it; drop repetitions, keep the order."""
-    if isinstance(value, str):
-        value = [entry.strip() for entry in value.split(",") if entry.strip()]
-    elif isinstance(value, (int, float)):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
-        return value
-    if any(isinstance(entry, (list, dict)) for entry in value):
-        raise ValueError("must be a list of plain values")
-    return list(dict.fromkeys(value))
-
-
-def _safe_name(value: Any) -> Any:
-    if isinstance(value, str) and value and not re.fullmatch(r"\w[\w.+-]*", value):
-        raise ValueError("use letters, digits, '.', '_', '+' and '-' only")
-    return value
-
-
-Entries = BeforeValidator(_entries)
-
-
-class CompareConfig(Section):
-    """The axes of a comparison, and how it is carried out."""
-
-    name: Annotated[str, BeforeValidator(_safe_name)] = Field(
-        "", description="name of the run folder under runs/ (empty: command and time)"
-    )
-    normalizers: Annotated[tuple[str, ...], Entries, Field(min_length=1)] = Field(
-        ("kernel", "group", "ws_group", "batch", "none"), description="normalizers to compare"
-    )
-    batch_sizes: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...], Entries, Field(min_length=1)
-    ] = Field((2, 8), description="local batch sizes")
-    partitions: Annotated[tuple[str, ...], Entries] = Field(
-        (), description="such as dirichlet:alpha=0.3 or iid (empty: the experiment's own)"
-    )
-    seeds: int = Field(
-        5, ge=1, le=_LARGEST_SEED_COUNT, description="result cells of a group: seed, seed + 1, …"
-    )
-    learning_rates: Annotated[tuple[Positive, ...], Entries, Field(min_length=1)] = Field(
-        (0.01, 0.03, 0.1, 0.3), description="searched on validation images (one: no search)"
-    )
-    search_seeds: int = Field(1, ge=1, le=100, description="seeds for each learning rate searched")
-    search_rounds: int = Field(0, ge=0, description="rounds of a search cell (0: rounds)")
-    axes: dict[str, tuple[Scalar, ...]] = Field(
-        {}, description="further settings to vary, and the values of each"
-    )
-    workers: int = Field(0, ge=0, description="cells that run at the same time (0: one per core)")
 
 
 class GridConfig(ExperimentConfig):
@@ -136,7 +76,8 @@ class GridConfig(ExperimentConfig):
     @classmethod
     def resolve(cls, *layers: Any) -> Self:
         """Return the grid of the defaults overlaid by each of `layers`; see ExperimentConfig."""
-        rest, axes = [], {}
+        rest: list[dict[str, Any]] = []
+        axes: dict[str, Any] = {}
         for layer in layers:
             if not isinstance(layer, Mapping):
                 raise UserError(f"{shown(layer)}: must be a table of settings")
@@ -287,22 +228,23 @@ def seeds(grid: GridConfig, purpose: Purpose) -> range:
     So no result is measured on the very partition and cohorts its learning rate was chosen on.
     """
     if purpose == "search":
-        first = grid.seed + _LARGEST_SEED_COUNT
+        first = grid.seed + LARGEST_SEED_COUNT
         return range(first, first + grid.compare.search_seeds)
     return range(grid.seed, grid.seed + grid.compare.seeds)
 
 
 def search_cells(grid: GridConfig, group: Group, learning_rate: float) -> tuple[Cell, ...]:
     """Return the cells that try `learning_rate` on the validation split, one for each seed."""
-    rounds = grid.compare.search_rounds
+    rounds: dict[str, Scalar] = {}
+    if grid.compare.search_rounds:
+        rounds["rounds"] = grid.compare.search_rounds
     return tuple(
         _cell(
             grid,
             group,
             f"search-{group.id}-lr{learning_rate:g}-s{seed}",
             "search",
-            {"seed": seed, "train.learning_rate": learning_rate}
-            | ({"rounds": rounds} if rounds else {}),
+            {"seed": seed, "train.learning_rate": learning_rate, **rounds},
         )
         for seed in seeds(grid, "search")
     )

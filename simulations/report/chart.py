@@ -79,8 +79,8 @@ class Scale:
         if self.log:
             first = math.ceil(math.log10(self.low) - 1e-9)
             last = math.floor(math.log10(self.high) + 1e-9)
-            step = max(1, math.ceil((last - first + 1) / most))
-            decades = [10.0**n for n in range(first, last + 1, step)]
+            every = max(1, math.ceil((last - first + 1) / most))
+            decades = [10.0**n for n in range(first, last + 1, every)]
             if len(decades) > 1:
                 return decades
         step = _step((self.high - self.low) / max(1, most - 1), whole)

@@ -37,7 +37,7 @@ class ClassResults:
 def class_results(entry: Entry) -> ClassResults | None:
     """Return the per-class results of the entry's completed cells, None where they have none."""
     finals = [found for cell in entry.cells if (found := final_evaluation(cell)) is not None]
-    per_seed = [found for of in finals if (found := _by_class(of))]
+    per_seed = [by_class for of in finals if (by_class := _by_class(of))]
     if not per_seed:
         return None
     # Cells that were written by different versions may tell of different metrics.

@@ -196,25 +196,18 @@ def _loss_curves(
                 panel[name] = curves
     every = [c for pair in by_size.values() for of in pair for seeds in of.values() for c in seeds]
     metric, limits = loss_limits(every)
+
+    def drawn(which: str, panel: Mapping[str, Any], size: int) -> Markup:
+        if not panel:
+            return Markup()
+        what = f"{which} loss at batch size {size}, {label}"
+        lines = figures.Lines.of(panel, metric)
+        return Markup(figures.learning_curves(lines, limits, what, unknown))
+
     return [
-        (
-            size,
-            *(
-                Markup(
-                    figures.learning_curves(
-                        figures.Lines.of(panel, metric),
-                        limits,
-                        f"{which} loss at batch size {size}, {label}",
-                        unknown,
-                    )
-                    if panel
-                    else ""
-                )
-                for which, panel in zip(("training", "evaluation"), pair, strict=True)
-            ),
-        )
-        for size, pair in sorted(by_size.items())
-        if any(pair)
+        (size, drawn("training", training, size), drawn("evaluation", evaluation, size))
+        for size, (training, evaluation) in sorted(by_size.items())
+        if training or evaluation
     ]
 
 

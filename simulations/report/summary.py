@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import NamedTuple, TypeVar
 
-from fedkn.algorithms import keeps_model
 from fedkn.errors import UserError
-from fedkn.tasks.metric import Metric
+from fedkn.tasks.metric import ACCURACY, Metric
 from simulations.report.axes import (
     NORMALIZER,
     AxisContest,
@@ -20,14 +18,14 @@ from simulations.report.axes import (
     axis_verdicts,
     fields_of,
 )
-from simulations.report.entries import Entry, entry_of
+from simulations.report.entries import Entry
 from simulations.report.holdings import ClientTable, client_tables
+from simulations.report.reading import ReadRun, read_run, union
 from simulations.report.side_by_side import SideBySide, basis_of, compared
 from simulations.report.trials import Trial, trials_of
 from simulations.report.verdict import Contest, verdicts
 from simulations.runs.axes import RUN, Point, point_label, point_of
 from simulations.runs.folder import RunFolder
-from simulations.runs.metric import judged_by
 from simulations.runs.records import CellRecord, GridRecord
 from simulations.runs.statistics import Comparison, Interval, compare_all_pairs
 
@@ -159,19 +157,6 @@ class Digest:
         return _of_both(self.contests, self.own_contests, so_far=any(r.partial for r in self.runs))
 
 
-class _Run(NamedTuple):
-    """A run as it is read, before anything is compared."""
-
-    folder: RunFolder
-    label: str
-    grid: GridRecord
-    cells: list[CellRecord]
-    damaged_lines: int
-    keepers: set[str]
-    metric: Metric
-    places: dict[tuple[str, Point], dict[tuple[str, int], Entry]]
-
-
 class _Tests(NamedTuple):
     """The tests of a family: within places, and along axes."""
 
@@ -195,10 +180,10 @@ def digest(folders: Sequence[RunFolder]) -> Digest:
         raise UserError("the same run folder is given twice")
     names = [folder.grid.name for folder in folders]
     runs = [
-        _read(folder, name if names.count(name) == 1 else f"{name} ({folder.path})")
+        read_run(folder, name if names.count(name) == 1 else f"{name} ({folder.path})")
         for folder, name in zip(folders, names, strict=True)
     ]
-    axes = _union(*(run.grid.axes for run in runs))
+    axes = union(*(run.grid.axes for run in runs))
     entries = {
         Spot(run.label, partition, _point(entry, axes, point), name, size): entry
         for run in runs
@@ -245,32 +230,6 @@ def _final(entry: Entry) -> Mapping[int, float]:
 
 def _own_final(entry: Entry) -> Mapping[int, float]:
     return entry.own.final if entry.own else {}
-
-
-def _read(run: RunFolder, label: str) -> _Run:
-    tail = run.tail()
-    tail.poll()
-    grid, cells = run.grid, run.cells()
-    results = [cell for cell in cells if cell.purpose == "result"]
-    metric = judged_by(cells)
-    planned = list(product(*([(key, value) for value in of] for key, of in grid.axes.items())))
-    places: dict[tuple[str, Point], list[CellRecord]] = {
-        (partition, point): []
-        for point in planned
-        for partition in _union(grid.partitions, [cell.partition for cell in results])
-    }
-    for cell in results:
-        places.setdefault((cell.partition, point_of(cell.config, grid.axes)), []).append(cell)
-    return _Run(
-        folder=run,
-        label=label,
-        grid=grid,
-        cells=cells,
-        damaged_lines=tail.skipped,
-        keepers={cell.config.normalizer.name for cell in cells if _lacks_tensors(cell)},
-        metric=metric,
-        places={place: _entries(grid, of_place, metric) for place, of_place in places.items()},
-    )
 
 
 def _point(entry: Entry, axes: Sequence[str], own: Point) -> Point:
@@ -321,7 +280,9 @@ def _own_interval(entry: Entry) -> Interval:
     return entry.own.accuracy if entry.own else entry.accuracy
 
 
-def _summary(run: _Run, entries: Mapping[Spot, Entry], shared: _Tests, own: _Tests) -> RunSummary:
+def _summary(
+    run: ReadRun, entries: Mapping[Spot, Entry], shared: _Tests, own: _Tests
+) -> RunSummary:
     of_place = {id(entry): spot for spot, entry in entries.items() if spot.run == run.label}
     sections = []
     for (partition, point), of in run.places.items():
@@ -350,33 +311,16 @@ def _summary(run: _Run, entries: Mapping[Spot, Entry], shared: _Tests, own: _Tes
     )
 
 
-def _entries(
-    grid: GridRecord, cells: list[CellRecord], metric: Metric
-) -> dict[tuple[str, int], Entry]:
-    """The entries of one place, planned ones without a cell included."""
-    normalizers = _union(grid.normalizers, [cell.config.normalizer.name for cell in cells])
-    sizes = sorted(_union(grid.batch_sizes, [cell.config.train.batch_size for cell in cells]))
-    by_entry: dict[tuple[str, int], list[CellRecord]] = {}
-    for cell in cells:
-        key = (cell.config.normalizer.name, cell.config.train.batch_size)
-        by_entry.setdefault(key, []).append(cell)
-    return {
-        (name, size): entry_of(name, size, len(grid.seeds), by_entry.get((name, size), []), metric)
-        for name in normalizers
-        for size in sizes
-    }
-
-
 def _section(
-    run: _Run,
+    run: ReadRun,
     place: tuple[str, Point],
     spots: Mapping[tuple[str, int], Spot],
     tests: tuple[_Tests, _Tests],
 ) -> Section:
     partition, point = place
     entries = run.places[place]
-    sizes = _union([size for _, size in entries])
-    names = _union([name for name, _ in entries])
+    sizes = union([size for _, size in entries])
+    names = union([name for name, _ in entries])
     here = [
         cell
         for cell in run.cells
@@ -424,7 +368,7 @@ def _contest(
         lost={e.normalizer: e.lost for e in entries if e.lost},
         untrained=[e.normalizer for e in entries if e.cells and e.lost == len(e.cells)],
         entrants=len(entries),
-        **_judged(entries),
+        metric=_judged(entries),
     )
 
 
@@ -441,26 +385,10 @@ def _own_contest(
         untrained=[e.normalizer for e in entries if e.cells and lost[e.normalizer] == len(e.cells)],
         failed_clients={name: own.failed for name, own in results.items() if own.failed},
         entrants=len(entries),
-        **_judged(entries),
+        metric=_judged(entries),
     )
 
 
-def _judged(entries: Sequence[Entry]) -> dict[str, Metric]:
-    """The metric of a contest of `entries`, where there is any."""
-    return {"metric": entries[0].metric} if entries else {}
-
-
-def _union(*lists: Iterable[T]) -> list[T]:
-    """The entries of all lists, each once, in the order of their first appearance."""
-    return list(dict.fromkeys(entry for entries in lists for entry in entries))
-
-
-def _lacks_tensors(cell: CellRecord) -> bool:
-    """Whether clients keep tensors that the global model has as initialised.
-
-    Not where they keep whole models beside a global one that is as good as any.
-    """
-    try:
-        return bool(cell.local_tensors) and not keeps_model(cell.config)
-    except UserError:  # a strategy of somebody's own that is not here
-        return bool(cell.local_tensors)
+def _judged(entries: Sequence[Entry]) -> Metric:
+    """The metric of a contest of `entries`; of none any will do."""
+    return entries[0].metric if entries else ACCURACY

@@ -244,8 +244,13 @@ def _failure(progress: Progress, state: RunState, control: Control) -> str:
     # the traceback and what Flower says of it.
     said = [line.strip() for line in control.output(state.run_id) if line.strip()]
     errors = [match[1] for line in said if (match := _ERROR.fullmatch(line))]
-    reason = printable((errors or said or [state.details or "no reason given"])[-1])
-    return f"the run {state.outcome or 'ended early'} after {progress.rounds} rounds: {reason}"
+    begin = f"the run {state.outcome or 'ended early'} after {progress.rounds} rounds: "
+    if errors:
+        return begin + printable(errors[-1])
+    # Killed, or by a fault beneath Python: what it printed last is what it did, not why it ended.
+    last = f", the last that it printed: {printable(said[-1])}" if said else ""
+    details = printable(state.details or "no reason given")
+    return f"{begin}its process on the server was killed or crashed ({details}){last}"
 
 
 _NAMED = 8

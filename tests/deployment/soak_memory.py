@@ -15,7 +15,7 @@ from server.deployment.fleet import Fleet
 from server.deployment.processes import Running, running
 from server.deployment.programs import SUPEREXEC, SUPERLINK
 
-__all__ = ["CLIENT_APP", "Growth", "Memory", "draw"]
+__all__ = ["CLIENT_APP", "FITTED_ROUNDS", "WARM_UP_ROUNDS", "Growth", "Memory", "draw"]
 
 MIB = 2**20
 CLIENT_APP = "ClientApp"

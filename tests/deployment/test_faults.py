@@ -92,9 +92,9 @@ def test_a_killed_device_that_stays_away_is_waited_for_once_and_said(fleet):
         run.after_round(1)
         wait_for(lambda: training(fleet, "device-2"))
         kill(fleet, "device-2")
-        # Within seconds: 5 after the other two, which take about as long as in round 1.
-        wait_for(lambda: run.lines("waiting"))
-        assert run.lines("waiting")[0]["clients"] == [2]
+        # Within seconds: 5 after the other two, which take about as long as in round 1. On a
+        # machine with much to do these are missed as well, until they answer.
+        wait_for(lambda: [2] in [line["clients"] for line in run.lines("waiting")])
         seen = [state_of(fleet, "device-2")]
         while seen[-1]["state"] != "offline":
             assert len(seen) < 60, seen

@@ -28,7 +28,7 @@ from server.deployment.ports import free_port
 from server.deployment.processes import main_processes, running, start
 from server.deployment.proxy import REFUSALS
 from server.deployment.startup import bring_up, wait_for_devices
-from tests.deployment.fleets import FEDKN, a_fleet, wait_for
+from tests.deployment.fleets import FEDKN, a_fleet, fedkn, wait_for
 
 NGINX = "/usr/sbin/nginx"
 MIB = 2**20
@@ -213,13 +213,8 @@ def test_nobody_takes_a_task_from_a_supernode(fleet):
 
 
 def test_status_tells_sizes(fleet):
-    done = subprocess.run(
-        [str(FEDKN), "deploy", "status", str(fleet.path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=True,
-    )
+    done = fedkn("status", str(fleet.path))
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "SuperLink's database" in done.stdout
 
 

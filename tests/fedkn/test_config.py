@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from fedkn import models, normalizers
-from fedkn.config import ExperimentConfig, check_keys, validated
+from fedkn.config import ExperimentConfig
 from fedkn.data import partition, sources
 from fedkn.errors import UserError
+from fedkn.sections import check_keys, validated
 from fedkn.tables import nest, read_toml
 from server.strategies import registry as strategies
 

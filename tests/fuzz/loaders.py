@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 import json
 import random
+import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache, wraps
 from pathlib import Path
 from typing import Any
@@ -153,9 +155,21 @@ def published_weights(rng: random.Random) -> object:
     if rng.random() < 0.6:
         weights: dict[Any, Any] = dict(_published())
         _change_entry(rng, weights, _other_tensor)
-        torch.save(rng.choice(({"model": weights}, weights)), path)
+        with _deep_values():
+            torch.save(rng.choice(({"model": weights}, weights)), path)
     load_published_weights(_network(), path)
     return path
+
+
+@contextmanager
+def _deep_values() -> Iterator[None]:
+    """Let what is nested too deep for Python's usual stack be written; it is not read so."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def _other_tensor(rng: random.Random, tensor: torch.Tensor) -> object:
@@ -270,7 +284,10 @@ def npz(rng: random.Random) -> object:
                 content = stream.getvalue()
                 if rng.random() < 0.1:
                     content = mutated_bytes(rng, content)
-                archive.writestr(f"{str(name).encode('utf-8', 'replace').decode()}.npy", content)
+                member = zipfile.ZipInfo()
+                # Set so, it is not cut at a NUL before it is written.
+                member.filename = f"{str(name).encode('utf-8', 'replace').decode()}.npy"
+                archive.writestr(member, content)
     return load_arrays(path)
 
 

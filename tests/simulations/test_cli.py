@@ -143,12 +143,12 @@ def test_an_axis_and_two_runs_in_one_report_from_end_to_end(
     axis = ["--axis", "strategy.name=fedavg,scaffold"]
     assert fedkn("compare", *TINY, *few, *axis, "--name", "varied") == 0
     out, err = capfd.readouterr()
-    assert "6 result cells: about 24 local steps of clients." in err
+    assert "6 result cells: about 48 local steps of clients." in err
     assert "Estimate: " in err
     assert "Between values of strategy.name: " in out
     run = RunFolder.open("runs/varied")
     steps = sum(round_.steps for cell in run.cells() for round_ in cell.rounds)
-    assert steps == 24
+    assert steps == 48
     assert {cell.config.strategy.name for cell in run.cells()} == {"fedavg", "scaffold"}
     # What is complete is not run again, under whatever name its cells have.
     assert fedkn("resume", "runs/varied", "--json") == 0

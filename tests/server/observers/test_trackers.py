@@ -75,7 +75,8 @@ def test_tensorboard(tmp_path: Path, untracked: str, elsewhere: bool) -> None:
     assert status == "completed"
 
 
-def test_mlflow(tmp_path: Path, untracked: str) -> None:
+def test_mlflow(tmp_path: Path, untracked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
     pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
     from mlflow.tracking import MlflowClient
 

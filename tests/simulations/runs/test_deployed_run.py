@@ -50,12 +50,16 @@ class Failed:
     ("output", "reason"),
     [
         (OUTPUT, "cannot write c.safetensors (No space left on device): free"),
-        ("killed\n", "killed"),
-        ("", "exit code 201"),
+        (
+            "round 2/3\n",
+            "its process on the server was killed or crashed (exit code 201), the last that it "
+            "printed: round 2/3",
+        ),
+        ("", "its process on the server was killed or crashed (exit code 201)"),
     ],
 )
 def test_the_reason_is_told_without_a_log(output, reason, tmp_path, monkeypatch):
-    monkeypatch.setattr(deployed_run, "build_bundle", lambda: b"")
+    monkeypatch.setattr(deployed_run, "build_bundle", lambda own: b"")
     fleet = Fleet(tmp_path, 1, "localhost", 1, 2)
     (device,) = fleet.devices
     (tmp_path / "run").mkdir()
@@ -82,7 +86,7 @@ class Orphaned(Failed):
 
 
 def test_a_run_whose_superexec_is_gone_is_ended_so_that_it_can_be_resumed(tmp_path, monkeypatch):
-    monkeypatch.setattr(deployed_run, "build_bundle", lambda: b"")
+    monkeypatch.setattr(deployed_run, "build_bundle", lambda own: b"")
     monkeypatch.setattr(deployed_run, "main_processes", lambda fleet: {"superlink": None})
     fleet = Fleet(tmp_path, 0, "localhost", 1, 2)
     config = ExperimentConfig().overlay(checkpoint__folder=str(tmp_path))
