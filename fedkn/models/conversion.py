@@ -160,7 +160,8 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Modul
 def _apart(model: nn.Module, wiring: Wiring) -> tuple[nn.Module, list[Change]]:
     """Take norms apart whose class calls parts of its own behind the norm; return what was done."""
     modules = dict(model.named_modules())
-    replacements, changes = {}, []
+    replacements: dict[nn.Module, nn.Module] = {}
+    changes: list[Change] = []
     for site in wiring.sites:
         norm = modules[site.name]
         if site.layout != "own" or site.name in wiring.read or not (whole := split(norm)):
