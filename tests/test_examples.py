@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn import metrics as sk
 from torch import nn
 
 import fedkn
+from fedkn.data.vision import with_torchvision
 from fedkn.experiment import federated_data, inputs_of
 from fedkn.layers import KNConv2d
+from fedkn.tasks import create
+from fedkn.training import evaluate
 from server.checkpoints import _read, weights_sha256
 from simulations.runs.folder import RunFolder
 
@@ -26,9 +30,9 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
-def ran(name: str, folder: Path) -> tuple[str, fedkn.Result]:
+def ran(name: str, folder: Path, *arguments: str) -> tuple[str, fedkn.Result]:
     """Run an example in `folder`; return what it printed and its run."""
-    command = [sys.executable, str(EXAMPLES / name)]
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=False, timeout=600
     )
@@ -116,3 +120,98 @@ def test_own_task(tmp_path: Path) -> None:
     rates = result.learning_rates
     for _, tried in rates.groupby("normalizer"):
         assert tried.value[tried.chosen].item() == tried.value.max()
+
+
+def by_sklearn(task: str, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Return what scikit-learn makes of a network's answers, for every metric of `task`."""
+    if task == "regression":
+        return {
+            "rmse": np.sqrt(sk.mean_squared_error(targets, outputs)),
+            "mae": sk.mean_absolute_error(targets, outputs),
+            "r2": sk.r2_score(targets, outputs),
+        }
+    if task == "multilabel":
+        answers = outputs > 0
+        return {
+            "micro_f1": sk.f1_score(targets, answers, average="micro"),
+            "macro_f1": sk.f1_score(targets, answers, average="macro"),
+            "subset_accuracy": sk.accuracy_score(targets, answers),
+        }
+    pixels, wanted = outputs.argmax(1).ravel(), targets.ravel()
+    return {
+        "mean_iou": sk.jaccard_score(wanted, pixels, average="macro"),
+        "mean_dice": sk.f1_score(wanted, pixels, average="macro"),
+        "pixel_accuracy": sk.accuracy_score(wanted, pixels),
+    }
+
+
+@pytest.mark.parametrize("task", ["regression", "multilabel", "segmentation"])
+def test_other_tasks(task: str, tmp_path: Path) -> None:
+    printed, result = ran("other_tasks.py", tmp_path, task)
+    cells = {cell.id: cell for cell in RunFolder.open(result.folder).cells()}
+    rows = [row for row in result.cells.itertuples() if row.purpose == "result"]
+    assert {row.normalizer for row in rows} == {"kernel", "group"}
+    for row in rows:
+        config = cells[row.cell].config.overlay(device="cpu")
+        test = federated_data(config).test
+        network, answers = result.model(row.cell), []
+        network.register_forward_hook(lambda *seen, to=answers: to.append(seen[-1]))
+        scaled, size = inputs_of(config, torch.device("cpu")), config.evaluation.batch_size
+        goal = create(task)
+        found = evaluate(network, test.inputs, test.targets, scaled, size, goal=goal)
+        outputs = torch.cat(answers).double().numpy()
+        wanted = by_sklearn(task, outputs, test.targets.double().numpy())
+        last = result.rounds[result.rounds.cell == row.cell].iloc[-1]
+        assert found.metrics.keys() == wanted.keys()
+        for metric, value in wanted.items():
+            assert found.metrics[metric] == pytest.approx(value, rel=1e-12, abs=1e-12), metric
+            # In the run's own process float32 sums of the network may be taken in another order.
+            assert last[metric] == pytest.approx(value, rel=1e-6), metric
+        assert row.metric == next(iter(wanted))
+        assert row.value == last[row.metric]
+    # The rate was chosen in the metric's own direction.
+    best = "min" if task == "regression" else "max"
+    for _, tried in result.learning_rates.groupby("normalizer"):
+        assert len(tried) >= 2
+        assert tried.value[tried.chosen].item() == getattr(tried.value, best)()
+    assert rows[0].metric in printed
+    assert rows[0].metric in result.report().read_text(encoding="utf-8")
+
+
+def test_library_models(tmp_path: Path) -> None:
+    _, result = ran("library_models.py", tmp_path)
+    (cell, *_) = RunFolder.open(result.folder).cells()
+    assert cell.config.partition.scheme == "natural"
+    for name, kind in (("kernel", KNConv2d), ("group", nn.GroupNorm)):
+        layers = list(result.model(f"{name}-b2-natural-s0").modules())
+        assert type(layers[0]).__name__ == "MobileNetV3"
+        assert any(isinstance(layer, kind) for layer in layers)
+        assert not any(isinstance(layer, nn.BatchNorm2d) for layer in layers)
+
+
+def test_library_models_of_timm(tmp_path: Path) -> None:
+    with_torchvision(lambda: pytest.importorskip("timm"))
+    import library_models
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    library_models.write_digits(photos, 90)
+    data = library_models.photos(photos)
+    assert data["inputs"].shape == (90, 3, 32, 32)
+    result = fedkn.run(
+        source="library_models:photos",
+        root=str(photos),
+        partition="natural",
+        model="library_models:timm_model",
+        normalizer="ws_group",
+        batch_size=2,
+        clients=3,
+        cohort=3,
+        rounds=1,
+        train={"local_steps": 2},
+        out=str(tmp_path / "run"),
+        progress=False,
+    )
+    assert result.failed == 0
+    layers = list(result.model().modules())
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in layers)

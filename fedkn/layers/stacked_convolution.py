@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
@@ -26,6 +27,8 @@ __all__ = ["StackedConvolutions", "convolve_stacked"]
 
 class StackedConvolutions(TorchFunctionMode):
     """Inside the context, convolutions under a vmap over clients are those of this module.
+
+    And GroupNorms of maps in whatever layout can be computed there.
 
     Whatever else calls ``torch.conv2d``, or with settings that these kernels do not serve, gets
     PyTorch's. `interpreted` is for tests without a device, in Triton's interpreter.
@@ -47,7 +50,14 @@ class StackedConvolutions(TorchFunctionMode):
             call = _Call.of(*args, **(kwargs or {}))
             if call is not None and call.served(self._interpreted):
                 return call.answer()
+        if func in _GROUP_NORMS and args:
+            # Of maps laid out in another way it asks what PyTorch's vmap cannot answer.
+            maps, *others = args
+            return func(maps.contiguous(), *others, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+_GROUP_NORMS = (torch.group_norm, F.group_norm)
 
 
 def convolve_stacked(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

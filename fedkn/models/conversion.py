@@ -17,6 +17,7 @@ from fedkn.models.copying import copied, lazy_layer
 from fedkn.models.counterparts import counterpart
 from fedkn.models.hooks import copy_tensor_hooks, move_hooks, tied_down
 from fedkn.models.layouts import UNUSABLE, Norm
+from fedkn.models.splitting import split
 from fedkn.models.wiring import (
     COMPUTED_WEIGHT,
     Conv,
@@ -137,10 +138,13 @@ def convert(module: nn.Module, normalizer: Normalizer) -> tuple[nn.Module, Conve
         raise UserError(f"'{lazy}' of the model has no shape yet: send a batch through it first")
     model = copied(module)
     wiring = read_wiring(model)
+    model, apart = _apart(model, wiring)
+    if apart:
+        wiring = read_wiring(model)
     # New layers draw initial weights, which are replaced: nothing drawn later may depend on them.
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices):
-        return _Converter(model, normalizer).run(wiring)
+        return _Converter(model, normalizer, apart).run(wiring)
 
 
 def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -153,14 +157,30 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Modul
     return replacements.get(model, model)
 
 
+def _apart(model: nn.Module, wiring: Wiring) -> tuple[nn.Module, list[Change]]:
+    """Take norms apart whose class calls parts of its own behind the norm; return what was done."""
+    modules = dict(model.named_modules())
+    replacements: dict[nn.Module, nn.Module] = {}
+    changes: list[Change] = []
+    for site in wiring.sites:
+        norm = modules[site.name]
+        if site.layout != "own" or site.name in wiring.read or not (whole := split(norm)):
+            continue
+        replacements[norm] = whole
+        names = [name for name, _ in whole.named_children()]
+        after = f"{type(whole[0]).__name__}, then {' and '.join(names[1:])}"
+        changes.append(Change(site.name, type(norm).__name__, after))
+    return swap(model, replacements), changes
+
+
 class _Converter:
-    def __init__(self, model: nn.Module, normalizer: Normalizer) -> None:
+    def __init__(self, model: nn.Module, normalizer: Normalizer, apart: list[Change]) -> None:
         self.model = model
         self.normalizer = normalizer
         self.modules = dict(model.named_modules())
         self.read: frozenset[str] = frozenset()
         self.replacements: dict[nn.Module, nn.Module] = {}
-        self.changed: list[Change] = []
+        self.changed: list[Change] = [*apart]
         self.kept: list[Kept] = []
 
     def run(self, wiring: Wiring) -> tuple[nn.Module, Conversion]:

@@ -11,7 +11,17 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["UNUSABLE", "Layout", "Norm", "channels_of", "layout_of"]
+from fedkn.models.hooks import strip_hooks
+
+__all__ = [
+    "UNUSABLE",
+    "Layout",
+    "Norm",
+    "channels_of",
+    "computes",
+    "layout_of",
+    "torch_class",
+]
 
 Norm = _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.LayerNorm
 Layout = Literal[
@@ -67,6 +77,26 @@ def layout_of(
     return "pixels" if axes == 2 and beside else "other"
 
 
+def torch_class(norm: nn.Module) -> type[nn.Module]:
+    """Return the nearest class of torch's that a norm is made of."""
+    return next(kind for kind in type(norm).__mro__ if kind.__module__.startswith("torch."))
+
+
+def computes(norm: nn.Module, channels: int, by_hand: Callable[[Any, Tensor], Tensor]) -> bool:
+    """Whether `norm` gives for maps what `by_hand` gives with its tensors, in evaluation."""
+    twin = _with_numbers(norm).eval()  # a copy: a forward may leave marks
+    strip_hooks(twin)  # nobody hears of the trial
+    like = next(twin.parameters(), torch.empty(0))
+    x = torch.arange(12 * channels, dtype=like.dtype, device=like.device).sin()
+    maps = x.view(2, channels, 2, 3)
+    try:
+        with torch.no_grad():
+            out, expected = twin(maps), by_hand(twin, maps)
+    except Exception:  # the model's own code, or a forward for another layout, may raise anything
+        return False
+    return isinstance(out, Tensor) and out.shape == maps.shape and torch.allclose(out, expected)
+
+
 def _of_channels(norm: nn.Module, dims: int | None) -> Layout:
     if isinstance(norm, _IMAGES) or (dims not in _LAYOUTS and not isinstance(norm, _OTHERS)):
         return "maps" if _only_normalizes(norm) else "own"
@@ -88,10 +118,13 @@ _LAYOUTS: dict[int | None, Layout] = {0: "features", 1: "series", 3: "volumes"}
 
 def _only_normalizes(norm: nn.Module) -> bool:
     """Whether a class derived from one of torch's norms computes what that one does: try it."""
-    base: Any = next(kind for kind in type(norm).__mro__ if kind.__module__.startswith("torch."))
+    base: Any = torch_class(norm)
     if type(norm).forward is base.forward:
         return True
-    return _computes(norm, channels_of(norm, "maps"), base.forward)
+    # Parts that do something in training alone, such as dropout, would not show in a trial.
+    if any(type(part) is not nn.Identity for part in norm.children()):
+        return False
+    return computes(norm, channels_of(norm, "maps"), base.forward)
 
 
 def _moves_channels_last(node: fx.Node | None) -> bool:
@@ -110,21 +143,7 @@ def _normalizes_maps(norm: nn.LayerNorm) -> bool:
     def by_hand(twin: nn.LayerNorm, maps: Tensor) -> Tensor:
         return nn.LayerNorm.forward(twin, maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    return _computes(norm, norm.normalized_shape[0], by_hand)
-
-
-def _computes(norm: nn.Module, channels: int, by_hand: Callable[[Any, Tensor], Tensor]) -> bool:
-    """Whether `norm` gives for maps what `by_hand` gives with its tensors, in evaluation."""
-    twin = _with_numbers(norm).eval()  # a copy: a forward may leave marks
-    like = next(twin.parameters(), torch.empty(0))
-    x = torch.arange(12 * channels, dtype=like.dtype, device=like.device).sin()
-    maps = x.view(2, channels, 2, 3)
-    try:
-        with torch.no_grad():
-            out, expected = twin(maps), by_hand(twin, maps)
-    except Exception:  # the model's own code, or a forward for another layout, may raise anything
-        return False
-    return isinstance(out, Tensor) and out.shape == maps.shape and torch.allclose(out, expected)
+    return computes(norm, norm.normalized_shape[0], by_hand)
 
 
 def _with_numbers(norm: nn.Module) -> nn.Module:

@@ -124,9 +124,10 @@ def load_trained_model(path: Path, cell: str | None) -> TrainedModel:
     config = record.config.overlay(device="cpu", data__download=False)
     data = checkpoint.data or data_summary(config)
     network = _network(config, data, checkpoint)
-    if len(data.shape) != 3:
+    if len(data.shape) != 3 or data.dtype != "uint8":
         raise UserError(
-            f"'{path}' was trained on {data.inputs}, and programs are for images: {_OWN}"
+            f"'{path}' was trained on {data.inputs}, and programs are for images of uint8 pixels: "
+            f"{_OWN}"
         )
     channels, height, width = data.shape
     inputs = inputs_of(config, torch.device("cpu"), data)

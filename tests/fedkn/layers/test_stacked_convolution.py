@@ -18,3 +18,17 @@ def test_on_the_cpu_it_is_pytorchs() -> None:
     with StackedConvolutions():
         found = torch.func.vmap(torch.conv2d)(x, weight)
     assert torch.equal(found, torch.func.vmap(torch.conv2d)(x, weight))
+
+
+def test_group_norms_of_maps_in_any_layout_are_those_of_each_client() -> None:
+    x = torch.randn(2, 3, 8, 5, 5)
+    last = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    layer = torch.nn.GroupNorm(2, 8)
+
+    def norm(maps: torch.Tensor) -> torch.Tensor:
+        return layer(maps) + torch.group_norm(maps, 4)
+
+    with StackedConvolutions():
+        found = torch.func.vmap(norm)(last)
+    for client in (0, 1):
+        torch.testing.assert_close(found[client], norm(x[client]))
