@@ -24,8 +24,9 @@ from server.deployment.processes import main_processes, running, stop
 from server.deployment.programs import flower_environment
 from simulations.engines.run import run_experiment
 
-# What a shell starts in the background ignores Ctrl-C, and hands that on.
-INTERRUPTIBLE = ("env", "--default-signal=INT")
+# What a shell starts in the background ignores Ctrl-C, what nohup starts a lost terminal, and both
+# hand that on.
+INTERRUPTIBLE = ("env", "--default-signal=INT,HUP")
 SUPERNODE = (sys.executable, "-P", "-m", "clients.device.supernode")
 FEDKN = Path(sys.executable).parent / "fedkn"
 SMALL = {
