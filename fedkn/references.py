@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fedkn.data.vision import import_torchvision, needs_way_round
+from fedkn.data.vision import with_torchvision
 from fedkn.errors import UserError, unknown_name
 from fedkn.text import printable
 
@@ -98,7 +98,7 @@ def load_reference(kind: Kind, reference: str) -> Any:
 def _guarded(kind: Kind, name: str, load: Callable[[], Any]) -> Any:
     shown = f"{kind} '{printable(name, 120)}'"
     try:
-        return _with_torchvision(load)
+        return with_torchvision(load)
     except UserError:
         raise
     except ModuleNotFoundError as error:
@@ -111,17 +111,6 @@ def _guarded(kind: Kind, name: str, load: Callable[[], Any]) -> Any:
     except Exception as error:
         # Somebody's module runs when it is imported, and may fail of anything.
         raise UserError(f"{shown} cannot be imported: {_said(error)}{_where(error)}") from error
-
-
-def _with_torchvision(load: Callable[[], Any]) -> Any:
-    """Return what `load` returns, also where torchvision is one for CUDA beside a torch without."""
-    try:
-        return load()
-    except RuntimeError as error:
-        if not needs_way_round(error):
-            raise
-    import_torchvision()
-    return load()
 
 
 def look_here(package: str) -> None:

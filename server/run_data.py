@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = [
     "DataChanged",
     "Recorded",
     "hold_to_data",
+    "move_data",
     "recorded_data",
     "refuse_changes",
 ]
@@ -64,10 +66,29 @@ def hold_to_data(folder: Path, data: DataConfig, now: DataSummary) -> bool:
     log = folder / "metrics.jsonl"
     begun = not known and log.exists() and log.stat().st_size > 0
     entries = [(entry.settings, entry.summary) for entry in known] + [(_choice(data), now)]
-    records = [{"settings": settings, **summary.to_record()} for settings, summary in entries]
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / _FILE, (json.dumps({"data": records}, indent=1) + "\n").encode())
+    _write(folder, entries)
     return not begun
+
+
+def move_data(folder: Path, root: str, now: Sequence[tuple[DataConfig, DataSummary]]) -> None:
+    """Let what the run folder `folder` recorded of its data hold for the same data in `root`.
+
+    `now` is what is found there, by the settings that select it.
+
+    Raises:
+        DataChanged: they are not the same; nothing was written.
+        UserError: data.json cannot be read. OSError: it cannot be written.
+    """
+    moved = [
+        Recorded({**entry.settings, "root": root}, entry.summary) for entry in recorded_data(folder)
+    ]
+    for entry in moved:
+        for data, summary in now:
+            if entry.is_of(data):
+                refuse_changes(entry.summary, summary, f"'{folder}'")
+    if moved:
+        _write(folder, [(entry.settings, entry.summary) for entry in moved])
 
 
 def recorded_data(folder: Path) -> list[Recorded]:
@@ -100,6 +121,11 @@ def refuse_changes(then: DataSummary, now: DataSummary, whose: str) -> None:
             f"it was begun with ({then.identity}; these are {now.identity}), or begin a new run in "
             "another folder"
         )
+
+
+def _write(folder: Path, entries: Sequence[tuple[dict[str, Any], DataSummary]]) -> None:
+    records = [{"settings": settings, **summary.to_record()} for settings, summary in entries]
+    write_atomically(folder / _FILE, (json.dumps({"data": records}, indent=1) + "\n").encode())
 
 
 def _choice(data: DataConfig) -> dict[str, Any]:

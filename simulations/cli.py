@@ -28,7 +28,9 @@ from simulations.commands.export import export
 from simulations.commands.export_table import export_table
 from simulations.commands.partition import partition
 from simulations.commands.predict import predict
+from simulations.commands.publish import publish
 from simulations.commands.report import report
+from simulations.commands.reproduce import reproduce
 from simulations.commands.resume import resume
 from simulations.commands.run import run
 from simulations.terminal import plain_where_needed
@@ -67,7 +69,10 @@ def _options(
     """Hold what may stand before a command."""
 
 
-_COMMANDS = (demo, compare, run, resume, report, export_table, export, predict, partition, doctor)
+_COMMANDS = (
+    *(demo, compare, run, resume, reproduce, report, publish, export_table, export, predict),
+    *(partition, doctor),
+)
 for command in _COMMANDS:
     app.command()(command)
 app.add_typer(bench, name="bench")

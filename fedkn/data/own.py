@@ -19,6 +19,7 @@ from fedkn.data.examples import Examples, Source
 from fedkn.data.huggingface import is_huggingface, parts_of
 from fedkn.data.items import is_dataset, read_items
 from fedkn.data.values import as_inputs
+from fedkn.data.vision import with_torchvision
 from fedkn.errors import FedknError, UserError
 from fedkn.seeds import derive
 from fedkn.text import printable
@@ -71,7 +72,8 @@ def load_own_source(
     arguments = _arguments(where, function, root, options)
     with _seeded(name):
         try:
-            return _source(name, where, function(**arguments))
+            returned = with_torchvision(lambda: function(**arguments))
+            return _source(name, where, returned)
         except FedknError:
             raise
         # Somebody's function may fail of anything.

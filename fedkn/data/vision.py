@@ -9,15 +9,20 @@ not need those operators; declaring their schemas is enough for the import to pa
 from __future__ import annotations
 
 import importlib
+import random
 import sys
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from fedkn.data.optional import require
 
-__all__ = ["import_torchvision", "needs_way_round", "way_round_taken"]
+__all__ = ["import_torchvision", "way_round_taken", "with_torchvision"]
+
+ResultT = TypeVar("ResultT")
 
 _SYMPTOM = "operator torchvision::nms does not exist"
 _BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -38,7 +43,7 @@ def import_torchvision() -> ModuleType:
     try:
         return require("torchvision", "torchvision", "simulation")
     except RuntimeError as error:
-        if not needs_way_round(error):
+        if not _needs_way_round(error):
             raise
     # Only now: declaring first would clash with a healthy build, which declares them itself.
     _declare_operators()
@@ -47,9 +52,30 @@ def import_torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
-def needs_way_round(error: RuntimeError) -> bool:
-    """Whether `error` says that torchvision's compiled part cannot be loaded."""
-    return _SYMPTOM in str(error)
+def with_torchvision(call: Callable[[], ResultT]) -> ResultT:
+    """Return what somebody's code returns that may import torchvision, when and how it likes.
+
+    Where that fails as above it is called a second time, once torchvision can be imported, with
+    PyTorch's (the CPU's), NumPy's and Python's generators as it found them at first.
+    """
+    drawn = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        return call()
+    except Exception as error:  # libraries wrap it in errors of their own
+        if not _needs_way_round(error):
+            raise
+    import_torchvision()
+    torch.set_rng_state(drawn[0])
+    np.random.set_state(drawn[1])  # noqa: NPY002
+    random.setstate(drawn[2])
+    return call()
+
+
+def _needs_way_round(error: BaseException | None) -> bool:
+    """Whether `error`, or what it came of, says that torchvision's compiled part is missing."""
+    return error is not None and (
+        _SYMPTOM in str(error) or _needs_way_round(error.__cause__ or error.__context__)
+    )
 
 
 def way_round_taken() -> bool:

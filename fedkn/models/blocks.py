@@ -16,7 +16,16 @@ from fedkn.models.spec import ModelSpec
 from fedkn.normalizers.factory import activation_layer, chain
 from fedkn.normalizers.fused import FusedSequential, hooked
 
-__all__ = ["Halve", "Head", "Network", "PreActivationResidual", "Residual", "network", "stem"]
+__all__ = [
+    "DenseHead",
+    "Halve",
+    "Head",
+    "Network",
+    "PreActivationResidual",
+    "Residual",
+    "network",
+    "stem",
+]
 
 
 class Residual(nn.Module):
@@ -98,6 +107,43 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to logits (N, classes)."""
         out: Tensor = self.fc(self.features(self.pool(self.before(x))))
+        return out
+
+
+class DenseHead(nn.Module):
+    """Final norm (the switch of every model), the maps at `size` x `size`, hidden layers, linear.
+
+    Every hidden layer has a ReLU. Maps of another size are averaged to `size` x `size` (smaller
+    ones repeated), so that the weights do not depend on the images' size; those of `size` are left
+    as they are. A normalizer may put a layer of its own before the last linear one, or, with
+    `features_first`, before the first.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        channels: int,
+        size: int,
+        hidden: Iterable[int],
+        *,
+        features_first: bool = False,
+    ) -> None:
+        super().__init__()
+        self.before = chain(norm=spec.final_layer(channels))
+        self.pool = _Average(size)
+        layers: list[nn.Module] = []
+        width = channels * size * size
+        for outputs in hidden:
+            layers += [nn.Linear(width, outputs), nn.ReLU()]
+            width = outputs
+        features = spec.normalizer.before_head() or nn.Identity()
+        layers.insert(0 if features_first else len(layers), features)
+        self.hidden = nn.Sequential(*layers)
+        self.fc = nn.Linear(width, spec.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to logits (N, classes)."""
+        out: Tensor = self.fc(self.hidden(self.pool(self.before(x))))
         return out
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedkn.data.vision import with_torchvision
 from fedkn.errors import UserError, unknown_name
 from fedkn.models.copying import copied, lazy_layer
 from fedkn.normalizers import Normalizer
@@ -56,7 +57,7 @@ def make(
         )
     arguments = _arguments(shown, factory, {"normalizer": normalizer, **offers}, options)
     try:
-        module = factory(**arguments)
+        module = with_torchvision(lambda: factory(**arguments))
     except UserError:
         raise
     except Exception as error:  # somebody's code may fail of anything

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fedkn.data.vision import with_torchvision
 from fedkn.errors import UserError
 from fedkn.references import find
 from fedkn.tasks.classification import CLASSIFICATION, Classification
@@ -54,7 +55,7 @@ def create(name: str, **options: Any) -> Task:
             f"{shown}: {printable(error, 120)}: task.options may be {takes or 'none'}"
         ) from None
     try:
-        task = make(**options)
+        task = with_torchvision(lambda: make(**options))
     except UserError:
         raise
     except Exception as error:

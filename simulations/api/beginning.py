@@ -10,8 +10,9 @@ from pathlib import Path
 from fedkn.errors import UserError
 from fedkn.experiment import data_summary
 from fedkn.files import expanded
+from fedkn.locks import held
 from fedkn.network import pinned_weights
-from server.run_data import hold_to_data
+from server.run_data import hold_to_data, move_data
 from simulations.comparison.grid import GridConfig, experiments, partitions, seeds
 from simulations.comparison.preflight import check
 from simulations.runs.axes import value_text
@@ -19,7 +20,14 @@ from simulations.runs.environment import describe_environment
 from simulations.runs.folder import RunFolder, write_json
 from simulations.runs.records import DEPLOYED, GridRecord, partition_label
 
-__all__ = ["begun", "created", "how_to_resume", "how_to_resume_deployed", "refuse_other_data"]
+__all__ = [
+    "amended",
+    "begun",
+    "created",
+    "how_to_resume",
+    "how_to_resume_deployed",
+    "refuse_other_data",
+]
 
 _GRID_FILE = "grid.json"
 _RUNS = Path("runs")
@@ -70,6 +78,48 @@ def begun(path: Path, changes: Mapping[str, object] | None = None) -> tuple[Grid
     """
     run = RunFolder.open(path)
     return GridConfig.resolve(run.read(_GRID_FILE), changes or {}), run
+
+
+def amended(
+    grid: GridConfig, run: RunFolder, *, root: Path | None, seeds: int | None
+) -> GridConfig:
+    """Return the grid of `run` with its data elsewhere, or with more seeds, and record that.
+
+    Raises:
+        UserError: the data at `root` are not those that it was begun with, fewer seeds than it has,
+            data.root is varied, another process runs it: nothing was changed. Or the disk.
+    """
+    changes: dict[str, object] = {}
+    if root is not None:
+        if "data.root" in grid.compare.axes:
+            raise UserError(
+                f"'{run.path}' varies data.root: put the data back where they were, and leave out "
+                "--root"
+            )
+        changes["data.root"] = str(expanded(str(root)).resolve())
+    if seeds is not None:
+        if seeds < grid.compare.seeds:
+            raise UserError(
+                f"'{run.path}' has {grid.compare.seeds} seeds already: give as many or more"
+            )
+        changes["compare.seeds"] = seeds
+    new = GridConfig.resolve(grid.flat(), changes)
+    if new == grid:
+        return grid
+    tables = check(new)
+    record = _record(new, run.grid.name, run.grid.command)
+    try:
+        with held(run.path):
+            if root is not None:
+                found = [(point.data, data_summary(point)) for point in experiments(new).values()]
+                move_data(run.path, str(new.data.root), found)
+            run.write_partitions(tables)
+            run.write_grid(record)
+            # Last: until it is there, the run is as it was.
+            write_json(run.path / _GRID_FILE, new.flat())
+    except OSError as error:
+        raise UserError(f"cannot write in '{run.path}': {error.strerror or error}") from None
+    return new
 
 
 def refuse_other_data(grid: GridConfig, run: RunFolder, say: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from fedkn.errors import FedknError, UserError
 from server.metrics_log import LogNotWritten
 from simulations.api.beginning import (
+    amended,
     begun,
     created,
     how_to_resume,
@@ -124,14 +125,27 @@ def _say(sentences: Iterable[str]) -> None:
 
 
 def resume(
-    folder: str | PathLike[str], *, workers: int | None = None, progress: Progress = True
+    folder: str | PathLike[str],
+    *,
+    root: str | PathLike[str] | None = None,
+    seeds: int | None = None,
+    workers: int | None = None,
+    progress: Progress = True,
 ) -> Result:
     """Go on with a run that was stopped or killed; it ends in the same numbers.
 
-    Cells that are completed are kept, failed ones are tried again; of a run that is complete only
-    the report is made anew.
+    Cells that are completed are kept, those without a checkpoint begin anew, failed ones are tried
+    again; of a run that is complete only the report is made anew.
 
     >>> fedkn.resume("runs/compare-20261123-064512")
+    >>> fedkn.resume("docs/runs/hybridbn-small-bn", root="/data", seeds=6)
+
+    Args:
+        folder: a run folder, of whichever machine.
+        root: where its data lie here, if elsewhere; they must be the same.
+        seeds: how many there are to be, no fewer than there are.
+        workers: cells that run at the same time.
+        progress: as for `compare`.
 
     Raises:
         UserError: no run folder, other data than it was begun with, or a fleet's run.
@@ -141,6 +155,7 @@ def resume(
     if opened.grid.deployed:
         again = how_to_resume_deployed(path)
         raise UserError(f"'{path}' is trained by a fleet's devices: go on with '{again}'")
+    grid = amended(grid, opened, root=_path(root), seeds=seeds)
     refuse_other_data(grid, opened, lambda text: terminal(stderr=True).print(text, soft_wrap=True))
     check(grid)
     return _carried_out(grid, opened, progress)

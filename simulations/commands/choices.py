@@ -14,8 +14,8 @@ NORMALIZERS = (
 )
 MODELS = (
     "resnet8, resnet18, resnet34, resnet50, preact_resnet18, densenet20x16, densenet121, "
-    "convnet3, vgg6, mobilenet_v2, knresnet8, knresnet13, knresnet18, knresnet34, knresnet50, "
-    "kndensenet20x16"
+    "convnet3, simple_cnn, cnn_cifar, lenet, vgg6, mobilenet_v2, knresnet8, knresnet13, "
+    "knresnet18, knresnet34, knresnet50, kndensenet20x16"
 )
 SOURCES = (
     "digits, digits_domains, mnist, fashion_mnist, emnist, cifar10, cifar100, image_folder, "

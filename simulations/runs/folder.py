@@ -121,6 +121,10 @@ class RunFolder:
                 "experiment.json has other fields than expected"
             ) from None
 
+    def write_grid(self, grid: GridRecord) -> None:
+        """Write experiment.json anew, of a run that was given more to do."""
+        write_json(self.path / "experiment.json", asdict(grid))
+
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Write environment.json: names to values, one level of tables at most."""
         write_json(self.path / "environment.json", environment)

@@ -82,3 +82,68 @@ print(v2.RandomHorizontalFlip(1.0)(torch.arange(3).view(1, 1, 3)).flatten().toli
     run = _run(code)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[2, 1, 0]"
+
+
+_SECOND_CALL = """
+import random
+import numpy as np
+import torch
+from fedkn.data.vision import with_torchvision
+calls = []
+def make():
+    calls.append(torch.rand(()).item() + np.random.rand() + random.random())
+    import torchvision
+    return calls[-1], torchvision.datasets.ready
+drawn = [with_torchvision(make), with_torchvision(make)]
+assert all(ready for _, ready in drawn)
+print(len(calls), drawn[0][0] == calls[0], drawn[1][0] == calls[0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("init", "expected"), [(_BESIDE_A_CPU_TORCH, "3 True False"), (_HEALTHY, "2 True False")]
+)
+def test_somebodys_code_draws_the_same_when_it_is_called_again(
+    init: str, expected: str, tmp_path: Path
+) -> None:
+    run = _run(_SECOND_CALL, _package(tmp_path, init))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == expected
+
+
+_LAZY = """
+import torch
+from fedkn.tasks import Classification
+def net(num_classes):
+    import torchvision
+    return torch.nn.Linear(2, num_classes)
+def data():
+    try:
+        import torchvision
+    except RuntimeError as error:
+        raise ImportError("no torchvision") from error
+    return torch.zeros(10, 2), torch.arange(10) % 2
+class Task(Classification):
+    def __init__(self):
+        import torchvision
+        super().__init__()
+"""
+_ASKED = {
+    "model": """
+from fedkn.config import ModelConfig
+from fedkn.network import build_network
+from fedkn.normalizers import create
+model = ModelConfig(name="lazy:net")
+build_network(model, create("none"), outputs=2, shape=(2,), seed=0)
+""",
+    "source": "from fedkn.data.sources import load; load('lazy:data')",
+    "task": "from fedkn.tasks import create; create('lazy:Task')",
+}
+
+
+@pytest.mark.parametrize("kind", _ASKED)
+def test_parts_of_ones_own_may_import_it_when_they_are_called(kind: str, tmp_path: Path) -> None:
+    _package(tmp_path, _BESIDE_A_CPU_TORCH)
+    (tmp_path / "lazy.py").write_text(_LAZY)
+    run = _run(_ASKED[kind], tmp_path)
+    assert run.returncode == 0, run.stderr
