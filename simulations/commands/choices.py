@@ -5,6 +5,10 @@ A test holds them to what there is (tests/simulations/commands/test_help.py).
 
 from __future__ import annotations
 
+from pkgutil import iter_modules
+
+import fedkn
+
 __all__ = ["MODELS", "NORMALIZERS", "OWN", "PARTITIONS", "SOURCES", "STRATEGIES", "TASKS"]
 
 NORMALIZERS = (
@@ -21,9 +25,10 @@ SOURCES = (
     "digits, digits_domains, mnist, fashion_mnist, emnist, cifar10, cifar100, image_folder, "
     "client_folders, arrays, huggingface"
 )
-STRATEGIES = (
-    "apfl, ditto, fedavg, fednova, fedper, fedprox, fedrep, scaffold, fedavgm, fedadam, fedyogi, "
-    "fedadagrad, qfedavg, fedmedian, fedtrimmedavg, krum, multikrum, bulyan"
+_ALGORITHMS = sorted(file.name for file in iter_modules([f"{fedkn.__path__[0]}/algorithms"]))
+STRATEGIES = ", ".join(_ALGORITHMS) + (
+    ", fedavgm, fedadam, fedyogi, fedadagrad, qfedavg, fedmedian, fedtrimmedavg, krum, multikrum, "
+    "bulyan"
 )
 TASKS = "classification, multilabel, regression, segmentation"
 PARTITIONS = "iid, dirichlet, shards, quantity, labels, natural, domains"

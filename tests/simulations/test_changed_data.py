@@ -138,7 +138,7 @@ def test_the_report_names_the_data_without_them(compared: Path) -> None:
     assert entry.summary.fingerprint is not None
     training, validation, tests = entry.summary.fingerprint.counts
     assert training + validation + tests == 90
-    assert f"{training} training, {validation} validation and {tests} test images of 1x8x8" in page
+    assert f"{training} to train on, {validation} to validate, {tests} to test; 1×8×8" in page
     assert entry.summary.identity in page
     (shown,) = summary_dict(RunFolder.open(compared))["data"]
     assert shown["fingerprint"] == entry.summary.identity

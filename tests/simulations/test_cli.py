@@ -63,7 +63,7 @@ BAD_INPUT = {
     "too many shards": (["--partition", "shards:shards_per_client=500"], "shards_per_client"),
     "too many clients": (["--clients", "1000"], "partition.clients"),
     "partition": (["--partition", "dirichlt:alpha=1"], "dirichlet"),
-    "group count": (["--normalizer", "group", "--set", "normalizer.groups=3"], "divide 16"),
+    "group count": (["--normalizer", "group", "--set", "normalizer.groups=3"], "divide 64"),
     "no root": (["--source", "mnist"], "--root"),
     "root without the data": (["--source", "mnist", "--root", "."], "mnist"),
     "no such device": (["--set", "device=cuda:99"], "cuda:99"),

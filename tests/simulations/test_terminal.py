@@ -94,7 +94,8 @@ def test_results_of_several_seeds_are_shown(fedkn: Run, tmp_path: Path) -> None:
     run.write_cells()
     code, shown, said = fedkn("report", tmp_path / "run")
     assert code == 0, said
-    assert "mean +- 95% interval" in shown or "mean ± 95% interval" in shown
+    assert "mean and 95% interval" in " ".join(shown.split())
+    assert " +- " in shown or " ± " in shown
     assert "[/red]$x" in shown
 
 

@@ -68,7 +68,7 @@ def test_an_algorithm_is_named_by_its_two_files_and_the_configuration():
     }
     assert named == {
         "fedkn/algorithms/fedprox.py",
-        "fedkn/config.py",
+        "fedkn/server_sections.py",
         "server/strategies/fedprox.py",
     }
 

@@ -1,8 +1,9 @@
 """The examples of docs/data.md, as they stand there."""
 
 import re
+import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,15 @@ _PAGE = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf
 
 
 @pytest.fixture
-def blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
+def blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, str]]:
     """The blocks that say what file they are; the Python ones can be imported."""
     found = dict(re.findall(r"```(?:python|toml)\n# ([\w.]+)\n(.*?)```", _PAGE, re.DOTALL))
     assert found.keys() == {"mydata.py", "natural.toml"}
     (tmp_path / "mydata.py").write_text(found["mydata.py"])
     monkeypatch.syspath_prepend(tmp_path)
-    return found
+    monkeypatch.delitem(sys.modules, "mydata", raising=False)  # another page's, of the same name
+    yield found
+    sys.modules.pop("mydata", None)
 
 
 def test_natural_clients_of_own_data(blocks: Mapping[str, str]) -> None:

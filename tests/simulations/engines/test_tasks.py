@@ -214,7 +214,8 @@ def test_a_parameter_that_nobody_uses_is_named_and_the_run_goes_on(
     logger = logging.getLogger("flwr")
     logger.addHandler(caplog.handler)
     try:
-        run_experiment(config)
+        with caplog.at_level(logging.WARNING, logger="flwr"):
+            run_experiment(config)
     finally:
         logger.removeHandler(caplog.handler)
     assert "do not depend on 2 of its 6 parameters" in caplog.text
