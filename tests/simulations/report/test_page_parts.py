@@ -193,3 +193,17 @@ def test_a_single_seed_has_no_interval_and_no_nan(tmp_path: Path) -> None:
     text = build_report(run).read_text()
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower().replace("nan or", "")
     assert "one seed" in text
+
+
+@pytest.mark.parametrize("seeds", [2, 6])
+def test_a_legend_of_one_shade_denies_no_test(
+    seeds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All may look alike, joined by pairs, where the best and the last are told apart."""
+    monkeypatch.setattr("simulations.report.section.shades", lambda contests: {})
+    run = written(tmp_path / "run", normalizers=("kernel", "group", "none"), seeds=seeds)
+    page = build_report([run], tmp_path / "page.html").read_text(encoding="utf-8")
+    cells = page.count("<small>behind the best</small>")
+    assert (cells > 0) == (seeds > 2)
+    assert "so all look alike" in page
+    assert ("behind the best is who the tests tell apart from it" in page) == (cells > 0)
