@@ -88,17 +88,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _exit_code(arguments: list[str]) -> int:
-    debug = "--debug" in arguments
+    debug, log = "--debug" in arguments, logging.getLogger("flwr")
     if not debug:
         # Flower's strategies announce their settings as warnings. A filter, because Flower sets its
         # logger's level when it is imported.
-        logging.getLogger("flwr").addFilter(_is_error)
+        log.addFilter(_is_error)
     try:
         code = app(arguments, prog_name="fedkn", standalone_mode=False, obj=arguments)
     except Exception as error:
         if debug:
             raise
         return _explained(error)
+    finally:
+        log.removeFilter(_is_error)
     return code if isinstance(code, int) else 0
 
 

@@ -14,7 +14,7 @@ from fedkn.errors import UserError
 from fedkn.layers import KernelNorm2d, KNConv1d, KNConv2d, LocalContextNorm2d, WSConv2d
 from fedkn.layers.kernel.padding import PADDING_MODES
 from fedkn.models.copying import copied, lazy_layer
-from fedkn.models.counterparts import counterpart
+from fedkn.models.counterparts import counterpart, on_one_device
 from fedkn.models.hooks import copy_tensor_hooks, move_hooks, tied_down
 from fedkn.models.layouts import UNUSABLE, Norm
 from fedkn.models.splitting import split
@@ -281,7 +281,7 @@ class _Converter:
             self._replace(site.name, self._nothing(site))
             return
         if isinstance(norm, nn.SyncBatchNorm) and isinstance(new, _BatchNorm):
-            new = self._made(like, lambda: _on_one_device(norm))
+            new = self._made(like, lambda: on_one_device(norm))
         elif _same_kind(norm, new):
             self._keep(site.name, f"it is the '{self.normalizer.name}' normalizer's already")
             return
@@ -390,12 +390,6 @@ def _same_kind(norm: nn.Module, new: nn.Module) -> bool:
         (getattr(m, "num_groups", None), *(n for n, _ in m.named_buffers())) for m in (norm, new)
     }
     return type(norm) is type(new) and len(kinds) == 1
-
-
-def _on_one_device(norm: nn.SyncBatchNorm) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
-    )
 
 
 def _zeros(conv: nn.Conv1d | nn.Conv2d) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""What a normalizer would have in a convolution's place."""
+"""What stands in a layer's place when a model is converted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 from fedkn.layers import KNConv1d, KNConv2d
 from fedkn.normalizers import Normalizer
 
-__all__ = ["counterpart"]
+__all__ = ["counterpart", "on_one_device"]
 
 
 def counterpart(normalizer: Normalizer, conv: nn.Conv1d | nn.Conv2d) -> nn.Module:
@@ -31,6 +31,13 @@ def counterpart(normalizer: Normalizer, conv: nn.Conv1d | nn.Conv2d) -> nn.Modul
         padding=(left, right, top, bottom),
         dilation=_pair(conv.dilation),
         groups=conv.groups,
+    )
+
+
+def on_one_device(norm: nn.SyncBatchNorm) -> nn.BatchNorm2d:
+    """Return the batch norm of one device with the settings of `norm`, and tensors of its own."""
+    return nn.BatchNorm2d(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
     )
 
 
