@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from fedkn.text import printable
 
-__all__ = ["FedknError", "UserError", "unknown_name"]
+__all__ = ["FedknError", "UserError", "raised_at", "unknown_name"]
 
 
 class FedknError(Exception):
@@ -30,6 +30,14 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
     if not nearest or len(choices) <= _LISTED:
         hints.append(f"(valid: {', '.join(choices)})")
     return UserError(f"unknown {kind} '{name}': {' '.join(hints)}")
+
+
+def raised_at(error: Exception) -> tuple[str, int] | None:
+    """Return file and line of the last code that was run, which is most often what to mend."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return None if frame is None else (frame.tb_frame.f_code.co_filename, frame.tb_lineno)
 
 
 # A longer list of valid names would bury the nearest one.

@@ -21,10 +21,19 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fedkn.data.vision import with_torchvision
-from fedkn.errors import UserError, unknown_name
+from fedkn.errors import UserError, raised_at, unknown_name
 from fedkn.text import printable
 
-__all__ = ["Kind", "find", "is_reference", "load_reference", "look_here", "module_of", "registered"]
+__all__ = [
+    "Kind",
+    "find",
+    "is_reference",
+    "load_reference",
+    "look_here",
+    "module_of",
+    "registered",
+    "where_raised",
+]
 
 Kind = Literal["model", "source", "task", "normalizer", "strategy", "observer"]
 PartT = TypeVar("PartT")
@@ -95,6 +104,14 @@ def load_reference(kind: Kind, reference: str) -> Any:
     return _guarded(kind, reference, load)
 
 
+def where_raised(error: Exception) -> str:
+    """Return in brackets where somebody's own code failed; empty where that is not known."""
+    if (place := raised_at(error)) is None:
+        return ""
+    file, line = place
+    return f" ({printable(file)}, line {line})"
+
+
 def _guarded(kind: Kind, name: str, load: Callable[[], Any]) -> Any:
     shown = f"{kind} '{printable(name, 120)}'"
     try:
@@ -110,7 +127,9 @@ def _guarded(kind: Kind, name: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"{shown}: {_said(error)}{_names_of(name)}") from error
     except Exception as error:
         # Somebody's module runs when it is imported, and may fail of anything.
-        raise UserError(f"{shown} cannot be imported: {_said(error)}{_where(error)}") from error
+        raise UserError(
+            f"{shown} cannot be imported: {_said(error)}{where_raised(error)}"
+        ) from error
 
 
 def look_here(package: str) -> None:
@@ -129,16 +148,6 @@ def look_here(package: str) -> None:
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {printable(error, 200)}"
-
-
-def _where(error: Exception) -> str:
-    """Return the last line of code that was run, which is most often the one to mend."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    if frame is None:
-        return ""
-    return f" ({printable(frame.tb_frame.f_code.co_filename)}, line {frame.tb_lineno})"
 
 
 def _names_of(reference: str) -> str:

@@ -21,6 +21,7 @@ from fedkn.data.items import is_dataset, read_items
 from fedkn.data.values import as_inputs
 from fedkn.data.vision import with_torchvision
 from fedkn.errors import FedknError, UserError
+from fedkn.references import where_raised
 from fedkn.seeds import derive
 from fedkn.text import printable
 
@@ -79,7 +80,8 @@ def load_own_source(
         # Somebody's function may fail of anything.
         except Exception as error:
             raise UserError(
-                f"{where} failed: {type(error).__name__}: {printable(error, 200)}{_line(error)}"
+                f"{where} failed: {type(error).__name__}: {printable(error, 200)}"
+                f"{where_raised(error)}"
             ) from error
 
 
@@ -225,13 +227,3 @@ def _kind(value: Any) -> str:
         inside = ", ".join(type(one).__name__ for one in value[:4])
         return f"a {type(value).__name__} of {len(value)} ({inside}{', …' if value[4:] else ''})"
     return "nothing" if value is None else f"a {type(value).__name__}"
-
-
-def _line(error: Exception) -> str:
-    """Return the last line of code that was run, which is most often the one to mend."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    if frame is None:
-        return ""
-    return f" ({printable(frame.tb_frame.f_code.co_filename)}, line {frame.tb_lineno})"

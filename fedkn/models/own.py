@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkn.data.vision import with_torchvision
-from fedkn.errors import UserError, unknown_name
+from fedkn.errors import UserError, raised_at, unknown_name
 from fedkn.models.copying import copied, lazy_layer
 from fedkn.normalizers import Normalizer
 from fedkn.text import printable
@@ -121,10 +121,8 @@ def _arguments(
 
 
 def _said(error: Exception) -> str:
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    where = "" if frame is None else f" ({frame.tb_frame.f_code.co_filename}:{frame.tb_lineno})"
+    place = raised_at(error)
+    where = "" if place is None else f" ({place[0]}:{place[1]})"
     return printable(f"{type(error).__name__}: {error}", 240) + printable(where, 160)
 
 
