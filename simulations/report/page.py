@@ -16,14 +16,15 @@ from fedkn.tasks.metric import Metric
 from fedkn.text import printable
 from simulations.report import formats
 from simulations.report.csv_tables import losses_link
+from simulations.report.endings import convergence, not_converged
 from simulations.report.facts import facts, judged_by
 from simulations.report.losses import HARMLESS, LossLine, losses
 from simulations.report.origins import origins
+from simulations.report.power import what_own_models_show, what_the_seeds_show
 from simulations.report.section import section_view
 from simulations.report.settings import held_equal, normalizer_notes, unequal
 from simulations.report.standings import fields
 from simulations.report.summary import Digest, RunSummary, digest
-from simulations.report.verdict import what_own_models_show, what_the_seeds_show
 from simulations.runs.folder import RunFolder
 from simulations.runs.statistics import FEWEST_SEEDS
 
@@ -137,6 +138,8 @@ def _run(summary: RunSummary, unknown: Sequence[str]) -> dict[str, Any]:
         "judged_by": judged_by(summary.results),
         "fingerprints": [entry.summary.identity for entry in summary.folder.data()],
         "search": _flat(summary.grid.search),
+        "convergence": convergence(summary),
+        "not_converged": not_converged(summary),
         "power": what_the_seeds_show(summary.comparisons, contests),
         "own_power": what_own_models_show(summary.own_comparisons, own),
     }
