@@ -36,7 +36,8 @@ def judged(values: list[float], rounds: int, patience: int) -> tuple[Choice, int
 
 def run_of(path: Path, curves: dict[str, list[list[float]]], **settings: Any) -> RunFolder:
     """A run whose cells have these values on validation examples, and half of them on test ones."""
-    base = ExperimentConfig.resolve({"rounds": 10, **settings})
+    named = {key.replace("__", "."): value for key, value in settings.items()}
+    base = ExperimentConfig.resolve({"rounds": 10, **named})
     grid = GridRecord(
         name=path.name,
         command="fedkn compare",
