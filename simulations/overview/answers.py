@@ -79,7 +79,8 @@ def of_study(run: RunSummary) -> list[Answer]:
             best = section.entries.get((contest.winner, contest.batch_size))
             interval = best.accuracy if best else Interval(math.nan, math.nan, 0)
             notes = _notes(section, contest)
-            found.append(_answer(section, contest, interval, notes, own=False))
+            if contest.means or contest.untrained:
+                found.append(_answer(section, contest, interval, notes, own=False))
         for contest in section.own_contests:
             best = section.entries.get((contest.winner, contest.batch_size))
             if best and best.own:
@@ -113,7 +114,7 @@ def sentences(answers: Sequence[Answer], runs: Sequence[RunSummary] = ()) -> lis
     text = [_best_means([of.winner for of in contested])]
     tested = [of for of in contested if of.contest.tested]
     if tested:
-        text += _of_tests(tested)
+        text += _of_tests(tested, all_of_them=len(tested) == len(contested))
     if untested := len(contested) - len(tested):
         those = (
             f"In {untested} of them" if tested else "There" if untested == 1 else "In none of these"
@@ -147,7 +148,9 @@ def published_sentences(table: Reproduced) -> list[str]:
                 f"Of the {agreement.apart} pairs that our tests tell apart, {agreement.apart_same} "
                 "are in the published order."
             )
-    if not any(row.published is not None for row in of.rows):
+    if any(line.published is None and line.outcome.row.published is not None for line in run):
+        text.append("These are not the paper's images: its figures are of another task.")
+    elif not any(row.published is not None for row in of.rows):
         text.append("No published figure is at hand.")
     if table.of.scale == "small" and run:
         text.append(
@@ -189,17 +192,20 @@ def _best_means(winners: Sequence[str]) -> str:
         return f"In the one setting compared {winners[0]} has the best mean."
     (first, most), *others = Counter(winners).most_common()
     if not others:
-        return f"In all {len(winners)} settings {first} has the best mean."
+        every = "both" if len(winners) == 2 else f"all {len(winners)}"
+        return f"In {every} settings {first} has the best mean."
     rest = [f"{name} in {number}" for name, number in others]
     return (
         f"Of {len(winners)} settings {enumerated([f'{first} has the best mean in {most}', *rest])}."
     )
 
 
-def _of_tests(tested: Sequence[Answer]) -> list[str]:
+def _of_tests(tested: Sequence[Answer], *, all_of_them: bool) -> list[str]:
     """What the tests say over all settings that have any."""
     alone = Counter(of.winner for of in tested if not of.level)
-    where = "By the tests" if len(tested) == 1 else f"By the tests of {len(tested)} settings"
+    where = "By the tests"
+    if not all_of_them:
+        where += f" of {formats.count(len(tested), 'setting')}"
     if alone:
         who = enumerated([f"{name} in {number}" for name, number in alone.most_common()])
         text = [f"{where}, one is ahead of all others in {alone.total()}: {who}."]

@@ -23,14 +23,23 @@ from simulations.report.csv_tables import csv_link
 from simulations.report.curves import value_limits
 from simulations.report.endings import convergence, not_converged
 from simulations.report.facts import facts
-from simulations.report.power import powers, powers_of
+from simulations.report.power import Power, powers, powers_of
 from simulations.report.section import section_view
 from simulations.report.standings import fields
 from simulations.report.summary import RunSummary, summarize
 from simulations.report.templates import environment
 from simulations.reproduction.outcome import differences, published_figure, to_json
 
-__all__ = ["Overview", "overview", "to_dict", "write_page"]
+__all__ = [
+    "Overview",
+    "command_of",
+    "has_results",
+    "overview",
+    "powers_in",
+    "resume_of",
+    "to_dict",
+    "write_page",
+]
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ def to_dict(of: Overview) -> dict[str, Any]:
             {
                 **to_json(table.of.table, table.of.scale, table.outcomes),
                 "sentences": answers.published_sentences(table),
-                "power": [power.to_dict() for power in _powers(table)],
+                "power": [power.to_dict() for power in powers_in(table)],
             }
             for table in of.tables
         ],
@@ -110,8 +119,8 @@ def to_dict(of: Overview) -> dict[str, Any]:
 def _context(of: Overview, to: Path) -> dict[str, Any]:
     tables = [_table(table, to) for table in of.tables]
     unknown = [n for study in of.studies for s in study.sections for n in s.normalizers]
-    begun = [study for study in of.studies if not _has_results(study)]
-    studies = [_study(study, unknown, to) for study in of.studies if _has_results(study)]
+    begun = [study for study in of.studies if not has_results(study)]
+    studies = [_study(study, unknown, to) for study in of.studies if has_results(study)]
     of_studies = [answer for study in studies for answer in study["answers"]]
     of_tables = [answer for table in tables for answer in table["answers"]]
     return {
@@ -150,7 +159,8 @@ def _asked(of: Overview) -> list[str]:
     return text
 
 
-def _has_results(study: RunSummary) -> bool:
+def has_results(study: RunSummary) -> bool:
+    """Whether any cell of a comparison has ended with a result."""
     return any(entry.final for section in study.sections for entry in section.entries.values())
 
 
@@ -185,14 +195,15 @@ def _table(table: Reproduced, to: Path) -> dict[str, Any]:
         "legend": _legend(table),
         "csv": _csv(table, name),
         "differences": differences(of, table.outcomes),
-        "powers": _powers(table),
-        "command": _command(table),
+        "powers": powers_in(table),
+        "command": command_of(table),
         "minutes": sum(line.outcome.minutes for line in table.lines),
         "family": sum(not math.isnan(c.p) for c in table.comparisons),
     }
 
 
-def _powers(table: Reproduced) -> list[Any]:
+def powers_in(table: Reproduced) -> list[Power]:
+    """Return what the tests between the rows of a table could find."""
     return powers(table.comparisons, [of.contest for of in table.contests])
 
 
@@ -255,7 +266,8 @@ def _csv(table: Reproduced, name: str) -> Markup:
     return csv_link(name, "table", header, rows)
 
 
-def _command(table: Reproduced) -> str:
+def command_of(table: Reproduced) -> str:
+    """Return the command that goes on with the table, or runs it anew."""
     sources = {line.outcome.source for line in table.lines if line.outcome.source}
     named = table.of.table.protocol.get("data", {}).get("source", "")
     source = "".join(f" --source {other}" for other in sorted(sources - {named})[:1])
@@ -263,6 +275,11 @@ def _command(table: Reproduced) -> str:
         f"fedkn reproduce {table.of.table.name} --scale {table.of.scale}{source} --root DATA "
         f"--out {_folder(table.of.out)}"
     )
+
+
+def resume_of(study: RunSummary) -> str:
+    """Return the command that goes on with a comparison from its numbers."""
+    return f"fedkn resume {_folder(study.folder.path)} --root DATA"
 
 
 def _study(study: RunSummary, unknown: Sequence[str], to: Path) -> dict[str, Any]:
@@ -281,7 +298,7 @@ def _study(study: RunSummary, unknown: Sequence[str], to: Path) -> dict[str, Any
         "convergence": convergence(study),
         "powers": powers_of(study),
         "folder": _link(study.folder.path, to),
-        "again": f"fedkn resume {_folder(study.folder.path)} --root DATA",
+        "again": resume_of(study),
         "family": sum(not math.isnan(c.p) for c in study.comparisons),
         "fields": fields(study.axis_contests),
     }

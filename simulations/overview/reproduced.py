@@ -18,8 +18,13 @@ from simulations.report.entries import Entry
 from simulations.report.reading import ReadRun, read_run
 from simulations.report.side_by_side import basis_of
 from simulations.report.verdict import Contest
-from simulations.reproduction.outcome import Outcome, nothing_of, outcome_of
-from simulations.runs.statistics import Comparison, compare_all_pairs
+from simulations.reproduction.outcome import (
+    Outcome,
+    is_of_other_images,
+    nothing_of,
+    outcome_of,
+)
+from simulations.runs.statistics import Comparison, Interval, compare_all_pairs
 
 __all__ = ["ROW", "Agreement", "Line", "Reproduced", "reproduced"]
 
@@ -32,32 +37,37 @@ class Line:
     """One row of the table.
 
     `entry` is what its run has, None where it was not begun; `keeps`: clients keep tensors, which
-    the global model lacks, so that it is not tested against others.
+    the global model lacks, so that it is not tested against others. `published` is the paper's
+    figure as a fraction, None where there is none, or where the images are not the paper's.
     """
 
     outcome: Outcome
     entry: Entry | None
     folder: str
     keeps: bool
+    published: float | None = None
 
     @property
     def label(self) -> str:
         """What the row is called."""
         return self.outcome.row.label
 
+    def ours(self, reading: str) -> Interval:
+        """Return our figure, of the best or the last round."""
+        return self.outcome.best if reading == "best" else self.outcome.last
+
     def difference(self, reading: str) -> float:
         """Return ours less the published figure, as a fraction; NaN where there is one alone."""
-        published = self.outcome.row.published
-        ours = self.outcome.best if reading == "best" else self.outcome.last
-        return math.nan if published is None else ours.mean - published / 100
+        return math.nan if self.published is None else self.ours(reading).mean - self.published
 
     def inside(self, reading: str) -> bool | None:
         """Whether the published figure lies in our 95% interval; None where that is not known."""
-        published = self.outcome.row.published
-        ours = self.outcome.best if reading == "best" else self.outcome.last
-        if published is None or ours.n < 2:
-            return None
-        return ours.low <= published / 100 <= ours.high
+        ours = self.ours(reading)
+        return (
+            None
+            if self.published is None or ours.n < 2
+            else ours.low <= self.published <= ours.high
+        )
 
 
 @dataclass(frozen=True)
@@ -96,8 +106,8 @@ class Reproduced:
         found = []
         for contest, lines in zip(self.contests, self.members, strict=True):
             for one, other in combinations(lines, 2):
-                published = _apart(one.outcome.row.published, other.outcome.row.published)
-                ours = _mean(one, reading) - _mean(other, reading)
+                published = _apart(one.published, other.published)
+                ours = one.ours(reading).mean - other.ours(reading).mean
                 if published and not math.isnan(ours):
                     tested = next(
                         (c for c in contest.contest.comparisons if c.has(one.label, other.label)),
@@ -124,7 +134,10 @@ def reproduced(of: TableRuns) -> Reproduced:
         read = read_run(run, row.label)
         entry = _entry(read)
         keeps = entry.normalizer in read.keepers
-        line = Line(outcome_of(row, run), entry, run.path.name, keeps)
+        outcome = outcome_of(row, run)
+        other = row.published is None or is_of_other_images(of.table, outcome)
+        published = None if other or row.published is None else row.published / 100
+        line = Line(outcome, entry, run.path.name, keeps, published)
         lines.append(line)
         if entry.final and not keeps:
             fields.setdefault(_held(read, entry), {})[row.label] = (line, entry)
@@ -173,10 +186,6 @@ def _contest(
         entrants=len(entries),
     )
     return AxisContest(held, contest, intervals)
-
-
-def _mean(line: Line, reading: str) -> float:
-    return (line.outcome.best if reading == "best" else line.outcome.last).mean
 
 
 def _apart(one: float | None, other: float | None) -> float:

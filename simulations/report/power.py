@@ -58,18 +58,24 @@ class Power:
         middle = median(self.needed) if self.needed else math.nan
         return float(math.ceil(middle)) if math.isfinite(middle) else middle
 
+    @property
+    def found(self) -> str:
+        """The median of `detectable` over the pairs that have one, in words."""
+        possible = [value for value in self.detectable if math.isfinite(value)]
+        if not possible:
+            return "no possible difference"
+        return formats.difference_with_unit(median(possible), self.metric)
+
+    @property
+    def asked_for(self) -> str:
+        """What was asked for and the seeds that it takes, in words: "1 point: 19"."""
+        return f"{_asked(self)}: {_count(self.seeds_needed)}" if self.needed else formats.NOTHING
+
     def short(self) -> str:
         """Return it in one sentence, without the full stop."""
-        found = [value for value in self.detectable if math.isfinite(value)]
-        what = (
-            formats.difference_with_unit(median(found), self.metric)
-            if found
-            else "no possible difference"
-        )
-        seen = f"{what} would be found 4 times in 5"
         text = (
-            f"with {_seeds(self.seeds)} {seen} (paired t-test, Holm over "
-            f"{formats.count(self.family, 'pair')})"
+            f"with {_seeds(self.seeds)} {self.found} would be found 4 times in 5 "
+            f"(paired t-test, Holm over {formats.count(self.family, 'pair')})"
         )
         if not self.needed:
             return text

@@ -23,6 +23,7 @@ from simulations.runs.statistics import Interval, mean_interval
 __all__ = [
     "Outcome",
     "differences",
+    "is_of_other_images",
     "markdown",
     "nothing_of",
     "outcome",
@@ -44,7 +45,7 @@ class Outcome:
         rounds: that a cell has; None where nothing was begun.
         planned: cells that there are to be in its folder. minutes: that all of its cells took,
             finished or not, by the clock.
-        source: of the data.
+        source: of the data. classes: that these have, 0 where that is not known.
     """
 
     row: Row
@@ -55,6 +56,7 @@ class Outcome:
     planned: int
     minutes: float
     source: str
+    classes: int = 0
 
 
 def outcome(of: PublishedTable, scale: str, row: Row, out: Path) -> Outcome:
@@ -85,6 +87,7 @@ def outcome_of(row: Row, run: RunFolder) -> Outcome:
         planned=len(grid.seeds),
         minutes=sum(_seconds(cell) for cell in cells) / 60,
         source=str(grid.experiment.get("data.source", "")),
+        classes=max((len(entry.summary.classes) for entry in run.data()), default=0),
     )
 
 
@@ -206,15 +209,38 @@ def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def is_of_other_images(of: PublishedTable, outcome: Outcome) -> bool:
+    """Whether the images have another number of classes than the paper's, as far as is known."""
+    expected = _CLASSES.get(_named(of))
+    return bool(expected and outcome.classes and outcome.classes != expected)
+
+
+_CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10}
+
+
+def _named(of: PublishedTable) -> str:
+    return str(of.protocol.get("data", {}).get("source", ""))
+
+
 def _of_data(of: PublishedTable, outcomes: Iterable[Outcome]) -> list[str]:
-    """Say where rows were run on the same images from elsewhere, which may be copies."""
-    named = of.protocol.get("data", {}).get("source", "")
-    others = sorted({o.source for o in outcomes if o.source and o.source != named})
-    return [
-        f"Read from source '{other}' in place of '{named}': as good as the copies that lie there "
-        "(JPEG copies of CIFAR-10 are a little lossy)."
-        for other in others
-    ]
+    """Say where rows were run on the same images from elsewhere, which may be copies, or others."""
+    named = _named(of)
+    begun = [o for o in outcomes if o.source and o.source != named]
+    told = []
+    for other in sorted({o.source for o in begun}):
+        strange = {o.classes for o in begun if o.source == other and is_of_other_images(of, o)}
+        told += [
+            f"Read from source '{other}', whose images have {classes} classes, those of '{named}' "
+            f"{_CLASSES[named]}: these are not the paper's images, and its figures are of another "
+            "task."
+            for classes in sorted(strange)
+        ]
+        if not strange:
+            told.append(
+                f"Read from source '{other}' in place of '{named}': as good as the copies that lie "
+                "there (JPEG copies of CIFAR-10 are a little lossy)."
+            )
+    return told
 
 
 def _best(cell: CellRecord) -> float:
