@@ -2,7 +2,7 @@
 
 A block stands between ``<!-- NAME: make docs writes it -->`` and ``<!-- end of NAME -->``; what
 stands around it is written by hand. NAME is TABLE-SCALE for a published table, the run folder's
-name for a comparison, and power.
+name, quoted as in addresses, for a comparison, and power.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from urllib.parse import quote
 
 from fedkn.text import printable
 from simulations.overview.answers import published_sentences
@@ -33,7 +34,11 @@ _WIDTH = 118
 def blocks(of: Overview) -> dict[str, str]:
     """Return all blocks by name, those of tables first, that of the power last."""
     found = {f"{table.of.table.name}-{table.of.scale}": _table(table) for table in of.tables}
-    found |= {study.folder.path.name: _study(study) for study in of.studies if has_results(study)}
+    found |= {
+        quote(study.folder.path.name, safe=""): _study(study)
+        for study in of.studies
+        if has_results(study)
+    }
     return found | {POWER_BLOCK: _powers(of)}
 
 

@@ -143,7 +143,7 @@ def _asked(of: Overview) -> list[str]:
     parts = []
     if of.tables:
         many = formats.count(len(of.tables), "published table")
-        parts.append(f"{formats.count(rows, 'row')} of {many}, run again")
+        parts.append(f"{formats.count(rows, 'row')} of {many} (run again)")
     if of.studies:
         parts.append(formats.count(len(of.studies), "comparison"))
     cells = [cell for study in of.studies for cell in study.results]
@@ -305,8 +305,11 @@ def _study(study: RunSummary, unknown: Sequence[str], to: Path) -> dict[str, Any
 
 
 def _folder(path: Path) -> str:
-    """The folder as it was named, or its last parts where it was named from the root."""
-    return Path(*path.parts[-2:]).as_posix() if path.is_absolute() else path.as_posix()
+    """The folder as a command names it: from where it is asked for, if it lies below."""
+    try:
+        return path.resolve().relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return path.as_posix()
 
 
 def _link(folder: Path, to: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The page over many runs: whole by itself, escaped, small, and the winner of each setting first."""
+"""The page over many runs: whole by itself, escaped, small, the winner of a setting first."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import pytest
 from typer.testing import CliRunner
 
+from fedkn.errors import UserError
 from simulations.cli import app
 from simulations.overview.collection import collect
 from simulations.overview.markdown import blocks, filled
@@ -19,6 +20,7 @@ from tests.simulations.overview.made import made_row, made_table
 from tests.simulations.report.made_runs import made_run
 from tests.simulations.report.synthetic import Synthetic
 from tests.simulations.report.test_report import read
+from tests.simulations.trained_runs import fedkn
 
 GROUP = [0.60, 0.62, 0.61, 0.63]
 BATCH = [0.70, 0.71, 0.73, 0.72]
@@ -141,17 +143,16 @@ def test_the_command_and_its_json(folder, tmp_path):
     assert answers["clear", "2"]["best"] == "group"
     assert answers["clear", "2"]["behind"] == ["kernel"]
     assert [left["folder"].rpartition("/")[2] for left in told["left_out"]] == ["damaged"]
-    alone = CliRunner().invoke(app, ["report", str(out), str(out / "clear")])
-    assert alone.exit_code == 2
-    assert "give it alone" in alone.output
+    assert fedkn("report", out, out / "clear") == 2
 
 
 def test_blocks_are_written_between_their_marks_and_nowhere_else(folder):
     out, table = folder
     found = blocks(overview(collect(out, [table])))
-    assert set(found) == {"tiny-small", "clear", "<b>& 50%", "power"}
+    assert set(found) == {"tiny-small", "clear", "%3Cb%3E%26%2050%25", "power"}
     begin, end = "<!-- clear: make docs writes it -->\n", "<!-- end of clear -->\n"
-    page = f"# Mine\n\n{begin}old\n{end}\nOurs.\n\n<!-- gone: make docs writes it -->\n<!-- end of gone -->\n"
+    gone = "<!-- gone: make docs writes it -->\n<!-- end of gone -->\n"
+    page = f"# Mine\n\n{begin}old\n{end}\nOurs.\n\n{gone}"
     once = filled(page, found)
     assert once.startswith(f"# Mine\n\n{begin}\n```\nfedkn compare --name clear\n")
     assert "\nold\n" not in once
@@ -167,9 +168,9 @@ def test_blocks_are_written_between_their_marks_and_nowhere_else(folder):
 
 def test_a_folder_without_runs_is_refused(tmp_path):
     (tmp_path / "nothing").mkdir()
-    result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
-    assert result.exit_code == 2
-    assert not isinstance(result.exception, (OSError, AttributeError))
+    with pytest.raises(UserError, match="holds no run folders"):
+        collect(tmp_path / "nothing", [])
+    assert fedkn("report", tmp_path / "nothing") == 2
 
 
 def test_run_folders_are_left_as_they_are(folder, page):
