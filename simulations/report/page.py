@@ -12,7 +12,6 @@ from markupsafe import Markup
 import fedkn
 from fedkn.errors import UserError
 from fedkn.files import write_atomically
-from fedkn.tasks.metric import Metric
 from fedkn.text import printable
 from simulations.report import formats
 from simulations.report.csv_tables import losses_link
@@ -80,8 +79,6 @@ def _environment() -> Environment:
     )
     environment.globals["css"] = Markup((here / "report.css").read_text(encoding="utf-8"))
     environment.globals["version"] = fedkn.__version__
-    # Of metrics that decide nothing no more is known than that they are numbers.
-    environment.globals["number"] = Metric("number")
     environment.globals["fewest_seeds"] = FEWEST_SEEDS
     environment.globals["keeps_tensors"] = f"{formats.KEEPS} {formats.KEEPS_TENSORS}"
     for name in _FORMATS:
