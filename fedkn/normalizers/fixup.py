@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Unpack
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from fedkn.layers import Multiplier, Shift, ShiftedConv2d
 from fedkn.normalizers.base import Normalizer
-from fedkn.normalizers.factory import ACTIVATIONS, ConvOptions
+from fedkn.normalizers.factory import ACTIVATIONS
 
 __all__ = ["FixupNormalizer"]
 
@@ -52,19 +52,6 @@ class FixupNormalizer(Normalizer):
         """Return Shift."""
         del channels
         return Shift()
-
-    def conv(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        *,
-        then_norm: bool = False,
-        **options: Unpack[ConvOptions],
-    ) -> nn.Module:
-        """Return ShiftedConv2d, without a bias per channel whatever follows."""
-        del then_norm
-        return super().conv(in_channels, out_channels, kernel_size, then_norm=True, **options)
 
     def before_head(self) -> nn.Module | None:
         """Return Shift."""
