@@ -20,7 +20,7 @@ from server.rounds.cohorts import draw_cohort
 from server.run import run_server
 from server.strategies.registry import create_strategy
 from server.strategies.scaffold import Scaffold
-from tests.server.fake_grid import FIRST_NODE, FakeGrid, run, small
+from tests.server.fake_grid import FIRST_NODE, FakeGrid, crashed, run, small
 from tests.server.test_run import log_of
 
 
@@ -187,22 +187,9 @@ def test_local_parameters_are_not_corrected():
     assert all(np.isfinite(value).all() for value in run(config).tensors.values())
 
 
-class Crash(BaseException):
-    pass
-
-
 def test_a_run_that_crashed_ends_in_the_same_weights(tmp_path):
     config = scaffold(rounds=4, checkpoint__folder=str(tmp_path))
-
-    def crash(round_: int, p: int, message: Message, reply: Message) -> Iterable[Message]:
-        if round_ == 3:
-            raise Crash
-        return [reply]
-
-    grid = FakeGrid(config, crash)
-    with pytest.raises(Crash):
-        run_server(grid, config)
-    grid._tamper = None  # the clients live on, with what they keep
+    grid = crashed(config, in_round=3)
     resumed = run_server(grid, config)
     undisturbed = run(config.overlay(checkpoint__folder=""))
     assert resumed.weights_sha256 == undisturbed.weights_sha256
