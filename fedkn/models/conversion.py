@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -180,6 +180,7 @@ class _Converter:
         self.modules = dict(model.named_modules())
         self.read: frozenset[str] = frozenset()
         self.replacements: dict[nn.Module, nn.Module] = {}
+        self.apart = frozenset(apart)
         self.changed: list[Change] = [*apart]
         self.kept: list[Kept] = []
 
@@ -283,7 +284,7 @@ class _Converter:
         if isinstance(norm, nn.SyncBatchNorm) and isinstance(new, _BatchNorm):
             new = self._made(like, lambda: on_one_device(norm))
         elif _same_kind(norm, new):
-            self._keep(site.name, f"it is the '{self.normalizer.name}' normalizer's already")
+            self._own_already(site.name)
             return
         learned = [*norm.parameters()] or [conv.weight for conv in neighbours]
         new.requires_grad_(not learned or any(p.requires_grad for p in learned))
@@ -338,6 +339,16 @@ class _Converter:
         if isinstance(old, Norm) and (lost := copy_tensor_hooks(old, new)):
             notes.append(f"hooks of its {' and '.join(lost)} are gone")
         self.changed.append(Change(name, type(old).__name__, type(new).__name__, "; ".join(notes)))
+
+    def _own_already(self, name: str) -> None:
+        """Say that a norm stays: in the note of what it was taken apart from, if it was."""
+        said = f"it is the '{self.normalizer.name}' normalizer's already"
+        whole = name.rpartition(".")[0]
+        for place, change in enumerate(self.changed):
+            if change.name == whole and change in self.apart:
+                self.changed[place] = replace(change, note=f"its norm stays: {said}")
+                return
+        self._keep(name, said)
 
     def _keep(self, name: str, reason: str) -> None:
         self.kept.append(Kept(name, type(self.modules[name]).__name__, reason))
