@@ -1,8 +1,9 @@
 """Fake cells on fake GPUs: `fake_cells` in a process whose ``torch`` knows of a GPU alone.
 
 FAKE_GPUS is a folder with a file for every GPU, named as in CUDA_VISIBLE_DEVICES: its kind and its
-memory. A cell takes there what its normalizer says in TAKES, from its second round on, and notes
-when; beyond the memory it runs out of it. Imports no PyTorch, so that a worker starts at once.
+memory. A cell takes there what its normalizer says in TAKES and notes when; beyond the memory it
+runs out of it. Before its fourth round it waits until another cell has been there, if one is to
+come. Imports no PyTorch, so that a worker starts at once.
 """
 
 from __future__ import annotations
@@ -34,13 +35,17 @@ def _gpu() -> Path:
     return Path(os.environ["FAKE_GPUS"]) / os.environ["CUDA_VISIBLE_DEVICES"]
 
 
+def _lines() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _gpu().read_text().splitlines()]
+
+
 def _properties(device: Any = None) -> SimpleNamespace:
-    kind = json.loads(_gpu().read_text())["kind"]
+    kind = _lines()[0]["kind"]
     return SimpleNamespace(name=kind, major=9, minor=0, multi_processor_count=132)
 
 
 def _memory(device: Any = None) -> tuple[int, int]:
-    total = json.loads(_gpu().read_text())["memory"]
+    total = _lines()[0]["memory"]
     return total, total
 
 
@@ -50,7 +55,7 @@ class OutOfMemoryError(RuntimeError):
 
 torch = ModuleType("torch")
 torch.OutOfMemoryError = OutOfMemoryError  # type: ignore[attr-defined]
-torch.device = str  # type: ignore[attr-defined]
+torch.device = lambda name: SimpleNamespace(type="cuda", index=None)  # type: ignore[attr-defined]
 torch.cuda = SimpleNamespace(  # type: ignore[attr-defined]
     is_available=lambda: _gpu().exists(),
     mem_get_info=_memory,
@@ -73,6 +78,10 @@ def run_cell(config: ExperimentConfig) -> None:
 
     def write_round(log: Any, of: ExperimentConfig, round_: int) -> None:
         global _reserved  # noqa: PLW0603
+        deadline = time.monotonic() + 60
+        while round_ == 4 and len({line.get("cell", cell) for line in _lines()}) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         _reserved = TAKES[name] * (2 if name == "layer" and round_ > 3 else 1)
         _note(cell, "takes", _reserved)
         write(log, of, round_)
