@@ -37,11 +37,9 @@ _LOG = logging.getLogger("flwr")
 
 
 class Capture(Protocol):
-    """Makes a function of tensors one that can be replayed: `Captured`, or a double of it."""
+    """Makes a function one that can be replayed: `Captured`, or a double of it."""
 
-    def __call__(
-        self, function: Callable[..., None], tensors: Sequence[Tensor], changed: Sequence[Tensor]
-    ) -> Captured:
+    def __call__(self, function: Callable[[], None], changed: Sequence[Tensor]) -> Captured:
         """Return `function`, captured."""
 
 
@@ -105,7 +103,6 @@ class StepRecorder:
                             self._graphs.clear()
                         self._graphs[sizes, setting] = self._capture(
                             _step_of(self._workspace, tables, sizes, planned),
-                            (),
                             (*self._changed(), *tables.changed),
                         )
         except RuntimeError as error:
@@ -181,7 +178,7 @@ class RecordedSteps:
         """Take step `number`, which follows the one taken before."""
         if number == self._filled:
             self._fill(number)
-        self.graphs[number].replay(())
+        self.graphs[number].replay()
         self._workspace.optimizer.started = True
 
     @property

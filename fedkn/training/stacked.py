@@ -168,7 +168,7 @@ class _Replayed:
         key = (stack, self._tables.shape, task.train, task.goal, rules)
         if key not in workspace.steps:
             workspace.steps[key] = self._captured(stack, rules)
-        workspace.steps[key].replay(())
+        workspace.steps[key].replay()
 
     def _captured(self, stack: int, rules: tuple[LocalRule, ...]) -> Captured:
         workspace, task = self._workspace, self._task
@@ -179,7 +179,7 @@ class _Replayed:
             _step(workspace, tables.batch(stack, inputs), task, rules, partly=True)
 
         try:
-            return self._capture(step, (), (*changed, tables.place))
+            return self._capture(step, (*changed, tables.place))
         except RuntimeError as error:
             if full_gpu(error):
                 raise

@@ -94,12 +94,12 @@ def _milliseconds(step: Callable[[], None], precision: str, device: torch.device
             for _ in range(_CALLS):
                 step()
 
-        graph = Captured(several, (), ())
+        graph = Captured(several, ())
     times = []
     for _ in range(5):
         torch.cuda.synchronize(device)
         started = time.perf_counter()
-        graph.replay(())
+        graph.replay()
         torch.cuda.synchronize(device)
         times.append(1000 * (time.perf_counter() - started) / _CALLS)
     return min(times)

@@ -83,8 +83,8 @@ def measure_network(case: NetworkCase, device: torch.device, *, seconds: float) 
         torch.cuda.reset_peak_memory_stats(device)
         step()
         peak = torch.cuda.max_memory_allocated(device) / 2**20
-        graph = Captured(step, (), (*optimizer.changed, *model.buffers()))
-        replayed = _timed(lambda: graph.replay(()), seconds, device)
+        graph = Captured(step, (*optimizer.changed, *model.buffers()))
+        replayed = _timed(graph.replay, seconds, device)
     return NetworkTime(case, eager, replayed, peak)
 
 
