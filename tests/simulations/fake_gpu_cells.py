@@ -104,7 +104,9 @@ def _note(cell: str, what: str, bytes_: int) -> None:
         held = {line["cell"]: line["bytes"] for line in lines[1:]} | {cell: bytes_}
         full = sum(held.values()) > lines[0]["memory"]
         noted = 0 if full else bytes_
-        file.write(json.dumps({"cell": cell, "what": what, "bytes": noted, "at": time.time()}) + "\n")
+        file.write(
+            json.dumps({"cell": cell, "what": what, "bytes": noted, "at": time.time()}) + "\n"
+        )
     if full:
         raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
