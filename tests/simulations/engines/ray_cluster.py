@@ -1,0 +1,70 @@
+"""Run by test_ray_cluster: an experiment on a Ray cluster of two nodes, one core each.
+
+``python -m tests.simulations.engines.ray_cluster FOLDER`` prints as its last line the hash of the
+weights. Whoever trained notes its node in FOLDER.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedkn.config import ExperimentConfig
+from simulations.engines.run import run_experiment
+from tests.own_parts import Plain
+
+__all__ = ["NOTES", "SETTINGS", "Noting", "run_on_two_nodes"]
+
+NOTES = "FEDKN_TEST_NODES"
+SETTINGS = {
+    "rounds": 2,
+    "cohort": 6,
+    "workers": 1,
+    "partition.clients": 8,
+    "data.train_limit": 160,
+    "data.test_limit": 40,
+    "model.name": "tests.simulations.engines.ray_cluster:Noting",
+    "normalizer.name": "group",
+    "train.batch_size": 4,
+    "train.local_steps": 3,
+    "device": "cpu",
+}
+
+
+class Noting(Plain):
+    """A network that notes on which node of a cluster it is trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and NOTES in os.environ:
+            import ray
+
+            if ray.is_initialized():
+                node = ray.get_runtime_context().get_node_id()
+                (Path(os.environ[NOTES]) / node).touch()
+        found: Tensor = super().forward(x)
+        return found
+
+
+def run_on_two_nodes(folder: Path) -> str:
+    """Start two nodes, run the experiment on them, and return the hash of its weights."""
+    from ray.cluster_utils import Cluster
+
+    os.environ[NOTES] = str(folder)
+    settings: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**settings, "include_dashboard": False})
+    try:
+        cluster.add_node(**settings)
+        cluster.wait_for_nodes()
+        os.environ["RAY_ADDRESS"] = cluster.address
+        config = ExperimentConfig.resolve(SETTINGS, {"engine": "ray"})
+        return run_experiment(config).weights_sha256
+    finally:
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"\n{run_on_two_nodes(Path(sys.argv[1]))}\n")
