@@ -39,7 +39,8 @@ class Ended:
 
     Attributes:
         error: in one line; empty where there was none. died: whether its process is gone.
-        full: whether it found its GPU's memory full. beside: cells that were on that GPU too.
+        full: whether it found its GPU's memory full. beside: how many other cells were on that GPU
+            since it began, at most.
     """
 
     cell: str
@@ -115,12 +116,12 @@ class WorkerPool:
     ) -> list[str]:
         """Begin those of the `cells` (id, kind, configuration) that can run now; return their ids.
 
-        In their order, but one that does not fit anywhere does not hold up the next. The first of
-        those that need a GPU `alone` gets the next that is empty.
+        In their order, but one that does not fit anywhere does not hold up the next. Those that
+        need a GPU `alone` come before the others; the first of them gets the next that is empty.
         """
         begun: list[str] = []
         kept: int | None = None
-        for cell, kind, config in cells:
+        for cell, kind, config in sorted(cells, key=lambda of: of[0] not in alone):
             if len(self._busy()) >= self._size:
                 break
             target, place = NO_GPU, None

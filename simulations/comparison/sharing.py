@@ -32,6 +32,8 @@ class _Running:
     """The most bytes that its process has reserved so far."""
     settled: bool = False
     """Whether that is what it will need."""
+    beside: int = 0
+    """The most others that were on its GPU at once, since it began."""
 
 
 @dataclass
@@ -84,8 +86,10 @@ class GpuSharing:
 
     def begin(self, cell: str, kind: Hashable, place: int, *, alone: bool = False) -> None:
         """Note that `cell` has begun on the GPU at `place`."""
-        known = kind in self._seen
-        self._gpus[place].running[cell] = _Running(kind, alone, settled=known)
+        running = self._gpus[place].running
+        running[cell] = _Running(kind, alone, settled=kind in self._seen)
+        for each in running.values():
+            each.beside = max(each.beside, len(running) - 1)
 
     def reserved(self, cell: str, bytes_: int) -> None:
         """Note the most that the process of `cell` has reserved so far."""
@@ -104,11 +108,10 @@ class GpuSharing:
             self._learn(running)
 
     def end(self, cell: str) -> int:
-        """Note that `cell` has ended or given up; return how many others ran beside it."""
+        """Note that `cell` has ended or given up; return how many others ran beside it at most."""
         for gpu in self._gpus.values():
             if cell in gpu.running:
-                del gpu.running[cell]
-                return len(gpu.running)
+                return gpu.running.pop(cell).beside
         return 0
 
     def _find(self, cell: str) -> _Running | None:

@@ -91,12 +91,14 @@ def test_a_cell_that_needs_a_gpu_for_itself_waits_for_an_empty_one_and_keeps_it(
     assert sharing.place("kernel") is None
 
 
-def test_the_end_tells_how_many_ran_beside() -> None:
+def test_the_end_tells_how_many_ran_beside_even_if_they_are_gone() -> None:
     sharing = GpuSharing({0: 80 * GIB})
     seen(sharing, "kernel", GIB)
     for name in "abc":
         sharing.begin(name, "kernel", 0)
-    assert [sharing.end(name) for name in "abc"] == [2, 1, 0]
+    assert [sharing.end(name) for name in "abc"] == [2, 2, 2]
+    sharing.begin("d", "kernel", 0)
+    assert sharing.end("d") == 0
     assert sharing.end("nobody") == 0
 
 
