@@ -41,12 +41,18 @@ def run_experiment(config: ExperimentConfig) -> Outcome:
     """Run `config` to its end on Ray; resumes from its checkpoints if there are any.
 
     Raises:
-        UserError: Ray is not installed.
+        UserError: Ray is not installed, or the configuration names one GPU; or there is no cluster
+            at RAY_ADDRESS.
         FedknError: what the ServerApp raises.
     """
     if importlib.util.find_spec("ray") is None:
         raise UserError(
             "engine 'ray' needs Ray: pip install 'fedkn[ray]', or set engine = 'inprocess'"
+        )
+    if config.device.startswith("cuda:"):
+        raise UserError(
+            f"device = '{config.device}': Ray gives each client its part of a GPU. Set device = "
+            "'cuda', and CUDA_VISIBLE_DEVICES to choose among them"
         )
     from flwr.simulation import run_simulation  # noqa: PLC0415 - slow, and only for this engine
 

@@ -15,7 +15,7 @@ from simulations.benchmarks.gpu.device import Gpu
 __all__ = ["MarkedFile", "MarkedOutcome", "marked_files", "run_marked"]
 
 _MARK = "pytest.mark.gpu"
-_LIMIT = 120.0
+_LIMIT = 85.0
 
 
 @dataclass(frozen=True)

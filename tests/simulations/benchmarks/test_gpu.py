@@ -52,6 +52,9 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, marked: MarkedFile)
                 cases = list({kind(case): case for case in reversed(cases)}.values())
             made = tuple(map(small, cases))
             monkeypatch.setitem(PARTS, name, replace(part, cases=lambda made=made: made))
+        # However busy this machine is.
+        monkeypatch.setattr("simulations.benchmarks.gpu.everything._LONGEST_CASE", 600.0)
+        monkeypatch.setattr("simulations.benchmarks.gpu.process._STARTS", 600.0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(device_module, "Gpu", lambda name: StandIn(tmp_path))
         result = CliRunner().invoke(
@@ -80,7 +83,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, marked: MarkedFile)
 
 
 def test_the_whole_command_goes_through_every_part(command, tmp_path: Path) -> None:
-    content = command("--seconds", "900", every=False)
+    content = command("--seconds", "5000", every=False)
     assert content["benchmark"] == "gpu"
     assert content["machine"]["gpu"] == "stand-in"
     assert content["machine"]["torch"] == torch.__version__
@@ -121,7 +124,7 @@ def test_the_whole_command_goes_through_every_part(command, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_the_whole_command_goes_through_every_case(command) -> None:
-    content = command("--seconds", "3000", every=True)
+    content = command("--seconds", "9000", every=True)
     assert all(check["repeats"] and check["concurrent"] for check in content["checks"])
 
 
@@ -222,6 +225,7 @@ def test_a_case_that_fails_dies_or_hangs_costs_no_other(
         "last",
     )
     monkeypatch.setattr("simulations.benchmarks.gpu.everything._LONGEST_CASE", 6.0)
+    monkeypatch.setattr("simulations.benchmarks.gpu.process._STARTS", 600.0)
     seen: list[tuple[int, int]] = []
     results = measure_everything(
         StandIn(tmp_path),

@@ -42,9 +42,8 @@ class Noting(Plain):
         if self.training and NOTES in os.environ:
             import ray
 
-            if ray.is_initialized():
-                node = ray.get_runtime_context().get_node_id()
-                (Path(os.environ[NOTES]) / node).touch()
+            if ray.is_initialized() and (here := ray.get_runtime_context()).get_actor_id():
+                (Path(os.environ[NOTES]) / here.get_node_id()).touch()
         found: Tensor = super().forward(x)
         return found
 
@@ -54,6 +53,7 @@ def run_on_two_nodes(folder: Path) -> str:
     from ray.cluster_utils import Cluster
 
     os.environ[NOTES] = str(folder)
+    os.environ["RAY_worker_niceness"] = "0"  # there is nothing else to do here
     settings: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**settings, "include_dashboard": False})
     try:

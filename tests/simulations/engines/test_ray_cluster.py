@@ -38,7 +38,7 @@ def marked() -> Iterator[dict[str, str]]:
 def test_two_nodes_give_the_bits_of_one_machine(tmp_path: Path, marked: dict[str, str]) -> None:
     program = [sys.executable, "-m", "tests.simulations.engines.ray_cluster", str(tmp_path)]
     done = subprocess.run(
-        program, env=marked, capture_output=True, text=True, timeout=300, check=False
+        program, env=marked, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, done.stderr
     one = run_experiment(ExperimentConfig.resolve(SETTINGS, {"engine": "inprocess"}))
@@ -59,3 +59,8 @@ def test_a_cluster_that_does_not_answer_is_named(
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(UserError, match=r"no Ray cluster answers at RAY_ADDRESS = '127.0.0.1:1'"):
         run_experiment(experiment.overlay(engine="ray"))
+
+
+def test_one_gpu_cannot_be_named(experiment: ExperimentConfig) -> None:
+    with pytest.raises(UserError, match=r"'cuda:1': Ray gives.*CUDA_VISIBLE_DEVICES"):
+        run_experiment(experiment.overlay(engine="ray", device="cuda:1"))
