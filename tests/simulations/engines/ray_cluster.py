@@ -53,7 +53,7 @@ def run_on_two_nodes(folder: Path) -> str:
     from ray.cluster_utils import Cluster
 
     os.environ[NOTES] = str(folder)
-    os.environ["RAY_worker_niceness"] = "0"  # there is nothing else to do here
+    os.environ.update(RAY_worker_niceness="0")  # there is nothing else to do here
     settings: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**settings, "include_dashboard": False})
     try:
