@@ -16,6 +16,7 @@ __all__ = [
     "full_gpu",
     "gpu_kind",
     "gpu_state",
+    "make_current",
     "visible_gpus",
 ]
 
@@ -57,8 +58,7 @@ def device_name(device: torch.device) -> str:
     """Return what `device` is, for people: ``cpu``, or a GPU's model and which one it is."""
     if device.type != "cuda":
         return device.type
-    index = torch.cuda.current_device() if device.index is None else device.index
-    gpus = visible_gpus()
+    index, gpus = _index(device), visible_gpus()
     which = gpus[index] if index < len(gpus) else str(index)
     return f"{torch.cuda.get_device_name(index)}, GPU {which}"
 
@@ -67,7 +67,7 @@ def gpu_kind(device: torch.device) -> str:
     """Return what two devices must have in common to compute the same bits; empty of a CPU."""
     if device.type != "cuda":
         return ""
-    of = torch.cuda.get_device_properties(device)
+    of = torch.cuda.get_device_properties(_index(device))
     return (
         f"{of.name}, compute capability {of.major}.{of.minor}, {of.multi_processor_count} "
         "multiprocessors"
@@ -76,8 +76,15 @@ def gpu_kind(device: torch.device) -> str:
 
 def gpu_state(device: torch.device) -> GpuState:
     """Return the state of the CUDA device `device`; this process takes memory there from now on."""
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(_index(device))
     return GpuState(gpu_kind(device), free, total)
+
+
+def make_current(index: int) -> None:
+    """Let what names no device compute on the CUDA device `index`, in this process."""
+    # The first is that already, and looking at it would take memory there.
+    if index or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.set_device(index)
 
 
 def full_gpu(error: BaseException) -> bool:
@@ -85,6 +92,10 @@ def full_gpu(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | GpuFull):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 _SIGNS = (

@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fedkn.config import ExperimentConfig
+from fedkn.errors import UserError
+from fedkn.experiment import device_of
 from fedkn.gpus import GpuFull, device_name, full_gpu, gpu_kind, gpu_state, visible_gpus
 
 
@@ -83,3 +86,23 @@ def test_the_kind_is_what_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_a_full_gpu_is_told_from_other_failures(error: BaseException, full: bool) -> None:
     assert full_gpu(error) is full
+
+
+def test_a_gpu_that_is_named_becomes_the_current_one(
+    machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(3, None)
+    current: list[int] = []
+    started = [False]
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started[0])
+    names = ("cpu", "cuda", "auto", "cuda:0", "cuda:2")
+    for name in names:
+        device_of(ExperimentConfig.resolve({"device": name}))
+    assert current == [2], "the first is the current one by itself"
+    started[0] = True
+    for name in names:
+        device_of(ExperimentConfig.resolve({"device": name}))
+    assert current == [2, 0, 0, 0, 2]
+    with pytest.raises(UserError, match="this machine has 3 CUDA devices"):
+        device_of(ExperimentConfig.resolve({"device": "cuda:3"}))

@@ -58,6 +58,7 @@ torch.OutOfMemoryError = OutOfMemoryError  # type: ignore[attr-defined]
 torch.device = lambda name: SimpleNamespace(type="cuda", index=None)  # type: ignore[attr-defined]
 torch.cuda = SimpleNamespace(  # type: ignore[attr-defined]
     is_available=lambda: _gpu().exists(),
+    current_device=lambda: 0,
     mem_get_info=_memory,
     get_device_properties=_properties,
     max_memory_reserved=lambda device=None: _reserved,

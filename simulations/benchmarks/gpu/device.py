@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from fedkn.gpus import make_current
 from fedkn.training.captured import Captured
 from simulations.benchmarks.results import machine
 from simulations.engines.device_queues import open_queues
@@ -43,6 +44,7 @@ class Gpu:
         """Prepare this process for it, before anything else is done."""
         open_queues()
         torch.set_num_threads(1)
+        make_current(self.place.index or 0)
 
     def machine(self) -> dict[str, object]:
         """Return what the figures are measured on."""
