@@ -242,7 +242,7 @@ def own_stacking(config: ExperimentConfig) -> Stacking:
 def device_of(config: ExperimentConfig) -> torch.device:
     """Return the device to compute on; ``auto`` is CUDA where there is any.
 
-    A GPU becomes this process's current one, by which graphs, streams and Triton's kernels go.
+    A GPU becomes this thread's current one, by which graphs, streams and Triton's kernels go.
 
     Raises:
         UserError: the device does not exist here.

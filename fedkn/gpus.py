@@ -81,7 +81,7 @@ def gpu_state(device: torch.device) -> GpuState:
 
 
 def make_current(index: int) -> None:
-    """Let what names no device compute on the CUDA device `index`, in this process."""
+    """Let what names no device compute on the CUDA device `index`, in this thread."""
     # The first is that already, and looking at it would take memory there.
     if index or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.set_device(index)
