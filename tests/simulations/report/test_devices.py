@@ -58,8 +58,3 @@ def test_a_cpu_is_told_as_such_and_runs_of_before_tell_nothing(run: RunFolder) -
     assert summary_dict(run)["partitions"][0]["entries"][0]["devices"] == {}
     tell(run, ["cpu"])
     assert told(run) == [Fact("computed on", "cpu")]
-
-
-def test_a_device_that_is_no_name_costs_its_line(run: RunFolder) -> None:
-    tell(run, ["a\nb"])
-    assert not any(cell.devices for cell in run.cells())
