@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +52,40 @@ class Noting(Plain):
 
 def run_on_two_nodes(folder: Path) -> str:
     """Start two nodes, run the experiment on them, and return the hash of its weights."""
-    from ray.cluster_utils import Cluster
-
-    os.environ[NOTES] = str(folder)
-    os.environ.update(RAY_worker_niceness="0")  # there is nothing else to do here
-    settings: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={**settings, "include_dashboard": False})
+    # There is nothing else to do here.
+    os.environ.update({NOTES: str(folder), "RAY_worker_niceness": "0"})
+    cluster = _with_patience(_head)
     try:
-        cluster.add_node(**settings)
-        cluster.wait_for_nodes()
+        _with_patience(lambda: cluster.add_node(**_NODE))
+        cluster.wait_for_nodes(timeout=300)
         os.environ["RAY_ADDRESS"] = cluster.address
         config = ExperimentConfig.resolve(SETTINGS, {"engine": "ray"})
         return run_experiment(config).weights_sha256
     finally:
         cluster.shutdown()
+
+
+_NODE: dict[str, Any] = {
+    "num_cpus": 1,
+    "object_store_memory": 80 * 2**20,
+    "include_log_monitor": False,
+}
+_TRIALS = 5
+
+
+def _head() -> Any:
+    from ray.cluster_utils import Cluster
+
+    settings = {**_NODE, "include_dashboard": False, "no_monitor": True}
+    return Cluster(initialize_head=True, head_node_args=settings)
+
+
+def _with_patience(start: Callable[[], Any]) -> Any:
+    """Return what `start` returns; Ray gives up on a node that is not up in 30 seconds."""
+    for _ in range(_TRIALS - 1):
+        with suppress(Exception):
+            return start()
+    return start()
 
 
 if __name__ == "__main__":
