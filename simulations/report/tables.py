@@ -164,6 +164,7 @@ def _entry_dict(entry: Entry) -> dict[str, Any]:
         "rounds_to_target": _finite(entry.rounds.median),
         "reached_target": entry.rounds.reached,
         "engine": entry.engine or None,
+        "devices": {cell.id: cell.devices for cell in entry.cells if cell.devices},
         "ms_per_step": _finite(entry.ms_per_step),
         "bytes_down_per_round": _finite(entry.bytes_down),
         "bytes_up_per_round": _finite(entry.bytes_up),
