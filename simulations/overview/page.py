@@ -186,6 +186,7 @@ def _table(table: Reproduced, to: Path) -> dict[str, Any]:
             }
             for line in table.lines
         ],
+        "not_run": [line.label for line in table.lines if not line.folder],
         "keeps": any(line.keeps for line in table.lines),
         "metric": metric,
         "answers": answers.of_table(table),

@@ -24,6 +24,7 @@ from simulations.reproduction.outcome import (
     nothing_of,
     outcome_of,
 )
+from simulations.runs.axes import Point
 from simulations.runs.statistics import Comparison, Interval, compare_all_pairs
 
 __all__ = ["ROW", "Agreement", "Line", "Reproduced", "reproduced"]
@@ -164,7 +165,7 @@ def _entry(read: ReadRun) -> Entry:
 
 def _held(read: ReadRun, entry: Entry) -> Held:
     config = entry.cells[0].config
-    point = ()
+    point: Point = ()
     if config.privacy.mechanism != "none":
         point = (("privacy.noise_multiplier", f"{config.privacy.noise_multiplier:g}"),)
     basis = (basis_of(read.folder, entry).of_global, config.rounds)

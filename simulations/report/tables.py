@@ -179,7 +179,9 @@ def _entry_dict(entry: Entry) -> dict[str, Any]:
 def _ending_dict(entry: Entry) -> dict[str, Any] | None:
     """How its cells ended; None where validation examples chose nothing."""
     of = ending_of(entry)
-    return of and {
+    if of is None:
+        return None
+    return {
         "flat": of.flat,
         "ran_out": of.ran_out,
         "last_round": of.last,

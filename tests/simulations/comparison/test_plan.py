@@ -120,9 +120,8 @@ def test_the_pairs_are_those_that_a_report_tests() -> None:
     trained = [group for group in groups(grid) if not untrainable(group)]
 
     def differs_in(one: Group, other: Group) -> list[str]:
-        settings = {
-            key: (dict(of.settings)[key] for of in (one, other)) for key in grid.compare.axes
-        }
+        first, second = dict(one.settings), dict(other.settings)
+        settings = {key: (first[key], second[key]) for key in grid.compare.axes}
         pairs = {
             **settings,
             "normalizer": (one.normalizer, other.normalizer),

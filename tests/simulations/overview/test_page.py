@@ -76,6 +76,7 @@ def test_published_figures_stand_beside_ours(page):
     assert row[5:7] == ["4 of 4", "3"]
     text = read(page).text
     assert "Nothing is as in the paper." in text
+    assert "Not run: BN, shards, none <i>." in text
     assert "fedkn reproduce tiny --scale small --root DATA --out" in text
 
 
