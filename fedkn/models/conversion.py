@@ -341,7 +341,7 @@ class _Converter:
         self.changed.append(Change(name, type(old).__name__, type(new).__name__, "; ".join(notes)))
 
     def _own_already(self, name: str) -> None:
-        """Say of a norm that it stays: where it was taken apart from more, in that change's note."""
+        """Say that a norm stays: of one that was taken apart from more, in that change's note."""
         said = f"it is the '{self.normalizer.name}' normalizer's already"
         whole = name.rpartition(".")[0]
         for place, change in enumerate(self.changed):

@@ -14,7 +14,6 @@ from fedkn import algorithms, references
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import why_alone
-from server.run import run_server
 from server.strategies.registry import create_strategy
 from simulations.engines.run import run_experiment
 from tests.server.fake_grid import crashed, run, small
