@@ -259,10 +259,10 @@ def _exceptions(contests: Sequence[Contest]) -> list[str]:
     alike: dict[tuple[int, ...], list[str]] = {}
     for name, sizes in untrained.items():
         alike.setdefault(tuple(sizes), []).append(name)
-    for sizes, names in alike.items():
+    for at, names in alike.items():
         have = "has" if len(names) == 1 else "have"
         told = shortened(names, names.index)
-        clauses.append(f"{told} {have} no result {_where(sizes, everywhere=False)}")
+        clauses.append(f"{told} {have} no result {_where(at, everywhere=False)}")
     return clauses
 
 
