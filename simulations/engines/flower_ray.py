@@ -123,7 +123,8 @@ def _share(config: ExperimentConfig) -> float:
 
     if not ray.is_initialized():
         return gpu_share(config)
-    if config.device == "cpu" or not ray.cluster_resources().get("GPU"):
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray has it so
+    if config.device == "cpu" or not resources.get("GPU"):
         return 0.0
     return float(ray.get(ray.remote(num_gpus=1)(gpu_share).remote(config)))
 

@@ -104,7 +104,14 @@ def measure_layer(case: LayerCase, device: Gpu) -> LayerTime:
         name: _TENSORS[name] * x.numel() * x.element_size() / 1e3 / taken / gigabytes
         for name, taken in own.items()
     }
-    return LayerTime(case, *times, gigabytes, shares, own)
+    return LayerTime(
+        case,
+        kernel=times[0],
+        batch=times[1],
+        gigabytes=gigabytes,
+        shares=shares,
+        microseconds=own,
+    )
 
 
 def _copy(to: Tensor, source: Tensor) -> None:
