@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkn.config import TrainConfig
+from fedkn.gpus import full_gpu
 from fedkn.layers.kernel.dropout import dropout_keys, dropout_stream, keys_of
 from fedkn.seeds import derive, torch_generator
 from fedkn.training.batches import BatchPlan
@@ -105,7 +106,7 @@ class StepRecorder:
                             (*self._changed(), *tables.changed),
                         )
         except RuntimeError as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
+            if full_gpu(error):
                 raise
             self._refuse((str(error).strip().splitlines() or [type(error).__name__])[0])
             return None

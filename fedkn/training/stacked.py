@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from fedkn.config import TrainConfig
 from fedkn.errors import UserError
+from fedkn.gpus import full_gpu
 from fedkn.layers.kernel.dropout import dropout_keys
 from fedkn.layers.stacked_convolution import StackedConvolutions
 from fedkn.seeds import derive
@@ -180,7 +181,7 @@ class _Replayed:
         try:
             return self._capture(step, (*changed, tables.place))
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if full_gpu(error):
                 raise
             reason = printable((str(error).strip().splitlines() or ["no reason given"])[0], 200)
             raise UserError(
