@@ -2,6 +2,7 @@
 
 from fedkn.layers.batch_channel_norm import BatchChannelNorm2d
 from fedkn.layers.batch_renorm import BatchRenorm2d
+from fedkn.layers.channel_gain import ChannelGain
 from fedkn.layers.dynamic_tanh import DynamicTanh2d
 from fedkn.layers.evo_norm import EvoNormS0
 from fedkn.layers.feature_norm import FeatureNorm
@@ -29,6 +30,7 @@ __all__ = [
     "BatchChannelNorm2d",
     "BatchRenorm2d",
     "CentredConv2d",
+    "ChannelGain",
     "DynamicTanh2d",
     "EvoNormS0",
     "FeatureNorm",

@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
 
 from fedkn.tasks.metric import ACCURACY, Metric
 from simulations.report import formats
-from simulations.runs.statistics import FEWEST_SEEDS, Comparison, smallest_exact_p
+from simulations.runs.statistics import FEWEST_SEEDS, Comparison
 
 __all__ = [
     "Contest",
@@ -23,8 +22,6 @@ __all__ = [
     "shortened",
     "verdict",
     "verdicts",
-    "what_own_models_show",
-    "what_the_seeds_show",
 ]
 
 
@@ -144,52 +141,6 @@ def verdicts(
     return sentences
 
 
-def what_the_seeds_show(comparisons: Sequence[Comparison], contests: Sequence[Contest]) -> str:
-    """Return what the tests of a run can and cannot show, in plain words.
-
-    `comparisons` are all pairs of the run; `contests` those whose spread the statement is about.
-    """
-    tested = [c for c in comparisons if not math.isnan(c.p)]
-    if not tested:
-        return (
-            "No test was possible: it needs two that compete, with results of at least "
-            f"{FEWEST_SEEDS} common seeds. One seed says nothing about how much the next one would "
-            "differ, and two hardly more."
-        )
-    fewest, most = min(c.n for c in tested), max(c.n for c in tested)
-    seeds = f"{fewest} seeds" if fewest == most else f"{fewest} to {most} seeds"
-    pairs = "1 pair" if len(tested) == 1 else f"all {len(tested)} pairs"
-    floor = smallest_exact_p(most)
-    metric = enumerated(list(dict.fromkeys(c.metric.name for c in contests))) or ACCURACY.name
-    text = (
-        f"Paired t-tests on the final test {metric} of {seeds}, corrected by Holm's method over "
-        f"{pairs} of this report: the best mean is picked after seeing the results, and that has "
-        "to be paid for. The t-test takes the differences between seeds as roughly normal, which "
-        f"so few seeds cannot verify; the exact sign-flip test, which need not, gives no p-value "
-        f"below {floor:.2g} with {most} seeds, before any correction. "
-    )
-    return text + _detectable(contests)
-
-
-def what_own_models_show(comparisons: Sequence[Comparison], contests: Sequence[Contest]) -> str:
-    """Return what the tests on the clients' own models add; empty where there are none.
-
-    Arguments as of `what_the_seeds_show`.
-    """
-    tested = sum(not math.isnan(c.p) for c in comparisons)
-    if not tested:
-        return ""
-    pairs = "1 pair" if tested == 1 else f"all {tested} pairs"
-    metric = enumerated(list(dict.fromkeys(c.metric.name for c in contests))) or ACCURACY.name
-    return (
-        f"The clients' own models are tested in the same way on their mean {metric} over the "
-        "clients: a seed counts once, however many clients it has, for they share a global model. "
-        f"These tests are a family of their own, corrected over {pairs} of it and not together "
-        "with those on the global model: the chance of a false difference is held to 5% for each "
-        f"of the two questions, not for both at once. {_detectable(contests)}"
-    ).rstrip()
-
-
 def enumerated(items: Sequence[object], last: str = "and") -> str:
     """Return "a", "a and b", "a, b and c"; `last` is the word before the last."""
     texts = [str(item) for item in items]
@@ -204,41 +155,6 @@ def shortened(names: Sequence[str], first: Callable[[str], float]) -> str:
     if len(names) <= _NAMED + 1:  # "1 other" is no shorter than its name
         return enumerated(names)
     return enumerated([*sorted(names, key=first)[:_NAMED], f"{len(names) - _NAMED} others"])
-
-
-def _detectable(contests: Sequence[Contest]) -> str:
-    metrics = dict.fromkeys(contest.metric for contest in contests)
-    texts = (
-        _detectable_by(metric, [c for c in contests if c.metric == metric]) for metric in metrics
-    )
-    return " ".join(filter(None, texts))
-
-
-def _detectable_by(metric: Metric, contests: Sequence[Contest]) -> str:
-    every = [
-        c.detectable
-        for contest in contests
-        for c in contest.against_winner()
-        if not math.isnan(c.detectable)
-    ]
-    best = contests[0].best
-    possible = [value for value in every if math.isfinite(value)]
-    none = (
-        "no difference that is possible would be found 4 times in 5: “cannot be told apart” says "
-        "nothing there"
-    )
-    if not possible:
-        return f"With the spread seen here, {none}." if every else ""
-    spread = formats.difference_with_unit(median(possible), metric)
-    if len(possible) > 1:
-        least, most = (formats.difference(of(possible), metric) for of in (min, max))
-        spread += f" (from {least} to {most}, by pair)"
-    rest = len(every) - len(possible)
-    return (
-        f"With the spread seen here, a true difference of {spread} from the {best} mean "
-        "would be missed 1 time in 5, smaller ones more often: “cannot be told apart” does "
-        f"not mean equal.{f' For {rest} of {len(every)} pairs {none}.' if rest else ''}"
-    )
 
 
 _NAMED = 4

@@ -97,6 +97,11 @@ def test_bad_input_is_one_line_that_names_the_fix(name, settings, words):
             {"dropout_p": 0.1, "eval_mode": "plain"},
             "KernelNorm (dropout 0.1, plain evaluation)",
         ),
+        (
+            "ws_kernel",
+            {"dropout_p": 0.0, "gain": True},
+            "weight standardization + KernelNorm (dropout 0.0, with a gain)",
+        ),
     ],
 )
 def test_labels_state_what_results_depend_on(name, settings, label):

@@ -5,13 +5,12 @@ import math
 import pytest
 
 from fedkn.tasks.metric import Metric
+from simulations.report.power import what_own_models_show, what_the_seeds_show
 from simulations.report.verdict import (
     Contest,
     enumerated,
     verdict,
     verdicts,
-    what_own_models_show,
-    what_the_seeds_show,
 )
 from simulations.runs.statistics import Comparison
 
