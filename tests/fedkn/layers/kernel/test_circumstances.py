@@ -13,6 +13,8 @@ from torch import nn
 from fedkn.layers import KernelNorm2d, KNConv2d, dropout_stream
 from tests.fedkn.layers.paths import path as implementation
 
+OLD = Version(torch.__version__) < Version("2.7")
+
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
@@ -99,6 +101,7 @@ def test_export_with_a_dynamic_batch() -> None:
     torch.testing.assert_close(program.module()(inputs(7)), net(inputs(7)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(OLD, reason="torch 2.6 converts no in-place ReLU to ONNX")
 def test_onnx_export_with_a_dynamic_batch(tmp_path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -112,15 +115,14 @@ def test_onnx_export_with_a_dynamic_batch(tmp_path) -> None:
     torch.testing.assert_close(torch.from_numpy(out), net(inputs(7)).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(OLD, reason="torch.compile of torch 2.6 takes no dropout stream")
 def test_compile_has_one_graph_that_serves_every_batch_size_and_seed() -> None:
     torch._dynamo.reset()
     net = network()
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    # Before 2.13 Dynamo breaks the graph where we ask about autocast.
-    whole = Version(torch.__version__) >= Version("2.13")
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(net, backend=counter, fullgraph=whole)
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
     for batch in (5, 6, 7, 9):
         for seed in range(2):
             with dropout_stream(seed):
@@ -129,8 +131,7 @@ def test_compile_has_one_graph_that_serves_every_batch_size_and_seed() -> None:
                 expected = net(inputs(batch))
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
             out.sum().backward()
-    if whole:
-        assert counter.frame_count == 2  # the first size, then one graph for any size
+    assert counter.frame_count == 2  # the first size, then one graph for any size
 
 
 def test_state_dict_has_parameters_alone_and_copies_are_whole() -> None:
