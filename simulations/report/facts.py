@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedkn.config import ExperimentConfig
 from fedkn.models.catalog import ARCHITECTURES
+from simulations.report.endings import until
 from simulations.report.summary import RunSummary
 from simulations.runs.records import CellRecord
 
@@ -33,7 +34,7 @@ def facts(summary: RunSummary) -> list[Fact]:
         Fact("parameters", _parameters(cells), _untrained(cells)),
         Fact("clients", _listed(config.partition.clients for config in configs), _schemes(summary)),
         Fact("cohort", f"{_listed(config.cohort for config in configs)} a round"),
-        Fact("rounds", _listed(config.rounds for config in configs), _local_work(configs)),
+        _rounds(configs),
         Fact("seeds", f"{len(summary.grid.seeds)}", _spelled(summary.grid.seeds)),
         Fact("engine", _engines(cells)),
         Fact("computed on", *_devices(summary)),
@@ -101,6 +102,14 @@ def _schemes(summary: RunSummary) -> str:
     labels = list(dict.fromkeys(section.partition for section in summary.sections))
     ends = {label.partition(", ")[2] for label in labels}
     return "; ".join(label.partition(", ")[0] if len(ends) == 1 else label for label in labels)
+
+
+def _rounds(configs: Sequence[ExperimentConfig]) -> Fact:
+    rounds, work = _listed(config.rounds for config in configs), _local_work(configs)
+    criterion = until(config.evaluation.patience for config in configs)
+    if not criterion:
+        return Fact("rounds", rounds, work)
+    return Fact("rounds", f"at most {rounds}", f"{work}; until {criterion}")
 
 
 def _local_work(configs: Sequence[ExperimentConfig]) -> str:
