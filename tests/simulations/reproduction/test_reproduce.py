@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -246,7 +247,11 @@ def test_another_source_of_the_images_is_said(whole, table):
     assert "in place of" not in markdown(table, "small", outcomes, "fedkn x")
     protocol = {**table.protocol, "data": {"source": "cifar10"}}
     told = table.model_copy(update={"protocol": protocol})
-    assert "'arrays' in place of 'cifar10'" in markdown(told, "small", outcomes, "fedkn x")
+    # They have four classes, CIFAR-10's ten.
+    page = markdown(told, "small", outcomes, "fedkn x")
+    assert "'arrays', whose images have 4 classes, those of 'cifar10' 10" in page
+    copies = [replace(outcome, classes=10) for outcome in outcomes]
+    assert "'arrays' in place of 'cifar10'" in markdown(told, "small", copies, "fedkn x")
 
 
 def test_the_command_lists_and_refuses(capsys):
