@@ -19,7 +19,6 @@ from clients.session import open_session
 from clients.trainer import SequentialTrainer
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import federated_data
-from fedkn.machine import usable_cores
 from fedkn.training import LocalTask, evaluate
 from simulations.comparison.duration import duration
 from simulations.comparison.grid import (
@@ -32,6 +31,7 @@ from simulations.comparison.grid import (
     searches,
     untrainable,
 )
+from simulations.comparison.pool import cells_at_once
 from simulations.comparison.scheduler import expected_cost
 from simulations.comparison.search import MOST_EXTENSIONS
 from simulations.runs.power import ALPHA, FEWEST_SEEDS, detectable_difference
@@ -124,7 +124,7 @@ def planned(grid: GridConfig, tables: Sequence[PartitionRecord]) -> Plan:
             turns = config.rounds * config.cohort * speed.turn
             seconds += count * (of_cell * speed.step + turns + evaluated * _examples(config, speed))
     results, searched = len(trained) * grid.compare.seeds, len(trained) * tried
-    workers = min(grid.compare.workers or usable_cores(), max(1, results + searched))
+    workers = min(cells_at_once(grid), max(1, results + searched))
     more = 2 * MOST_EXTENSIONS * grid.compare.search_seeds * len(trained) if searches(grid) else 0
     return Plan(
         results=results,

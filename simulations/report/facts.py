@@ -37,6 +37,7 @@ def facts(summary: RunSummary) -> list[Fact]:
         _rounds(configs),
         Fact("seeds", f"{len(summary.grid.seeds)}", _spelled(summary.grid.seeds)),
         Fact("engine", _engines(cells)),
+        Fact("computed on", *_devices(summary)),
     ]
     return [fact for fact in found if fact.text]
 
@@ -121,6 +122,15 @@ def _local_work(configs: Sequence[ExperimentConfig]) -> str:
 
 def _engines(cells: Sequence[CellRecord]) -> str:
     return _listed(c.config.engine for c in cells if c.status != "untrainable")
+
+
+def _devices(summary: RunSummary) -> tuple[str, str]:
+    """The models of the devices that the cells of a simulation ran on, and which of them."""
+    cells = [] if summary.grid.deployed else summary.results or summary.cells
+    names = dict.fromkeys(name for cell in cells for name in cell.devices)
+    models = _listed(name.partition(", GPU ")[0] for name in names)
+    which = sorted({name.partition(", GPU ")[2] for name in names} - {""})
+    return models, f"GPU {', '.join(which)}" if which else ""
 
 
 def _spelled(seeds: Sequence[int]) -> str:

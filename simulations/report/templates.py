@@ -8,7 +8,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import fedkn
-from fedkn.tasks.metric import Metric
 from fedkn.text import printable
 from simulations.report import formats
 from simulations.runs.statistics import FEWEST_SEEDS
@@ -47,8 +46,6 @@ def environment(*folders: Path) -> Environment:
     )
     of.globals["css"] = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
     of.globals["version"] = fedkn.__version__
-    # Of metrics that decide nothing no more is known than that they are numbers.
-    of.globals["number"] = Metric("number")
     of.globals["fewest_seeds"] = FEWEST_SEEDS
     of.globals["keeps_tensors"] = f"{formats.KEEPS} {formats.KEEPS_TENSORS}"
     for name in _FORMATS:

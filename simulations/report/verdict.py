@@ -9,7 +9,7 @@ mean that they are equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedkn.tasks.metric import ACCURACY, Metric
@@ -19,6 +19,7 @@ from simulations.runs.statistics import FEWEST_SEEDS, Comparison
 __all__ = [
     "Contest",
     "enumerated",
+    "shortened",
     "verdict",
     "verdicts",
 ]
@@ -126,8 +127,8 @@ def verdicts(
     if keepers:
         keep = "keeps tensors" if len(keepers) == 1 else "keep tensors"
         sentences.append(
-            f"{enumerated(keepers)} {keep} on the clients, which the global model lacks: see "
-            "the clients' own models."
+            f"{shortened(keepers, keepers.index)} {keep} on the clients, which the global model "
+            "lacks: see the clients' own models."
         )
     if any(contest.means for contest in own_contests):
         named = {(c.batch_size, name) for c in contests for name in c.untrained}
@@ -145,6 +146,19 @@ def enumerated(items: Sequence[object], last: str = "and") -> str:
     texts = [str(item) for item in items]
     return f" {last} ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
 
+
+def shortened(names: Sequence[str], first: Callable[[str], float]) -> str:
+    """Return the names enumerated, of many the four that come `first` and a count.
+
+    `first` is the smaller the earlier a name is to be told.
+    """
+    if len(names) <= _NAMED + 1:  # "1 other" is no shorter than its name
+        return enumerated(names)
+    return enumerated([*sorted(names, key=first)[:_NAMED], f"{len(names) - _NAMED} others"])
+
+
+_NAMED = 4
+"""Names or pairs in a sentence, beyond which they are counted: of 19 nobody reads on."""
 
 # What sets those in a contest apart from the normalizers that are left out of it.
 _SHARING = "that shares all its tensors"
@@ -203,7 +217,7 @@ def _outcome(alike: Sequence[Contest], everywhere: bool, rest: str) -> str:
         rest = f", and is ahead of {rivals}" if behind else _while(first)
         return (
             f"{winner} has the {first.best} mean ({mean}) {where} but cannot be told apart from "
-            f"{enumerated(level)}{rest}"
+            f"{shortened(level, lambda name: -first.metric.sign * first.means[name])}{rest}"
         )
     margins = [c.difference for contest in alike for c in contest.against_winner()]
     least = "by" if len(margins) == 1 else "by at least"
@@ -242,8 +256,13 @@ def _exceptions(contests: Sequence[Contest]) -> list[str]:
                 f"{contest.winner}'s mean at batch size {contest.batch_size} leaves out clients "
                 f"whose model could not be evaluated ({of_winner}×, others {min(failed)}×)"
             )
+    alike: dict[tuple[int, ...], list[str]] = {}
     for name, sizes in untrained.items():
-        clauses.append(f"{name} has no result {_where(sizes, everywhere=False)}")
+        alike.setdefault(tuple(sizes), []).append(name)
+    for at, names in alike.items():
+        have = "has" if len(names) == 1 else "have"
+        told = shortened(names, names.index)
+        clauses.append(f"{told} {have} no result {_where(at, everywhere=False)}")
     return clauses
 
 
@@ -277,7 +296,12 @@ def _named(value: str, metric: Metric) -> str:
 
 def _while(contest: Contest) -> str:
     """The end of a clause: who else is told apart. The highest mean may be the least certain."""
-    pairs = [f"{c.first} is ahead of {c.second}" for c in contest.apart()]
+    apart = contest.apart()
+    pairs = [f"{c.first} is ahead of {c.second}" for c in apart]
+    if len(pairs) > _NAMED + 1:
+        least = sorted(range(len(pairs)), key=lambda place: -abs(apart[place].difference))
+        pairs = [pairs[place] for place in least[:_NAMED]]
+        pairs.append(f"{len(apart) - _NAMED} other pairs are told apart")
     return f", while {enumerated(pairs)}" if pairs else ""
 
 

@@ -245,8 +245,10 @@ class RunFolder:
                 case "resume":
                     record.resumes += 1
                     record.status = "unfinished"
+                    record.devices += [line["device"]] if "device" in line else []
                 case "start":
                     record.status = "unfinished"
+                    record.devices = [line["device"]] if "device" in line else []
                 case "end":
                     record.status = line["status"]
                     record.seconds = line.get("seconds")

@@ -78,7 +78,8 @@ class CellRecord:
     `client_evaluation` is that of the clients' own models, if there was one; `holdings` has by
     client what it said last, on joining, that it holds. Where validation images decided,
     `last_round` is the one after which it ended and `best_round` the best on them; `warnings` are
-    of what went wrong beside the run.
+    of what went wrong beside the run; `devices` are those that it began and went on on, in order,
+    empty where no line tells.
     """
 
     id: str
@@ -102,6 +103,7 @@ class CellRecord:
     last_round: int | None = None
     best_round: int | None = None
     warnings: list[str] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
 
     @property
     def result_round(self) -> int:
