@@ -1,35 +1,47 @@
 """How the Triton kernels are launched: `plain`'s forward and backward for CUDA devices.
 
-Used for CUDA tensors where `fedkn.layers.triton_switch` allows it. With TRITON_INTERPRET=1 they run
-on CPU tensors, for tests on machines without a device.
+Used for tensors that `fedkn.layers.triton_switch` reaches and allows it for. Around the convolution
+itself a forward pass is three launches, a backward pass two.
+
+Several clients' tensors are one more dimension: maps (K, N, C, H, W), filters (K, O, C/groups, KH,
+KW), biases (K, O) and keys (K,), as `fedkn.layers.kernel.backends.vmap` has them.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from typing import Any
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fedkn.layers import stacked_convolution, triton_switch
 from fedkn.layers.circumstances import No, Served
 from fedkn.layers.kernel.autograd import Saved
-from fedkn.layers.kernel.definition import centred, filter_sums
 from fedkn.layers.kernel.host_masks import LEVELS
 from fedkn.layers.kernel.settings import Settings
+from fedkn.layers.kernel.statistics import moment_weights
 from fedkn.layers.triton_switch import load
 
-__all__ = ["backward", "forward", "load", "serves"]
+__all__ = ["backward", "forward", "load", "serves", "takes"]
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
     """Whether the kernels are wanted, can be had, and take these tensors: float32 or half."""
-    if not (x.is_cuda or _interpreted()):
+    served = takes(x, weight)
+    if served and _Maps.of(x) is None:
+        return _UNEVEN
+    return served
+
+
+def takes(x: Tensor, weight: Tensor) -> Served:
+    """Do what `serves` does, but for how the maps are laid out in memory."""
+    if not triton_switch.reaches(x.device):
         return _ELSEWHERE
     if x.dtype not in _DTYPES or weight.dtype != x.dtype:
         return _DTYPE
-    if not x.numel() or _pixel_strides(x) is None:
+    if not x.numel():
         return _UNEVEN
     return True if load() else _NONE
 
@@ -38,26 +50,24 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, keep: bool
 ) -> tuple[Tensor, Saved | None]:
     """Do what `plain.forward` does."""
-    from fedkn.layers.kernel.backends import triton_kernels as kernels  # noqa: PLC0415 - Triton is optional
-
-    geometry = settings.geometry
-    mean, scale = _statistics(x, settings, kernels)
+    kernels = _kernels()
     centres = settings.centres_filters
-    z = _dense(
-        torch.nn.functional.conv2d(x, centred(weight) if centres else weight, None, *geometry[1:])
-    )
+    mean, scale, sums, used = _statistics(x, weight, settings, kernels)
+    z = _dense(_convolved(x, used, settings))
     keep_z = keep and not settings.one_map
     y = torch.empty_like(z) if keep_z else z
-    filters, positions = z.shape[1], z.shape[2] * z.shape[3]
-    block_o, block_p = _blocks(z)
-    grid = (_cdiv(positions, block_p), _cdiv(filters, block_o), z.shape[0])
+    maps = _maps(z)
+    block_o, block_p = maps.blocks()
+    grid = (_cdiv(maps.pixels, block_p), _cdiv(maps.channels, block_o), maps.all)
     kernels.epilogue[grid](
-        z, y, mean, scale, _filters(weight), _bias(bias, weight),
-        filters, positions, *_strides(z),
+        z, y, mean, scale, sums, _pointer(bias, weight),
+        maps.samples, maps.channels, maps.pixels, *maps.strides,
         CENTRED=centres, BIAS=bias is not None, RELU=settings.relu, KEEP_Z=keep_z,
         BLOCK_O=block_o, BLOCK_P=block_p,
     )  # fmt: skip
-    return y, (Saved(z if keep_z else y, mean, scale, far=False) if keep else None)
+    if not keep:
+        return y, None
+    return y, Saved(z if keep_z else y, mean, scale, far=False, sums=sums, filters=used)
 
 
 def backward(
@@ -68,46 +78,54 @@ def backward(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Do what `plain.backward` does."""
-    from fedkn.layers.kernel.backends import triton_kernels as kernels  # noqa: PLC0415 - Triton is optional
-
+    kernels = _kernels()
     x, weight, bias = tensors
-    output, mean, scale = saved[:3]
-    geometry, centres = settings.geometry, settings.centres_filters
+    output, mean, scale, sums, used = saved.output, *saved[1:3], saved.sums, saved.filters
+    assert sums is not None
+    assert used is not None
+    centres, biased = settings.centres_filters, bias is not None
     g = _laid_out_as(g, output)
     dz = torch.empty_like(output)
-    samples, filters, rows, columns = output.shape
-    positions = rows * columns
-    block_o, block_p = _blocks(output)
-    tiles = _cdiv(positions, block_p)
-    splits = _splits(samples * tiles, filters, block_o)
-    maps = x.new_empty((splits, samples, 2, positions), dtype=torch.float32)
-    sums = x.new_empty((samples * tiles, 2, filters), dtype=torch.float32)
-    kernels.reduce_gradient[(tiles, samples, splits)](
-        g, output, mean, scale, _filters(weight), _bias(bias, weight), dz, maps, sums,
-        filters, positions, *_strides(output),
-        CENTRED=centres, BIAS=bias is not None, RELU=settings.relu, OUTPUT=settings.one_map,
+    maps = _maps(output)
+    block_o, block_p = maps.blocks()
+    tiles = _cdiv(maps.pixels, block_p)
+    splits = _splits(maps.all * tiles, maps.channels, block_o)
+    through = x.new_empty((splits, 2, maps.all, maps.pixels), dtype=torch.float32)
+    parts = x.new_empty((maps.all, tiles, 2, maps.channels), dtype=torch.float32)
+    kernels.reduce_gradient[(tiles, maps.all, splits)](
+        g, output, mean, scale, sums, _pointer(bias, weight), dz, through, parts,
+        maps.samples, maps.channels, maps.pixels, *maps.strides,
+        CENTRED=centres, BIAS=biased, RELU=settings.relu, OUTPUT=settings.one_map,
         SPLITS=splits, BLOCK_O=block_o, BLOCK_P=block_p,
     )  # fmt: skip
-    db, dsum = sums.sum(0).unbind(0)
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dz, x, centred(weight) if centres else weight, None, *geometry[1:4], False, [0, 0],
-        geometry.groups, (wanted[0], wanted[1], False),
-    )  # fmt: skip
-    if wanted[1]:
-        dw = centred(dw) if centres else dw.sub_(dsum.view(-1, 1, 1, 1))
-    if wanted[0]:
-        dx = _dense(dx)
-        block_c, block_x = _blocks(x)
-        pixels = x.shape[2] * x.shape[3]
-        shares = _splits(samples * _cdiv(pixels, block_x), x.shape[1], block_c)
-        kernels.add_through_statistics[(_cdiv(pixels, block_x), samples, shares)](
-            x, dx, _key(settings), mean, scale, maps,
-            *x.shape[1:], rows, columns, *_words(x, settings),
-            settings.n, *_strides(x), *_strides(dx),
-            **_taps(settings), **_masking(settings), ALIGNED=pixels % 4 == 0, SPLITS=splits,
-            SHARES=shares, BLOCK_C=block_c, BLOCK_P=block_x,
+    dx, dw = _convolution_gradients(dz, x, used, settings, wanted)
+    db = weight.new_empty(weight.shape[:-3]) if biased and wanted[2] else None
+    own, taps = None, 1
+    if dw is not None:
+        own = torch.empty_like(_dense_filters(weight))
+        dw, taps = _laid_out_for(dw, own)
+    last = dx if dx is not None else x
+    source, target = _maps(x), _maps(last)
+    block_c, block_q = source.tile()
+    pixel_tiles = _cdiv(_cdiv(source.pixels, 4), block_q)
+    shares = _splits(source.all * pixel_tiles, source.channels, block_c)
+    programs = 0 if dx is None else pixel_tiles * source.all * shares
+    filters = 0 if dw is None and db is None else maps.clients * maps.channels
+    if programs + filters:
+        kernels.finish_gradients[(programs + filters,)](
+            x, last, _key(settings), mean, scale, through, parts,
+            _pointer(dw, weight), _pointer(own, weight), _pointer(db, weight),
+            programs, source.all, source.samples, source.channels, *source.size,
+            *output.shape[-2:], *_words(source, settings), *_moment_weights(settings),
+            _key_stride(settings), *source.strides, *target.strides, maps.channels, maps.samples * tiles,
+            _weights(weight),
+            **_taps(settings), **_masking(settings), ALIGNED=source.pixels % 4 == 0,
+            QUADS=source.quads(x) and target.quads(last),
+            CENTRED=centres, BIAS=db is not None, WEIGHT=dw is not None,
+            TAPS=taps,
+            SPLITS=splits, SHARES=shares, BLOCK_C=block_c, BLOCK_Q=block_q,
         )  # fmt: skip
-    return dx, dw, db.to(weight.dtype) if wanted[2] else None
+    return dx, own, db
 
 
 _ELSEWHERE = No("the maps are on no CUDA device")
@@ -117,41 +135,132 @@ _NONE = No("the Triton kernels cannot be had: FEDKN_TRITON=0, or Triton is not i
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PROGRAMS = 512  # enough to keep every multiprocessor busy
+_POSITIONS = 128  # of a tile of maps with one value for each
 
 
-def _statistics(x: Tensor, settings: Settings, kernels: Any) -> tuple[Tensor, Tensor]:
+class _Maps(NamedTuple):
+    """How maps (N, C, H, W) or (K, N, C, H, W) lie in memory."""
+
+    clients: int
+    samples: int
+    channels: int
+    size: tuple[int, int]
+    strides: tuple[int, int, int, int]
+    """Of clients, samples, channels and pixels."""
+
+    @staticmethod
+    def of(x: Tensor) -> _Maps | None:
+        """Return it for `x`, None where the pixels are not evenly spaced."""
+        *clients, samples, channels, height, width = x.shape
+        *apart, stride_n, stride_c, stride_h, stride_w = x.stride()
+        if height != 1 and width != 1 and stride_h != stride_w * width:
+            return None
+        stride_p = stride_w if width > 1 else stride_h
+        strides = (apart[0] if apart else 0, stride_n, stride_c, stride_p)
+        return _Maps(clients[0] if clients else 1, samples, channels, (height, width), strides)
+
+    @property
+    def all(self) -> int:
+        """The samples of all clients."""
+        return self.clients * self.samples
+
+    @property
+    def pixels(self) -> int:
+        return self.size[0] * self.size[1]
+
+    @property
+    def _last(self) -> bool:
+        return self.strides[2] == 1 and self.channels > 1
+
+    def blocks(self) -> tuple[int, int]:
+        """Channels and pixels of a tile: long in the direction in which memory is contiguous."""
+        return (32, 32) if self._last else (8, _POSITIONS)
+
+    def tile(self) -> tuple[int, int]:
+        """Channels, and pixels in fours, of a tile of 2048 values: 16 for each of 128 threads."""
+        channels, quads = _power(self.channels), _power(_cdiv(self.pixels, 4))
+        if self._last:
+            block_c = min(128, channels)
+            return block_c, min(512 // block_c, quads)
+        block_q = min(64, quads)
+        return min(512 // block_q, channels), block_q
+
+    def quads(self, x: Tensor) -> bool:
+        """Whether four pixels of `x` in a row are in one piece, which begins where one may."""
+        aligned = not any(stride % 4 for stride in self.strides[:3]) and x.data_ptr() % 16 == 0
+        return self.strides[3] == 1 and self.pixels % 4 == 0 and aligned
+
+
+def _maps(x: Tensor) -> _Maps:
+    maps = _Maps.of(x)
+    assert maps is not None
+    return maps
+
+
+def _kernels() -> ModuleType:
+    from fedkn.layers.kernel.backends import triton_kernels  # noqa: PLC0415 - Triton is optional
+
+    return triton_kernels
+
+
+def _statistics(
+    x: Tensor, weight: Tensor, settings: Settings, kernels: ModuleType
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mean and 1/sqrt(var + eps) (K * N, positions), the filters' sums, the filters used."""
     kernel, stride, padding, dilation, _ = settings.geometry
-    samples, channels, height, width = x.shape
+    maps = _maps(x)
     rows, columns = (
-        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+        (maps.size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
         for d in range(2)
     )
-    pixels = height * width
-    block_c, block_p = _blocks(x)
-    tiles = _cdiv(pixels, block_p)
-    splits = _splits(samples * tiles, channels, block_c)
-    sums = x.new_empty((splits, samples, 2, pixels), dtype=torch.float64)
-    kernels.channel_sums[(tiles, samples, splits)](
-        x, _key(settings), sums, channels, pixels, *_words(x, settings), *_strides(x),
-        **_masking(settings), ALIGNED=pixels % 4 == 0, SPLITS=splits,
-        BLOCK_C=block_c, BLOCK_P=block_p,
+    block_c, block_q = maps.tile()
+    tiles = _cdiv(_cdiv(maps.pixels, 4), block_q)
+    splits = _splits(maps.all * tiles, maps.channels, block_c)
+    sums = x.new_empty((splits, 3, maps.all, maps.pixels), dtype=torch.float32)
+    kernels.channel_sums[(tiles, maps.all, splits)](
+        x, _key(settings), sums, maps.samples, maps.channels, maps.pixels,
+        *_words(maps, settings), _key_stride(settings), *maps.strides,
+        **_masking(settings), ALIGNED=maps.pixels % 4 == 0, QUADS=maps.quads(x),
+        SPLITS=splits, BLOCK_C=block_c, BLOCK_Q=block_q,
     )  # fmt: skip
-    mean = x.new_empty((samples, 1, rows, columns), dtype=torch.float32)
+    weight = _dense_filters(weight)
+    used, taps = weight, 1
+    if weight.dim() == 5 and stacked_convolution.grouped(x, settings.geometry):
+        used, taps = stacked_convolution.room_for_filters(weight), kernel[0] * kernel[1]
+    elif settings.centres_filters:
+        used = torch.empty_like(weight)
+    filters = weight.new_empty(weight.shape[:-3], dtype=torch.float32)
+    mean = x.new_empty((maps.all, rows * columns), dtype=torch.float32)
     scale = torch.empty_like(mean)
-    kernels.moments[(_cdiv(rows * columns, _TILE), samples)](
-        sums, mean, scale, height, width, columns, rows * columns,
-        settings.n, settings.level, settings.eps,
-        **_taps(settings), MASKED=settings.key is not None, SPLITS=splits, BLOCK_P=_TILE,
+    programs = _cdiv(rows * columns, _POSITIONS) * maps.all
+    kernels.moments[(programs + filters.numel(),)](
+        sums, mean, scale, weight, used, filters,
+        maps.all, *maps.size, columns, rows * columns,
+        settings.n, *_moment_weights(settings), settings.eps, _weights(weight),
+        **_taps(settings), MASKED=settings.key is not None, CENTRED=settings.centres_filters,
+        COPY=used is not weight, TAPS=taps, SPLITS=splits, BLOCK=_POSITIONS,
     )  # fmt: skip
-    return mean, scale
+    return mean, scale, filters, used
 
 
-_TILE = 128
+def _convolved(x: Tensor, used: Tensor, settings: Settings) -> Tensor:
+    if x.dim() == 5:
+        return stacked_convolution.convolved(x, used, None, settings.geometry)
+    return F.conv2d(x, used, None, *settings.geometry[1:])
 
 
-def _blocks(x: Tensor) -> tuple[int, int]:
-    """Channels and pixels of a tile: long in the direction in which memory is contiguous."""
-    return (32, 32) if x.stride(1) == 1 and x.shape[1] > 1 else (8, _TILE)
+def _convolution_gradients(
+    dz: Tensor, x: Tensor, used: Tensor, settings: Settings, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    geometry = settings.geometry
+    if x.dim() == 5:
+        dx, dw = stacked_convolution.gradients(dz, x, used, geometry, wanted[:2])
+    else:
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dz, x, used, None, *geometry[1:4], False, [0, 0], geometry.groups,
+            (wanted[0], wanted[1], False),
+        )  # fmt: skip
+    return None if dx is None else _dense(dx), dw
 
 
 def _splits(programs: int, channels: int, block: int) -> int:
@@ -165,12 +274,23 @@ def _taps(settings: Settings) -> dict[str, int]:
     return {name + axis: size[d] for name, size in sizes for d, axis in enumerate("HW")}
 
 
-def _words(x: Tensor, settings: Settings) -> tuple[int, int]:
-    return _cdiv(x[0].numel(), 4), settings.level
+def _moment_weights(settings: Settings) -> tuple[float, float]:
+    """Return the first of `moment_weights`, and by how much the second is more than one of it."""
+    first, second = moment_weights(settings.n, settings.level, settings.key is not None)
+    return first, second / first - 1.0
+
+
+def _words(maps: _Maps, settings: Settings) -> tuple[int, int]:
+    return _cdiv(maps.channels * maps.pixels, 4), settings.level
 
 
 def _key(settings: Settings) -> int | Tensor:
     return 0 if settings.key is None else settings.key
+
+
+def _key_stride(settings: Settings) -> int:
+    key = settings.key
+    return key.stride(0) if isinstance(key, Tensor) and key.dim() else 0
 
 
 def _masking(settings: Settings) -> dict[str, bool]:
@@ -178,44 +298,54 @@ def _masking(settings: Settings) -> dict[str, bool]:
     return {"MASKED": key is not None, "POINTER": isinstance(key, Tensor)}
 
 
-def _filters(weight: Tensor) -> Tensor:
-    return filter_sums(weight.float()).flatten()
+def _weights(weight: Tensor) -> int:
+    """Return how many weights a filter has."""
+    return weight.shape[-3] * weight.shape[-2] * weight.shape[-1]
 
 
-def _bias(bias: Tensor | None, weight: Tensor) -> Tensor:
-    return weight if bias is None else bias  # a pointer that is not read
+def _dense_filters(weight: Tensor) -> Tensor:
+    """Return the filters in pieces of memory, one after another."""
+    return weight if weight.is_contiguous() or _channels_last(weight) else weight.contiguous()
+
+
+def _channels_last(weight: Tensor) -> bool:
+    own = weight.flatten(0, -4) if weight.dim() == 5 else weight
+    return own.is_contiguous(memory_format=torch.channels_last)
+
+
+def _laid_out_for(dw: Tensor, like: Tensor) -> tuple[Tensor, int]:
+    """Return `dw` in a layout that can be written into `like`, and the taps to turn it by."""
+    if like.is_contiguous():
+        if dw.is_contiguous():
+            return dw, 1
+        if _channels_last(dw):
+            return dw, dw.shape[-2] * dw.shape[-1]
+    elif _channels_last(dw):
+        return dw, 1
+    return torch.empty_like(like).copy_(dw), 1
+
+
+def _pointer(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor  # one that is not read
 
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _pixel_strides(x: Tensor) -> tuple[int, int, int] | None:
-    """Sample, channel and pixel strides; None where the pixels are not evenly spaced."""
-    stride_n, stride_c, stride_h, stride_w = x.stride()
-    even = x.shape[2] == 1 or x.shape[3] == 1 or stride_h == stride_w * x.shape[3]
-    return (stride_n, stride_c, stride_w if x.shape[3] > 1 else stride_h) if even else None
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    strides = _pixel_strides(x)
-    assert strides is not None
-    return strides
+def _power(number: int) -> int:
+    """Return the least power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
 
 
 def _dense(x: Tensor) -> Tensor:
-    return x if _pixel_strides(x) is not None else x.contiguous()
+    return x if _Maps.of(x) is not None else x.contiguous()
 
 
 def _laid_out_as(g: Tensor, like: Tensor) -> Tensor:
     if g.stride() == like.stride():
         return g
     return torch.empty_like(like).copy_(g)
-
-
-@functools.cache
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 assert LEVELS == 1 << 16, "the kernels take lanes of 16 bits"
