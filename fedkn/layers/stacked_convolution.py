@@ -19,7 +19,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from fedkn.layers import triton_switch
+from fedkn.layers import circumstances, group_norm, triton_switch
 from fedkn.layers.kernel.settings import Geometry
 from fedkn.layers.side_by_side import clients_of, taken_out
 
@@ -55,14 +55,34 @@ class StackedConvolutions(TorchFunctionMode):
             call = _Call.of(*args, **(kwargs or {}))
             if call is not None and call.served():
                 return call.answer()
-        if func in _GROUP_NORMS and args:
-            # Of maps laid out in another way it asks what PyTorch's vmap cannot answer.
-            maps, *others = args
-            return func(maps.contiguous(), *others, **(kwargs or {}))
+        if func in _GROUP_NORMS:
+            return _group_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 _GROUP_NORMS = (torch.group_norm, F.group_norm)
+
+
+def _group_norm(  # noqa: PLR0917 - F.group_norm's order
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    del cudnn_enabled  # a switch of another library's
+    if (
+        triton_switch.reaches(input.device)
+        and weight is not None
+        and bias is not None
+        and not circumstances.eager()
+        and group_norm.serves(input, weight, bias)
+        and input.shape[1] % num_groups == 0
+    ):
+        return group_norm.group_norm(input, num_groups, weight, bias, eps, relu=False)
+    # Of maps laid out in another way it asks what PyTorch's vmap cannot answer.
+    return F.group_norm(input.contiguous(), num_groups, weight, bias, eps)
 
 
 def convolve_stacked(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -147,9 +167,7 @@ class _Convolution(torch.autograd.Function):
 
 def grouped(x: Tensor, geometry: Geometry) -> bool:
     """Whether cuDNN's grouped convolution takes these: half or TF32, where it was faster."""
-    return (
-        x.dtype != torch.float32 or geometry.groups != 1 or bool(torch.backends.cudnn.allow_tf32)
-    )
+    return x.dtype != torch.float32 or geometry.groups != 1 or bool(torch.backends.cudnn.allow_tf32)
 
 
 def laid_out(x: Tensor, geometry: Geometry) -> Tensor:
@@ -205,7 +223,7 @@ def gradients(
 
 def _beside(x: Tensor) -> Tensor:
     """Return maps (K, N, C, H, W) as (N, K * C, H, W), channels last."""
-    return x.movedim(0, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+    return x.permute(1, 3, 4, 0, 2).contiguous().flatten(3).permute(0, 3, 1, 2)
 
 
 def _apart(y: Tensor, clients: int) -> Tensor:

@@ -80,9 +80,7 @@ class _NormalizedConvolution(torch.autograd.Function):
         y, saved = backend.forward(x, weight, bias, settings, keep=True)
         assert saved is not None
         ctx.backend, ctx.settings, ctx.far = backend, settings, saved.far
-        ctx.save_for_backward(
-            x, weight, bias, *saved[:3], saved.sums, saved.bits, saved.filters
-        )
+        ctx.save_for_backward(x, weight, bias, *saved[:3], saved.sums, saved.bits, saved.filters)
         return y
 
     @staticmethod

@@ -24,12 +24,12 @@ def draw_masks(keys, out, WORDS, threshold, BLOCK: tl.constexpr):
 
 @triton.jit
 def keep(key, sample, c, q, PIXELS, WORDS, threshold, ALIGNED: tl.constexpr):
-    """Mask (Q, C, 4) of the elements of the channels c (1, C, 1), four for each of q (Q, 1, 1).
+    """Mask (C, 4, Q) of the elements of the channels c (C, 1, 1), four for each of q (1, 1, Q).
 
     The maps are (samples, C, PIXELS), and a sample takes WORDS words. ALIGNED: PIXELS is a multiple
     of four, so that those four share a word, which is drawn once for them.
     """
-    lane = tl.arange(0, 4)[None, None, :]
+    lane = tl.arange(0, 4)[None, :, None]
     before = sample.to(tl.int64) * WORDS + 1
     if ALIGNED:
         bits = _splitmix(key, (c * (PIXELS // 4) + q).to(tl.int64) + before)

@@ -10,7 +10,6 @@ KW), biases (K, O) and keys (K,), as `fedkn.layers.kernel.backends.vmap` has the
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from fedkn.layers.kernel.autograd import Saved
 from fedkn.layers.kernel.host_masks import LEVELS
 from fedkn.layers.kernel.settings import Settings
 from fedkn.layers.kernel.statistics import moment_weights
+from fedkn.layers.map_layout import Maps, cdiv, dense, laid_out_as, maps_of
 from fedkn.layers.triton_switch import load
 
 __all__ = ["backward", "forward", "load", "serves", "takes"]
@@ -30,7 +30,7 @@ __all__ = ["backward", "forward", "load", "serves", "takes"]
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
     """Whether the kernels are wanted, can be had, and take these tensors: float32 or half."""
     served = takes(x, weight)
-    if served and _Maps.of(x) is None:
+    if served and Maps.of(x) is None:
         return _UNEVEN
     return served
 
@@ -53,12 +53,12 @@ def forward(
     kernels = _kernels()
     centres = settings.centres_filters
     mean, scale, sums, used = _statistics(x, weight, settings, kernels)
-    z = _dense(_convolved(x, used, settings))
+    z = dense(_convolved(x, used, settings))
     keep_z = keep and not settings.one_map
     y = torch.empty_like(z) if keep_z else z
-    maps = _maps(z)
+    maps = maps_of(z)
     block_o, block_p = maps.blocks()
-    grid = (_cdiv(maps.pixels, block_p), _cdiv(maps.channels, block_o), maps.all)
+    grid = (cdiv(maps.pixels, block_p), cdiv(maps.channels, block_o), maps.all)
     kernels.epilogue[grid](
         z, y, mean, scale, sums, _pointer(bias, weight),
         maps.samples, maps.channels, maps.pixels, *maps.strides,
@@ -84,11 +84,11 @@ def backward(
     assert sums is not None
     assert used is not None
     centres, biased = settings.centres_filters, bias is not None
-    g = _laid_out_as(g, output)
+    g = laid_out_as(g, output)
     dz = torch.empty_like(output)
-    maps = _maps(output)
+    maps = maps_of(output)
     block_o, block_p = maps.blocks()
-    tiles = _cdiv(maps.pixels, block_p)
+    tiles = cdiv(maps.pixels, block_p)
     splits = _splits(maps.all * tiles, maps.channels, block_o)
     through = x.new_empty((splits, 2, maps.all, maps.pixels), dtype=torch.float32)
     parts = x.new_empty((maps.all, tiles, 2, maps.channels), dtype=torch.float32)
@@ -105,9 +105,9 @@ def backward(
         own = torch.empty_like(_dense_filters(weight))
         dw, taps = _laid_out_for(dw, own)
     last = dx if dx is not None else x
-    source, target = _maps(x), _maps(last)
+    source, target = maps_of(x), maps_of(last)
     block_c, block_q = source.tile()
-    pixel_tiles = _cdiv(_cdiv(source.pixels, 4), block_q)
+    pixel_tiles = cdiv(cdiv(source.pixels, 4), block_q)
     shares = _splits(source.all * pixel_tiles, source.channels, block_c)
     programs = 0 if dx is None else pixel_tiles * source.all * shares
     filters = 0 if dw is None and db is None else maps.clients * maps.channels
@@ -117,8 +117,8 @@ def backward(
             _pointer(dw, weight), _pointer(own, weight), _pointer(db, weight),
             programs, source.all, source.samples, source.channels, *source.size,
             *output.shape[-2:], *_words(source, settings), *_moment_weights(settings),
-            _key_stride(settings), *source.strides, *target.strides, maps.channels, maps.samples * tiles,
-            _weights(weight),
+            _key_stride(settings), *source.strides, *target.strides,
+            maps.channels, maps.samples * tiles, _weights(weight),
             **_taps(settings), **_masking(settings), ALIGNED=source.pixels % 4 == 0,
             QUADS=source.quads(x) and target.quads(last),
             CENTRED=centres, BIAS=db is not None, WEIGHT=dw is not None,
@@ -138,65 +138,6 @@ _PROGRAMS = 512  # enough to keep every multiprocessor busy
 _POSITIONS = 128  # of a tile of maps with one value for each
 
 
-class _Maps(NamedTuple):
-    """How maps (N, C, H, W) or (K, N, C, H, W) lie in memory."""
-
-    clients: int
-    samples: int
-    channels: int
-    size: tuple[int, int]
-    strides: tuple[int, int, int, int]
-    """Of clients, samples, channels and pixels."""
-
-    @staticmethod
-    def of(x: Tensor) -> _Maps | None:
-        """Return it for `x`, None where the pixels are not evenly spaced."""
-        *clients, samples, channels, height, width = x.shape
-        *apart, stride_n, stride_c, stride_h, stride_w = x.stride()
-        if height != 1 and width != 1 and stride_h != stride_w * width:
-            return None
-        stride_p = stride_w if width > 1 else stride_h
-        strides = (apart[0] if apart else 0, stride_n, stride_c, stride_p)
-        return _Maps(clients[0] if clients else 1, samples, channels, (height, width), strides)
-
-    @property
-    def all(self) -> int:
-        """The samples of all clients."""
-        return self.clients * self.samples
-
-    @property
-    def pixels(self) -> int:
-        return self.size[0] * self.size[1]
-
-    @property
-    def _last(self) -> bool:
-        return self.strides[2] == 1 and self.channels > 1
-
-    def blocks(self) -> tuple[int, int]:
-        """Channels and pixels of a tile: long in the direction in which memory is contiguous."""
-        return (32, 32) if self._last else (8, _POSITIONS)
-
-    def tile(self) -> tuple[int, int]:
-        """Channels, and pixels in fours, of a tile of 2048 values: 16 for each of 128 threads."""
-        channels, quads = _power(self.channels), _power(_cdiv(self.pixels, 4))
-        if self._last:
-            block_c = min(128, channels)
-            return block_c, min(512 // block_c, quads)
-        block_q = min(64, quads)
-        return min(512 // block_q, channels), block_q
-
-    def quads(self, x: Tensor) -> bool:
-        """Whether four pixels of `x` in a row are in one piece, which begins where one may."""
-        aligned = not any(stride % 4 for stride in self.strides[:3]) and x.data_ptr() % 16 == 0
-        return self.strides[3] == 1 and self.pixels % 4 == 0 and aligned
-
-
-def _maps(x: Tensor) -> _Maps:
-    maps = _Maps.of(x)
-    assert maps is not None
-    return maps
-
-
 def _kernels() -> ModuleType:
     from fedkn.layers.kernel.backends import triton_kernels  # noqa: PLC0415 - Triton is optional
 
@@ -208,13 +149,13 @@ def _statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return mean and 1/sqrt(var + eps) (K * N, positions), the filters' sums, the filters used."""
     kernel, stride, padding, dilation, _ = settings.geometry
-    maps = _maps(x)
+    maps = maps_of(x)
     rows, columns = (
         (maps.size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
         for d in range(2)
     )
     block_c, block_q = maps.tile()
-    tiles = _cdiv(_cdiv(maps.pixels, 4), block_q)
+    tiles = cdiv(cdiv(maps.pixels, 4), block_q)
     splits = _splits(maps.all * tiles, maps.channels, block_c)
     sums = x.new_empty((splits, 3, maps.all, maps.pixels), dtype=torch.float32)
     kernels.channel_sums[(tiles, maps.all, splits)](
@@ -232,7 +173,7 @@ def _statistics(
     filters = weight.new_empty(weight.shape[:-3], dtype=torch.float32)
     mean = x.new_empty((maps.all, rows * columns), dtype=torch.float32)
     scale = torch.empty_like(mean)
-    programs = _cdiv(rows * columns, _POSITIONS) * maps.all
+    programs = cdiv(rows * columns, _POSITIONS) * maps.all
     kernels.moments[(programs + filters.numel(),)](
         sums, mean, scale, weight, used, filters,
         maps.all, *maps.size, columns, rows * columns,
@@ -260,12 +201,12 @@ def _convolution_gradients(
             dz, x, used, None, *geometry[1:4], False, [0, 0], geometry.groups,
             (wanted[0], wanted[1], False),
         )  # fmt: skip
-    return None if dx is None else _dense(dx), dw
+    return None if dx is None else dense(dx), dw
 
 
 def _splits(programs: int, channels: int, block: int) -> int:
     """Into how many shares the channels are cut, where the pixels alone make few programs."""
-    return max(1, min(_cdiv(channels, block), _PROGRAMS // max(programs, 1), 16))
+    return max(1, min(cdiv(channels, block), _PROGRAMS // max(programs, 1), 16))
 
 
 def _taps(settings: Settings) -> dict[str, int]:
@@ -280,8 +221,8 @@ def _moment_weights(settings: Settings) -> tuple[float, float]:
     return first, second / first - 1.0
 
 
-def _words(maps: _Maps, settings: Settings) -> tuple[int, int]:
-    return _cdiv(maps.channels * maps.pixels, 4), settings.level
+def _words(maps: Maps, settings: Settings) -> tuple[int, int]:
+    return cdiv(maps.channels * maps.pixels, 4), settings.level
 
 
 def _key(settings: Settings) -> int | Tensor:
@@ -327,25 +268,6 @@ def _laid_out_for(dw: Tensor, like: Tensor) -> tuple[Tensor, int]:
 
 def _pointer(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor  # one that is not read
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power(number: int) -> int:
-    """Return the least power of two that is not below `number`."""
-    return 1 << (number - 1).bit_length()
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if _Maps.of(x) is not None else x.contiguous()
-
-
-def _laid_out_as(g: Tensor, like: Tensor) -> Tensor:
-    if g.stride() == like.stride():
-        return g
-    return torch.empty_like(like).copy_(g)
 
 
 assert LEVELS == 1 << 16, "the kernels take lanes of 16 bits"

@@ -35,22 +35,22 @@ def _maps(client, sample, stride_k, stride_n):
 
 @triton.jit
 def _places(client, sample, c, q, stride_k, stride_n, stride_c, stride_p, QUADS: tl.constexpr):
-    """Where the elements (Q, C, 4) lie; QUADS: four pixels in a row may be one access."""
+    """Where the elements (C, 4, Q) lie; QUADS: four pixels in a row may be one access."""
     before = _maps(client, sample, stride_k, stride_n)
-    place = c * stride_c + (q * 4 + tl.arange(0, 4)[None, None, :]) * stride_p
+    place = c * stride_c + (q * 4 + tl.arange(0, 4)[None, :, None]) * stride_p
     if QUADS:
         before = tl.multiple_of(before, [4])
-        place = tl.multiple_of(place, [1, 1, 4])
+        place = tl.multiple_of(place, [1, 4, 1])
     return before + place
 
 
 @triton.jit
 def _inside(c, end, q, PIXELS, ALIGNED: tl.constexpr):
-    """Which of the elements (Q, C, 4) there are, for all four alike where ALIGNED: (Q, C, 1)."""
+    """Which of the elements (C, 4, Q) there are, for all four alike where ALIGNED: (C, 1, Q)."""
     if ALIGNED:
         inside = (c < end) & (q < PIXELS // 4)
     else:
-        inside = (c < end) & (q * 4 + tl.arange(0, 4)[None, None, :] < PIXELS)
+        inside = (c < end) & (q * 4 + tl.arange(0, 4)[None, :, None] < PIXELS)
     return inside
 
 
@@ -65,45 +65,45 @@ def channel_sums(
 
     Their mean, the sum of the squares of their distances to it, and how many they are.
     """
-    q = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None, None]
+    q = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, None, :]
     client = tl.program_id(1) // N
     sample = tl.program_id(1) % N
     split = tl.program_id(2)
     share = tl.cdiv(tl.cdiv(C, SPLITS), BLOCK_C) * BLOCK_C
     begin = split * share
     end = tl.minimum(begin + share, C)
-    c = begin + tl.arange(0, BLOCK_C)[None, :, None]
+    c = begin + tl.arange(0, BLOCK_C)[:, None, None]
     seed = key_of(key, client, stride_key, POINTER) if MASKED else 0
     at = x + _places(client, sample, c, q, stride_k, stride_n, stride_c, stride_p, QUADS)
     value = tl.load(at, _inside(c, end, q, PIXELS, ALIGNED), 0.0).to(tl.float32)
     # About the first channels' mean sums lose no digits; the next tile is read meanwhile.
-    shift = tl.sum(value, 1) / tl.maximum(tl.minimum(end - begin, BLOCK_C), 1)
+    shift = tl.sum(value, 0) / tl.maximum(tl.minimum(end - begin, BLOCK_C), 1)
     # Zeros, but of what was loaded: the mask is drawn twice where Triton spreads counts over the
     # threads in another way than values.
     kept = value * 0.0
-    first = tl.zeros([BLOCK_Q, BLOCK_C, 4], tl.float32)
-    squares = tl.zeros([BLOCK_Q, BLOCK_C, 4], tl.float32)
+    first = tl.zeros([BLOCK_C, 4, BLOCK_Q], tl.float32)
+    squares = tl.zeros([BLOCK_C, 4, BLOCK_Q], tl.float32)
     for c0 in range(begin, end, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)[None, :, None]
+        c = c0 + tl.arange(0, BLOCK_C)[:, None, None]
         taken = _inside(c, end, q, PIXELS, ALIGNED)
         if MASKED:
             taken = taken & keep(seed, sample, c, q, PIXELS, WORDS, threshold, ALIGNED)
-        far = tl.where(taken, value - shift[:, None, :], 0.0)
+        far = tl.where(taken, value - shift[None, :, :], 0.0)
         kept += taken.to(tl.float32)
         first += far
         squares += far * far
         c += BLOCK_C
         at = x + _places(client, sample, c, q, stride_k, stride_n, stride_c, stride_p, QUADS)
         value = tl.load(at, _inside(c, end, q, PIXELS, ALIGNED), 0.0).to(tl.float32)
-    count = tl.sum(kept, 1)
-    total = tl.sum(first, 1)
+    count = tl.sum(kept, 0)
+    total = tl.sum(first, 0)
     mean = total / tl.maximum(count, 1.0)
-    pixel = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None] * 4
-    pixel += tl.arange(0, 4)[None, :]
+    pixel = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :] * 4
+    pixel += tl.arange(0, 4)[:, None]
     step = tl.num_programs(1) * PIXELS
     out = sums + (split * 3 * step + tl.program_id(1) * PIXELS + pixel)
     tl.store(out, shift + mean, pixel < PIXELS)
-    tl.store(out + step, tl.maximum(tl.sum(squares, 1) - total * mean, 0.0), pixel < PIXELS)
+    tl.store(out + step, tl.maximum(tl.sum(squares, 0) - total * mean, 0.0), pixel < PIXELS)
     tl.store(out + 2 * step, count, pixel < PIXELS)
 
 
@@ -118,8 +118,9 @@ def moments(
 ):  # fmt: skip
     """Of each unit mean and 1/sqrt(var + eps); and what is needed of the filters.
 
-    That is filters, their sums, and where COPY used, the filters as the convolution takes them: less
-    their mean where CENTRED, with TAPS > 1 channels last. A program takes BLOCK positions of a sample, the later ones take a filter each.
+    That is filters, their sums, and where COPY used, the filters as the convolution takes them:
+    less their mean where CENTRED, with TAPS > 1 channels last. A program takes BLOCK positions of a
+    sample, the later ones take a filter each.
     """
     tiles = tl.cdiv(POSITIONS, BLOCK)
     program = tl.program_id(0)
@@ -130,9 +131,7 @@ def moments(
             KH, KW, SH, SW, PH, PW, DH, DW, MASKED, SPLITS, BLOCK,
         )  # fmt: skip
     else:
-        _use_filter(
-            weight, used, filters, program - tiles * SAMPLES, WEIGHTS, CENTRED, COPY, TAPS
-        )
+        _use_filter(weight, used, filters, program - tiles * SAMPLES, WEIGHTS, CENTRED, COPY, TAPS)
 
 
 @triton.jit
@@ -345,22 +344,22 @@ def _add_through_statistics(
     mean += n_th * positions
     scale += n_th * positions
     maps += n_th * positions
-    pixel = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None] * 4 + tl.arange(0, 4)[None, :]
+    pixel = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :] * 4 + tl.arange(0, 4)[:, None]
     i = pixel // W + PH
     j = pixel % W + PW
     near = tl.minimum(i // SH, ROWS - 1) * COLUMNS + tl.minimum(j // SW, COLUMNS - 1)
     ratio = 1.0 + excess
     centre = tl.load(mean + near, pixel < PIXELS, 0.0) / ratio
-    base = tl.zeros([BLOCK_Q, 4], tl.float32)
-    slope = tl.zeros([BLOCK_Q, 4], tl.float32)
+    base = tl.zeros([4, BLOCK_Q], tl.float32)
+    slope = tl.zeros([4, BLOCK_Q], tl.float32)
     for tap in range(KH * KW):
         h = i - tap // KW * DH
         w = j - tap % KW * DW
         inside = (h >= 0) & (w >= 0) & (h % SH == 0) & (w % SW == 0)
         inside = inside & (h // SH < ROWS) & (w // SW < COLUMNS) & (pixel < PIXELS)
         position = h // SH * COLUMNS + w // SW
-        energy = tl.zeros([BLOCK_Q, 4], tl.float32)
-        dmean = tl.zeros([BLOCK_Q, 4], tl.float32)
+        energy = tl.zeros([4, BLOCK_Q], tl.float32)
+        dmean = tl.zeros([4, BLOCK_Q], tl.float32)
         for split in range(SPLITS):
             source = maps + split * 2 * step + position
             energy += tl.load(source, inside, 0.0)
@@ -370,21 +369,21 @@ def _add_through_statistics(
         curvature = energy * s * s
         base += dmean + curvature * (m - ratio * centre)
         slope += curvature
-    base = (base * first)[:, None, :]
-    slope = (slope * (first * ratio))[:, None, :]
+    base = (base * first)[None, :, :]
+    slope = (slope * (first * ratio))[None, :, :]
     client = n_th // N
     sample = n_th % N
-    q = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None, None]
+    q = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, None, :]
     seed = key_of(key, client, stride_key, POINTER) if MASKED else 0
     share = tl.cdiv(tl.cdiv(C, SHARES), BLOCK_C) * BLOCK_C
     begin = part * share
     end = tl.minimum(begin + share, C)
     for c0 in range(begin, end, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)[None, :, None]
+        c = c0 + tl.arange(0, BLOCK_C)[:, None, None]
         inside = _inside(c, end, q, PIXELS, ALIGNED)
         at = x + _places(client, sample, c, q, stride_k, stride_n, stride_c, stride_p, QUADS)
         value = tl.load(at, inside, 0.0).to(tl.float32)
-        value = base - slope * (value - centre[:, None, :])
+        value = base - slope * (value - centre[None, :, :])
         if MASKED:
             kept = keep(seed, sample, c, q, PIXELS, WORDS, threshold, ALIGNED)
             value = tl.where(kept, value, 0.0)

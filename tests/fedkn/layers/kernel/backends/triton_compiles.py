@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fedkn.layers import convolution_kernels as convolutions
+from fedkn.layers import group_norm_kernels as norms
 from fedkn.layers.kernel import mask_kernel
 from fedkn.layers.kernel.backends import triton_kernels as kernels
 
@@ -22,7 +23,7 @@ TAPS = dict.fromkeys(("SH", "SW", "PH", "PW", "DH", "DW"), 1) | {"KH": 3, "KW": 
 NUMBERS = ("eps", "first", "excess")
 
 
-def compile_(kernel, types, constants, capability=90, sixteens=(), ones=()) -> str:
+def compile_(kernel, types, constants, *, capability=90, sixteens=(), ones=()) -> str:
     """Compile it and return its PTX; `sixteens` are multiples of 16, `ones` are 1."""
     signature, values, attributes = {}, {}, {}
     constants = constants | dict.fromkeys(ones, 1)
@@ -55,15 +56,16 @@ for x, (masked, aligned), last in itertools.product((FLOAT, "*bf16"), MASKS, (Tr
     wide = aligned or last
     ones = ("stride_c" if last else "stride_p",)
     sixteens = (*STRIDES, *DSTRIDES, "PIXELS", "C", "H", "W") if wide else ()
-    width = "4.b(16|32)" if x != FLOAT and not last else "4.b32"
+    known = {"sixteens": sixteens, "ones": ones}
+    width = "2.b32" if x != FLOAT and not last else "4.b32"
     for capability in (80, 90):
-        ptx = compile_(kernels.channel_sums, types, common, capability, sixteens, ones)
+        ptx = compile_(kernels.channel_sums, types, common, capability=capability, **known)
         if wide:
             check_accesses(ptx, width)
     own = common | TAPS | {"SHARES": 2, "CENTRED": not masked, "BIAS": True, "WEIGHT": True}
-    ones = ones + ("d" + ones[0],)
+    known["ones"] += ("d" + ones[0],)
     for taps in (1, 9):
-        ptx = compile_(kernels.finish_gradients, types, own | {"TAPS": taps}, 90, sixteens, ones)
+        ptx = compile_(kernels.finish_gradients, types, own | {"TAPS": taps}, **known)
     if wide:
         check_accesses(ptx, width)
 for x, (relu, output), centred in itertools.product(
@@ -80,6 +82,11 @@ for x, masked, taps in itertools.product((FLOAT, "*bf16"), (True, False), (1, 9)
     ptx = compile_(kernels.moments, types, TAPS | own | {"SPLITS": 2, "BLOCK": 128})
     assert "f64" not in ptx
 compile_(mask_kernel.draw_masks, {"keys": "*i64", "out": FLOAT}, {"BLOCK": 256})
+for x, relu in itertools.product((FLOAT, "*bf16"), (True, False)):
+    maps = dict.fromkeys(("x", "y", "g", "dx", "weight", "bias"), x) | STATISTICS
+    common = {"RELU": relu, "BLOCK_C": 16, "BLOCK_P": 128}
+    assert "f64" not in compile_(norms.normalize, maps, common)
+    assert "f64" not in compile_(norms.normalize_back, maps, common)
 for transposed in (True, False):
     maps = dict.fromkeys(("x", "w", "bias", "y", "g", "parts"), FLOAT)
     common = TAPS | {"BLOCK_O": 32, "BLOCK_C": 32, "BLOCK_M": 64}
