@@ -14,7 +14,7 @@ from torch._C import _functorch
 from torch.autograd.function import once_differentiable
 
 from fedkn.layers import circumstances, side_by_side, triton_switch
-from fedkn.layers.map_layout import dense, laid_out_as, maps_of
+from fedkn.layers.map_layout import in_one_piece, laid_out_as, maps_of
 from fedkn.layers.native import library
 
 __all__ = ["group_norm", "pools", "serves"]
@@ -109,10 +109,8 @@ class _Normalized(torch.autograd.Function):
     ) -> Tensor:
         from fedkn.layers import group_norm_kernels as kernels  # noqa: PLC0415 - Triton is optional
 
-        y = torch.empty_like(x)
-        if y.stride() != x.stride() or dense(x) is not x:
-            x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        maps = maps_of(x)
+        x = in_one_piece(x)
+        y, maps = torch.empty_like(x), maps_of(x)
         mean = x.new_empty((maps.all, groups), dtype=torch.float32)
         scale = torch.empty_like(mean)
         each = maps.channels // groups

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Maps", "cdiv", "dense", "laid_out_as", "maps_of"]
+__all__ = ["Maps", "cdiv", "dense", "in_one_piece", "laid_out_as", "maps_of"]
 
 
 class Maps(NamedTuple):
@@ -79,6 +79,12 @@ def maps_of(x: Tensor) -> Maps:
 def dense(x: Tensor) -> Tensor:
     """Return `x` with evenly spaced pixels."""
     return x if Maps.of(x) is not None else x.contiguous()
+
+
+def in_one_piece(x: Tensor) -> Tensor:
+    """Return `x` with evenly spaced pixels, and nothing else in its memory: like `empty_like`'s."""
+    own = Maps.of(x) is not None and torch.empty_like(x, device="meta").stride() == x.stride()
+    return x if own else x.contiguous()
 
 
 def laid_out_as(g: Tensor, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ KW), biases (K, O) and keys (K,), as `fedkn.layers.kernel.backends.vmap` has the
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from fedkn.layers.kernel.statistics import moment_weights
 from fedkn.layers.map_layout import Maps, cdiv, dense, laid_out_as, maps_of
 from fedkn.layers.triton_switch import load
 
-__all__ = ["backward", "forward", "load", "serves", "takes"]
+__all__ = ["backward", "forward", "load", "norm", "norm_gradient", "serves", "takes"]
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
@@ -36,7 +37,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
 
 
 def takes(x: Tensor, weight: Tensor) -> Served:
-    """Do what `serves` does, but for how the maps are laid out in memory."""
+    """Say what `serves` does, but for how the maps are laid out in memory."""
     if not triton_switch.reaches(x.device):
         return _ELSEWHERE
     if x.dtype not in _DTYPES or weight.dtype != x.dtype:
@@ -50,23 +51,14 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, keep: bool
 ) -> tuple[Tensor, Saved | None]:
     """Do what `plain.forward` does."""
-    kernels = _kernels()
-    centres = settings.centres_filters
-    mean, scale, sums, used = _statistics(x, weight, settings, kernels)
+    units, used = _statistics(x, weight, settings)
     z = dense(_convolved(x, used, settings))
     keep_z = keep and not settings.one_map
     y = torch.empty_like(z) if keep_z else z
-    maps = maps_of(z)
-    block_o, block_p = maps.blocks()
-    grid = (cdiv(maps.pixels, block_p), cdiv(maps.channels, block_o), maps.all)
-    kernels.epilogue[grid](
-        z, y, mean, scale, sums, _pointer(bias, weight),
-        maps.samples, maps.channels, maps.pixels, *maps.strides,
-        CENTRED=centres, BIAS=bias is not None, RELU=settings.relu, KEEP_Z=keep_z,
-        BLOCK_O=block_o, BLOCK_P=block_p,
-    )  # fmt: skip
+    _epilogue(z, y, units, bias, settings.relu, keep_z=keep_z, centred=settings.centres_filters)
     if not keep:
         return y, None
+    mean, scale, sums = units
     return y, Saved(z if keep_z else y, mean, scale, far=False, sums=sums, filters=used)
 
 
@@ -78,54 +70,40 @@ def backward(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Do what `plain.backward` does."""
-    kernels = _kernels()
     x, weight, bias = tensors
-    output, mean, scale, sums, used = saved.output, *saved[1:3], saved.sums, saved.filters
-    assert sums is not None
-    assert used is not None
-    centres, biased = settings.centres_filters, bias is not None
-    g = laid_out_as(g, output)
-    dz = torch.empty_like(output)
-    maps = maps_of(output)
-    block_o, block_p = maps.blocks()
-    tiles = cdiv(maps.pixels, block_p)
-    splits = _splits(maps.all * tiles, maps.channels, block_o)
-    through = x.new_empty((splits, 2, maps.all, maps.pixels), dtype=torch.float32)
-    parts = x.new_empty((maps.all, tiles, 2, maps.channels), dtype=torch.float32)
-    kernels.reduce_gradient[(tiles, maps.all, splits)](
-        g, output, mean, scale, sums, _pointer(bias, weight), dz, through, parts,
-        maps.samples, maps.channels, maps.pixels, *maps.strides,
-        CENTRED=centres, BIAS=biased, RELU=settings.relu, OUTPUT=settings.one_map,
-        SPLITS=splits, BLOCK_O=block_o, BLOCK_P=block_p,
+    assert saved.sums is not None
+    assert saved.filters is not None
+    units = _Units(saved.mean, saved.scale, saved.sums)
+    dz, through, parts = _reduced(
+        g, saved.output, units, bias, settings.relu,
+        output=settings.one_map, centred=settings.centres_filters,
     )  # fmt: skip
-    dx, dw = _convolution_gradients(dz, x, used, settings, wanted)
-    db = weight.new_empty(weight.shape[:-3]) if biased and wanted[2] else None
-    own, taps = None, 1
-    if dw is not None:
-        own = torch.empty_like(_dense_filters(weight))
-        dw, taps = _laid_out_for(dw, own)
-    last = dx if dx is not None else x
-    source, target = maps_of(x), maps_of(last)
-    block_c, block_q = source.tile()
-    pixel_tiles = cdiv(cdiv(source.pixels, 4), block_q)
-    shares = _splits(source.all * pixel_tiles, source.channels, block_c)
-    programs = 0 if dx is None else pixel_tiles * source.all * shares
-    filters = 0 if dw is None and db is None else maps.clients * maps.channels
-    if programs + filters:
-        kernels.finish_gradients[(programs + filters,)](
-            x, last, _key(settings), mean, scale, through, parts,
-            _pointer(dw, weight), _pointer(own, weight), _pointer(db, weight),
-            programs, source.all, source.samples, source.channels, *source.size,
-            *output.shape[-2:], *_words(source, settings), *_moment_weights(settings),
-            _key_stride(settings), *source.strides, *target.strides,
-            maps.channels, maps.samples * tiles, _weights(weight),
-            **_taps(settings), **_masking(settings), ALIGNED=source.pixels % 4 == 0,
-            QUADS=source.quads(x) and target.quads(last),
-            CENTRED=centres, BIAS=db is not None, WEIGHT=dw is not None,
-            TAPS=taps,
-            SPLITS=splits, SHARES=shares, BLOCK_C=block_c, BLOCK_Q=block_q,
-        )  # fmt: skip
+    dx, dw = _convolution_gradients(dz, x, saved.filters, settings, wanted)
+    db = weight.new_empty(weight.shape[:-3]) if bias is not None and wanted[2] else None
+    own = None if dw is None else torch.empty_like(_dense_filters(weight))
+    _finish(x, dx, units, through, parts, (dw, own, db), saved.output, settings)
     return dx, own, db
+
+
+def norm(x: Tensor, settings: Settings) -> tuple[Tensor, _Units]:
+    """Return KernelNorm of `x`, whose windows are single pixels, and what `norm_gradient` needs.
+
+    It is the convolution by filters that leave maps as they are.
+    """
+    units, _ = _statistics(x, None, settings)
+    y = torch.empty_like(x)
+    _epilogue(x, y, units, None, relu=False, keep_z=False, centred=False)
+    return y, units
+
+
+def norm_gradient(
+    g: Tensor, x: Tensor, y: Tensor, units: tuple[Tensor, Tensor, Tensor], settings: Settings
+) -> Tensor:
+    """Return the gradient of `norm`'s `x` for its result's `g`."""
+    units = _Units(*units)
+    dx, through, parts = _reduced(g, y, units, None, relu=False, output=True, centred=False)
+    _finish(x, dx, units, through, parts, (None, None, None), y, settings)
+    return dx
 
 
 _ELSEWHERE = No("the maps are on no CUDA device")
@@ -144,10 +122,17 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
-def _statistics(
-    x: Tensor, weight: Tensor, settings: Settings, kernels: ModuleType
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return mean and 1/sqrt(var + eps) (K * N, positions), the filters' sums, the filters used."""
+class _Units(NamedTuple):
+    """Mean and 1/sqrt(var + eps) of units (K * N, positions), and the filters' sums (K * O,)."""
+
+    mean: Tensor
+    scale: Tensor
+    sums: Tensor
+
+
+def _statistics(x: Tensor, weight: Tensor | None, settings: Settings) -> tuple[_Units, Tensor]:
+    """Return the units' statistics, and the filters as they convolve; sums of one without."""
+    kernels = _kernels()
     kernel, stride, padding, dilation, _ = settings.geometry
     maps = maps_of(x)
     rows, columns = (
@@ -164,24 +149,115 @@ def _statistics(
         **_masking(settings), ALIGNED=maps.pixels % 4 == 0, QUADS=maps.quads(x),
         SPLITS=splits, BLOCK_C=block_c, BLOCK_Q=block_q,
     )  # fmt: skip
-    weight = _dense_filters(weight)
-    used, taps = weight, 1
-    if weight.dim() == 5 and stacked_convolution.grouped(x, settings.geometry):
-        used, taps = stacked_convolution.room_for_filters(weight), kernel[0] * kernel[1]
-    elif settings.centres_filters:
-        used = torch.empty_like(weight)
-    filters = weight.new_empty(weight.shape[:-3], dtype=torch.float32)
+    taps, centres = 1, weight is not None and settings.centres_filters
+    if weight is None:
+        filters = used = weight = x.new_ones(maps.clients * maps.channels, dtype=torch.float32)
+        programs = 0
+    else:
+        used = weight = _dense_filters(weight)
+        if weight.dim() == 5 and stacked_convolution.grouped(x, settings.geometry):
+            used, taps = stacked_convolution.room_for_filters(weight), kernel[0] * kernel[1]
+        elif centres:
+            used = torch.empty_like(weight)
+        filters = weight.new_empty(weight.shape[:-3].numel(), dtype=torch.float32)
+        programs = len(filters)
     mean = x.new_empty((maps.all, rows * columns), dtype=torch.float32)
     scale = torch.empty_like(mean)
-    programs = cdiv(rows * columns, _POSITIONS) * maps.all
-    kernels.moments[(programs + filters.numel(),)](
+    programs += cdiv(rows * columns, _POSITIONS) * maps.all
+    kernels.moments[(programs,)](
         sums, mean, scale, weight, used, filters,
         maps.all, *maps.size, columns, rows * columns,
-        settings.n, *_moment_weights(settings), settings.eps, _weights(weight),
-        **_taps(settings), MASKED=settings.key is not None, CENTRED=settings.centres_filters,
+        settings.n, *_moment_weights(settings), settings.eps, weight.numel() // len(filters),
+        **_taps(settings), MASKED=settings.key is not None, CENTRED=centres,
         COPY=used is not weight, TAPS=taps, SPLITS=splits, BLOCK=_POSITIONS,
     )  # fmt: skip
-    return mean, scale, filters, used
+    return _Units(mean, scale, filters), used
+
+
+def _epilogue(
+    z: Tensor,
+    y: Tensor,
+    units: _Units,
+    bias: Tensor | None,
+    relu: bool,
+    *,
+    keep_z: bool,
+    centred: bool,
+) -> None:
+    maps = maps_of(z)
+    block_o, block_p = maps.blocks()
+    grid = (cdiv(maps.pixels, block_p), cdiv(maps.channels, block_o), maps.all)
+    _kernels().epilogue[grid](
+        z, y, *units, _pointer(bias, z),
+        maps.samples, maps.channels, maps.pixels, *maps.strides,
+        CENTRED=centred, BIAS=bias is not None, RELU=relu, KEEP_Z=keep_z,
+        BLOCK_O=block_o, BLOCK_P=block_p,
+    )  # fmt: skip
+
+
+def _reduced(
+    g: Tensor,
+    kept: Tensor,
+    units: _Units,
+    bias: Tensor | None,
+    relu: bool,
+    *,
+    output: bool,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dz, and `reduce_gradient`'s maps and parts; `kept` is y where `output`, else z."""
+    dz, maps = torch.empty_like(kept), maps_of(kept)
+    block_o, block_p = maps.blocks()
+    tiles = cdiv(maps.pixels, block_p)
+    splits = _splits(maps.all * tiles, maps.channels, block_o)
+    through = kept.new_empty((splits, 2, maps.all, maps.pixels), dtype=torch.float32)
+    parts = kept.new_empty((maps.all, tiles, 2, maps.channels), dtype=torch.float32)
+    _kernels().reduce_gradient[(tiles, maps.all, splits)](
+        laid_out_as(g, kept), kept, *units, _pointer(bias, kept), dz, through, parts,
+        maps.samples, maps.channels, maps.pixels, *maps.strides,
+        CENTRED=centred, BIAS=bias is not None, RELU=relu, OUTPUT=output,
+        SPLITS=splits, BLOCK_O=block_o, BLOCK_P=block_p,
+    )  # fmt: skip
+    return dz, through, parts
+
+
+def _finish(  # noqa: PLR0917 - what has come of the pass so far, in its order
+    x: Tensor,
+    dx: Tensor | None,
+    units: _Units,
+    through: Tensor,
+    parts: Tensor,
+    filters: tuple[Tensor | None, Tensor | None, Tensor | None],
+    output: Tensor,
+    settings: Settings,
+) -> None:
+    """Add to `dx` what it lacks; of `filters`, (dw, own, db), write own and db."""
+    dw, own, db = filters
+    taps, weights = 1, 0
+    if dw is not None and own is not None:
+        dw, taps = _laid_out_for(dw, own)
+        weights = own.numel() // len(units.sums)
+    target = x if dx is None else dx
+    source, last, outputs = maps_of(x), maps_of(target), maps_of(output)
+    block_c, block_q = source.tile()
+    tiles = cdiv(cdiv(source.pixels, 4), block_q)
+    shares = _splits(source.all * tiles, source.channels, block_c)
+    programs = 0 if dx is None else tiles * source.all * shares
+    others = 0 if dw is None and db is None else len(units.sums)
+    if not programs + others:
+        return
+    _kernels().finish_gradients[(programs + others,)](
+        x, target, _key(settings), units.mean, units.scale, through, parts,
+        _pointer(dw, x), _pointer(own, x), _pointer(db, x),
+        programs, source.all, source.samples, source.channels, *source.size,
+        *outputs.size, *_words(source, settings), *_moment_weights(settings),
+        _key_stride(settings), *source.strides, *last.strides,
+        outputs.channels, parts[..., 0, 0].numel() // outputs.clients, weights,
+        **_taps(settings), **_masking(settings), ALIGNED=source.pixels % 4 == 0,
+        QUADS=source.quads(x) and last.quads(target),
+        CENTRED=settings.centres_filters, BIAS=db is not None, WEIGHT=dw is not None, TAPS=taps,
+        SPLITS=len(through), SHARES=shares, BLOCK_C=block_c, BLOCK_Q=block_q,
+    )  # fmt: skip
 
 
 def _convolved(x: Tensor, used: Tensor, settings: Settings) -> Tensor:
@@ -237,11 +313,6 @@ def _key_stride(settings: Settings) -> int:
 def _masking(settings: Settings) -> dict[str, bool]:
     key = settings.key
     return {"MASKED": key is not None, "POINTER": isinstance(key, Tensor)}
-
-
-def _weights(weight: Tensor) -> int:
-    """Return how many weights a filter has."""
-    return weight.shape[-3] * weight.shape[-2] * weight.shape[-1]
 
 
 def _dense_filters(weight: Tensor) -> Tensor:

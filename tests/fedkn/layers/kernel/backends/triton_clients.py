@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fedkn.layers import KNConv2d, WSConv2d, WSKNConv2d
+from fedkn.layers import KernelNorm2d, KNConv2d, WSConv2d, WSKNConv2d
 from fedkn.layers import group_norm_kernels as norms
 from fedkn.layers.group_norm import group_norm, serves
 from fedkn.layers.kernel import definition
 from fedkn.layers.kernel.backends import triton_kernels as kernels
-from fedkn.layers.kernel.dropout import dropout_keys
+from fedkn.layers.kernel.dropout import drop_level, dropout_keys
+from fedkn.layers.kernel.settings import Geometry, Settings
 from fedkn.layers.stacked_convolution import StackedConvolutions
 
 K, N = 3, 2
@@ -202,6 +203,33 @@ def check_norm(shape: tuple[int, ...], groups: int, last: bool, offset: float) -
         agree((y, *found), (wanted, *gradients(wanted, wide, g.double())), most, shape, relu)
 
 
+def check_kernel_norm(p: float, clients: bool, last: bool) -> None:
+    """Windows of one pixel: the convolution's kernels without a convolution."""
+    layer = KernelNorm2d(1, dropout_p=p)
+    x = torch.randn(K, N, 70, 5, 4) + 3.0
+    if last:
+        x = x.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
+    x = (x if clients else x[0]).detach().requires_grad_()
+    keys = torch.tensor([[5], [-7], [2**62 + 1]])
+    if clients:
+        y, forward = launches.of(torch.func.vmap(call(layer)), {}, x, keys)
+    else:
+        y, forward = launches.of(call(layer), {}, x, keys[0])
+    g = torch.randn_like(y)
+    found, backward = launches.of(gradients, y, [x], g)
+    assert [f for f in forward if f.islower()][-1:] == ["epilogue"], forward
+    assert len(forward) <= 6, forward
+    assert backward[-2:] == ["reduce_gradient", "finish_gradients"], backward
+    wide = x.detach().double().requires_grad_()
+    place, level = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1), drop_level(p)
+    wanted = [
+        definition.norm(maps, Settings(place, 70, int(key) if level else None, level, 1e-5, False))
+        for maps, key in zip(wide if clients else wide[None], keys, strict=False)
+    ]
+    whole = torch.stack(wanted) if clients else wanted[0]
+    agree((y, *found), (whole, *gradients(whole, [wide], g.double())), 1e-5, p, clients, last)
+
+
 for layer, tf32 in itertools.product(LAYERS, (True, False)):
     # On the CPU it only chooses the way: cuDNN's grouped convolution, or our own kernels.
     torch.backends.cudnn.allow_tf32 = tf32
@@ -218,3 +246,5 @@ for shape, groups, last, offset in (
     ((3, 17, 16), 3, True, 1000.0),
 ):
     check_norm(shape, groups, last, offset)
+for p, clients, last in ((0.05, True, True), (0.0, True, False), (0.3, False, False)):
+    check_kernel_norm(p, clients, last)

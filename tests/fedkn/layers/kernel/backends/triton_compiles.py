@@ -87,6 +87,9 @@ for x, relu in itertools.product((FLOAT, "*bf16"), (True, False)):
     common = {"RELU": relu, "BLOCK_C": 16, "BLOCK_P": 128}
     assert "f64" not in compile_(norms.normalize, maps, common)
     assert "f64" not in compile_(norms.normalize_back, maps, common)
+    # What is 1 is a constant to Triton.
+    for kernel in (norms.normalize, norms.normalize_back):
+        compile_(kernel, maps, common, ones=("N", "EACH", "PIXELS"))
 for transposed in (True, False):
     maps = dict.fromkeys(("x", "w", "bias", "y", "g", "parts"), FLOAT)
     common = TAPS | {"BLOCK_O": 32, "BLOCK_C": 32, "BLOCK_M": 64}
