@@ -79,7 +79,7 @@ def backward(
         output=settings.one_map, centred=settings.centres_filters,
     )  # fmt: skip
     dx, dw = _convolution_gradients(dz, x, saved.filters, settings, wanted)
-    db = weight.new_empty(weight.shape[:-3]) if bias is not None and wanted[2] else None
+    db = bias.new_empty(bias.shape) if bias is not None and wanted[2] else None
     own = None if dw is None else torch.empty_like(_dense_filters(weight))
     _finish(x, dx, units, through, parts, (dw, own, db), saved.output, settings)
     return dx, own, db

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fedkn.layers import KernelNorm2d, KNConv2d, WSConv2d, WSKNConv2d
+from fedkn.layers import KernelNorm2d, KNConv2d, ScaledWSConv2d, WSConv2d, WSKNConv2d
 from fedkn.layers import group_norm_kernels as norms
+from fedkn.layers import standardization_kernels as scaled
 from fedkn.layers.group_norm import group_norm, serves
 from fedkn.layers.kernel import definition
 from fedkn.layers.kernel.backends import triton_kernels as kernels
@@ -69,7 +71,9 @@ class Watched:
 
 
 launches = Launches()
-for module, name in itertools.product((kernels, norms), (*kernels.__all__, *norms.__all__)):
+for module, name in itertools.product(
+    (kernels, norms, scaled), (*kernels.__all__, *norms.__all__, *scaled.__all__)
+):
     if hasattr(module, name):
         setattr(module, name, Watched(module, name))
 
@@ -175,6 +179,38 @@ def check_standardized(layer: torch.nn.Module) -> None:
     assert len(backward) <= 3 + len(BACKWARD), backward
 
 
+def check_scaled(layer: ScaledWSConv2d) -> None:
+    weight = torch.randn(K, *layer.weight.shape)
+    weight[0, 1] *= 1e-4  # below the least deviation that is divided by
+    own = {"weight": weight, "gain": torch.rand(K, len(layer.gain)) + 0.5}
+    leaves = [tensor.requires_grad_() for tensor in own.values()]
+
+    def used(own: dict[str, Tensor]) -> Tensor:
+        return functional_call(Used(layer), {f"layer.{name}": t for name, t in own.items()}, ())
+
+    y, forward = launches.of(torch.func.vmap(used), own)
+    g = torch.randn_like(y)
+    found, backward = launches.of(gradients, y, leaves, g)
+    assert (forward, backward) == (["standardize"], ["standardize_back"])
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    w, gain = wide
+    far = w - w.mean((2, 3, 4), keepdim=True)
+    energy = far.square().sum((2, 3, 4), keepdim=True)
+    wanted = far / energy.clamp(min=1e-4).sqrt() * gain[..., None, None, None]
+    agree((y, *found), (wanted, *gradients(wanted, wide, g.double())), 1e-5)
+
+
+class Used(torch.nn.Module):
+    """The filters that a layer convolves with."""
+
+    def __init__(self, layer: ScaledWSConv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        return self.layer.standardized_weight()
+
+
 def check_norm(shape: tuple[int, ...], groups: int, last: bool, offset: float) -> None:
     """Two ways into the kernels: fused with a ReLU, and a GroupNorm as PyTorch writes it."""
     x = torch.randn(K, N, *shape) + offset
@@ -240,6 +276,7 @@ for p, half in itertools.product((0.05, 0.0), (False, True)):
     check_one(p, half)
 for standardized in (WSConv2d(4, 6, 3), WSKNConv2d(4, 6, 3, dropout_p=0.05)):
     check_standardized(standardized)
+check_scaled(ScaledWSConv2d(130, 2, 3, bias=False))
 for shape, groups, last, offset in (
     ((6, 5, 4), 2, True, 0.0),
     ((40, 9, 8), 1, False, 0.0),

@@ -15,12 +15,13 @@ from triton.compiler import ASTSource
 
 from fedkn.layers import convolution_kernels as convolutions
 from fedkn.layers import group_norm_kernels as norms
+from fedkn.layers import standardization_kernels as standardization
 from fedkn.layers.kernel import mask_kernel
 from fedkn.layers.kernel.backends import triton_kernels as kernels
 
 FLOAT = "*fp32"
 TAPS = dict.fromkeys(("SH", "SW", "PH", "PW", "DH", "DW"), 1) | {"KH": 3, "KW": 3}
-NUMBERS = ("eps", "first", "excess")
+NUMBERS = ("eps", "first", "excess", "least")
 
 
 def compile_(kernel, types, constants, *, capability=90, sixteens=(), ones=()) -> str:
@@ -90,6 +91,11 @@ for x, relu in itertools.product((FLOAT, "*bf16"), (True, False)):
     # What is 1 is a constant to Triton.
     for kernel in (norms.normalize, norms.normalize_back):
         compile_(kernel, maps, common, ones=("N", "EACH", "PIXELS"))
+filters = dict.fromkeys(("weight", "gain", "used", "mean", "energy", "g", "dw", "dgain"), FLOAT)
+for kernel, ones in itertools.product(
+    (standardization.standardize, standardization.standardize_back), ((), ("WEIGHTS",))
+):
+    compile_(kernel, filters, {}, ones=ones)
 for transposed in (True, False):
     maps = dict.fromkeys(("x", "w", "bias", "y", "g", "parts"), FLOAT)
     common = TAPS | {"BLOCK_O": 32, "BLOCK_C": 32, "BLOCK_M": 64}
