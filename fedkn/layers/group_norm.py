@@ -31,6 +31,8 @@ def serves(x: object, weight: Tensor | None, bias: Tensor | None) -> bool:
     if x.dim() != 4 or x.numel() == 0:
         return False
     if not circumstances.eager():
+        if not circumstances.one_vmap_over(weight):
+            return False
         if triton_switch.reaches(x.device):
             return _triton_takes(x, weight, bias)
         return bool(side_by_side.serves(x, weight, bias))
@@ -92,8 +94,7 @@ def _of_clients(  # noqa: PLR0917 - as group_norm's
 
 def _triton_takes(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return (
-        circumstances.one_vmap_over(weight)
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and x.device == weight.device == bias.device
         and not torch.is_autocast_enabled(x.device.type)
         and triton_switch.load()

@@ -40,7 +40,7 @@ class ScaledWSConv2d(nn.Conv2d):
 
     def standardized_weight(self) -> Tensor:
         """Return the filters that the convolution uses, in the shape of ``weight``."""
-        if triton_switch.reaches(self.weight.device) and _of_clients(self.weight, self.gain):
+        if _of_clients(self.weight, self.gain):
             return _standardized_of_clients(self.weight, self.gain)
         variance, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
         # The paper's own bound: relative to the sum over a filter, so the same at every width.
@@ -55,6 +55,7 @@ def _of_clients(weight: Tensor, gain: Tensor) -> bool:
     """Whether one launch for all clients of a vmap can be had: on a GPU."""
     return (
         circumstances.one_vmap_over(weight)
+        and triton_switch.reaches(weight.device)
         and weight.dtype == gain.dtype == torch.float32
         and triton_switch.load()
     )

@@ -53,8 +53,8 @@ def _by_triton(units: Tensor, settings: Settings, eager: bool) -> bool:
     """Whether units are single pixels on a GPU, eager or of clients under one vmap."""
     return (
         settings.geometry.kernel == (1, 1)
-        and bool(triton.takes(units, units))
         and (eager or circumstances.one_vmap_over(units))
+        and bool(triton.takes(units, units))
     )
 
 

@@ -23,10 +23,10 @@ __all__ = ["forward", "serves"]
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
     """Whether there are clients with filters of their own, and kernels for them."""
-    if not triton_switch.reaches(x.device):
-        return side_by_side.serves(x, weight, bias)
     if not one_vmap_over(weight):
         return side_by_side.NO_VMAP
+    if not triton_switch.reaches(x.device):
+        return side_by_side.serves(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         return _AUTOCAST
     return triton.takes(x, weight)

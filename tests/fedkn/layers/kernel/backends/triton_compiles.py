@@ -59,14 +59,13 @@ for x, (masked, aligned), last in itertools.product((FLOAT, "*bf16"), MASKS, (Tr
     sixteens = (*STRIDES, *DSTRIDES, "PIXELS", "C", "H", "W") if wide else ()
     known = {"sixteens": sixteens, "ones": ones}
     width = "2.b32" if x != FLOAT and not last else "4.b32"
-    for capability in (80, 90):
+    for capability in (80, 90) if aligned else (90,):
         ptx = compile_(kernels.channel_sums, types, common, capability=capability, **known)
         if wide:
             check_accesses(ptx, width)
     own = common | TAPS | {"SHARES": 2, "CENTRED": not masked, "BIAS": True, "WEIGHT": True}
     known["ones"] += ("d" + ones[0],)
-    for taps in (1, 9):
-        ptx = compile_(kernels.finish_gradients, types, own | {"TAPS": taps}, **known)
+    ptx = compile_(kernels.finish_gradients, types, own | {"TAPS": 9 if aligned else 1}, **known)
     if wide:
         check_accesses(ptx, width)
 for x, (relu, output), centred in itertools.product(
@@ -77,7 +76,9 @@ for x, (relu, output), centred in itertools.product(
     common = {"CENTRED": centred, "BIAS": True, "RELU": relu, "BLOCK_O": 8, "BLOCK_P": 128}
     compile_(kernels.epilogue, maps, common | {"KEEP_Z": not output})
     compile_(kernels.reduce_gradient, maps, common | {"OUTPUT": output, "SPLITS": 2})
-for x, masked, taps in itertools.product((FLOAT, "*bf16"), (True, False), (1, 9)):
+for (x, masked), taps in zip(
+    itertools.product((FLOAT, "*bf16"), (True, False)), (1, 9, 9, 1), strict=True
+):
     types = STATISTICS | {"filters": FLOAT, "weight": x, "used": x}
     own = {"MASKED": masked, "CENTRED": not masked, "COPY": not masked or taps > 1, "TAPS": taps}
     ptx = compile_(kernels.moments, types, TAPS | own | {"SPLITS": 2, "BLOCK": 128})
