@@ -124,7 +124,7 @@ class _Normalized(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator] # torch's
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         from fedkn.layers import group_norm_kernels as kernels  # noqa: PLC0415 - Triton is optional
 

@@ -91,7 +91,7 @@ class _Standardized(torch.autograd.Function):
         return used
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator] # torch's
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         from fedkn.layers import standardization_kernels as kernels  # noqa: PLC0415 - Triton is optional
 

@@ -157,7 +157,7 @@ class _Convolution(torch.autograd.Function):
         return convolved(x, weight, bias, geometry)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator] # torch's
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         dx, dw = gradients(g, x, weight, ctx.geometry, ctx.needs_input_grad[:2])
@@ -209,7 +209,7 @@ def gradients(
             False, [0, 0], len(x) * groups, (wanted[0], wanted[1], False),
         )  # fmt: skip
         dx = None if dx is None else _apart(dx, len(x))
-        return dx, None if dw is None else dw.unflatten(0, weight.shape[:2])
+        return dx, None if dw is None else dw.view(weight.shape)
     g, x, weight = g.contiguous(), x.contiguous(), weight.contiguous()
     if wanted[0]:
         dx = torch.empty_like(x)
@@ -228,7 +228,7 @@ def _beside(x: Tensor) -> Tensor:
 
 def _apart(y: Tensor, clients: int) -> Tensor:
     """Return maps (N, K * C, H, W) as (K, N, C, H, W), where they are."""
-    return y.unflatten(1, (clients, -1)).movedim(1, 0)
+    return y.view(len(y), clients, y.shape[1] // clients, *y.shape[2:]).movedim(1, 0)
 
 
 def _filters_beside(weight: Tensor) -> Tensor:

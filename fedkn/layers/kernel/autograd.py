@@ -144,16 +144,6 @@ def _defined(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings)
     """Return the definition's output; of clients, which are a first dimension, each one's own."""
     if x.dim() == 4:
         return definition.convolution(x, weight, bias, settings)
-    key, clients = settings.key, range(len(x))
-    own = isinstance(key, Tensor) and key.dim() > 0
-    return torch.stack(
-        [
-            definition.convolution(
-                x[i],
-                weight[i],
-                None if bias is None else bias[i],
-                settings._replace(key=key[i]) if own else settings,
-            )
-            for i in clients
-        ]
-    )
+    biases = [None] * len(x) if bias is None else bias
+    parts = zip(x, weight, biases, settings.of_clients(len(x)), strict=True)
+    return torch.stack([definition.convolution(*part) for part in parts])

@@ -127,10 +127,8 @@ def _through_definition(g: Tensor, units: Tensor, settings: Settings) -> Tensor:
     if units.dim() == 4:
         y = definition.norm(alias, settings)
     else:
-        key = settings.key
-        keys = key.expand(len(units)) if isinstance(key, Tensor) else [key] * len(units)
-        parts = zip(alias, keys, strict=True)
-        y = torch.stack([definition.norm(maps, settings._replace(key=k)) for maps, k in parts])
+        parts = zip(alias, settings.of_clients(len(units)), strict=True)
+        y = torch.stack([definition.norm(*part) for part in parts])
     return torch.autograd.grad(y, alias, g, create_graph=True)[0]
 
 

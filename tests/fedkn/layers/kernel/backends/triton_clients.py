@@ -144,6 +144,26 @@ def check_clients(layer: KNConv2d, offset: float) -> None:
         assert backward == BACKWARD, backward
 
 
+def check_second_derivatives() -> None:
+    """Derivatives of gradients are the definition's, each client's by itself."""
+    layer = KNConv2d(4, 6, 3, dropout_p=0.3)
+    x, keys = torch.randn(K, N, 4, 5, 5), torch.tensor([[5], [-7], [2**62 + 1]])
+    weight, bias = torch.randn(K, *layer.weight.shape), torch.randn(K, 6)
+    results = []
+    for wide in (False, True):
+        leaves = [(t.double() if wide else t).detach().requires_grad_() for t in (x, weight, bias)]
+        if wide:
+            parts = zip(*leaves, keys, strict=True)
+            y = torch.stack([defined(layer, *part) for part in parts])
+        else:
+            own = {"weight": leaves[1], "bias": leaves[2]}
+            y = torch.func.vmap(call(layer))(own, leaves[0], keys)
+        first = torch.autograd.grad(y.square().sum(), leaves[:2], create_graph=True)
+        penalty = first[0].square().sum() + first[1].square().sum()
+        results.append(torch.autograd.grad(penalty, leaves[:2]))
+    agree(*results, 1e-4)
+
+
 def check_one(p: float, half: bool) -> None:
     layer = KNConv2d(4, 6, 3, padding=1, dropout_p=p).to(memory_format=torch.channels_last)
     x = torch.randn(N, 4, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
@@ -271,6 +291,7 @@ for layer, tf32 in itertools.product(LAYERS, (True, False)):
     torch.backends.cudnn.allow_tf32 = tf32
     check_clients(layer, 0.0)
 check_clients(LAYERS[1], 1000.0)
+check_second_derivatives()
 torch.backends.cudnn.allow_tf32 = True
 for p, half in itertools.product((0.05, 0.0), (False, True)):
     check_one(p, half)
