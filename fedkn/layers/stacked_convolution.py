@@ -152,6 +152,8 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
     ) -> Tensor:
+        if grouped(x, geometry):
+            weight = room_for_filters(weight).copy_(weight)
         ctx.save_for_backward(x, weight)
         ctx.geometry = geometry
         return convolved(x, weight, bias, geometry)
@@ -161,6 +163,8 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         dx, dw = gradients(g, x, weight, ctx.geometry, ctx.needs_input_grad[:2])
+        # An optimizer's step over all tensors at once wants them laid out as the parameters are.
+        dw = None if dw is None else dw.contiguous()
         db = g.sum((1, 3, 4)) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None
 
