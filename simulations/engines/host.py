@@ -11,6 +11,8 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.local_state import STATE_FOLDER
+from fedkn.gpus import GpuFull, full_gpu
+from fedkn.text import printable
 from simulations.engines.gathering import Trained, Wanted, gathered
 from simulations.engines.identity import RUN_ID
 from simulations.engines.records import copied
@@ -67,12 +69,27 @@ class ClientHost:
         self._clients = clients
         self._run_config = dict(run_config)
         self._train = train
+        self._full = ""
+        """Which client found the GPU full, if one did."""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Return the answers to `requests`, whose content is the clients' own from here on."""
+        """Return the answers to `requests`, whose content is the clients' own from here on.
+
+        Raises:
+            GpuFull: this machine's GPU cannot hold what a client needs, which is no client's fault.
+        """
+        self._full = ""
         if self._train is not None:
-            return gathered(self.answer_one, requests, self._train)
-        return [self.answer_one(request) for request in requests]
+            answers = gathered(self.answer_one, requests, self._train)
+        else:
+            answers = [self.answer_one(request) for request in requests]
+        if self._full:
+            reason = printable(self._full.splitlines()[0], 300)
+            raise GpuFull(
+                f"the GPU's memory did not suffice ({reason}): train fewer clients or cells on it "
+                "at once (workers, compare.workers), smaller batches, or a narrower model"
+            )
+        return answers
 
     def answer_one(self, request: Request) -> Answer:
         """Return the answer of one client; an exception that it raises is an error answer."""
@@ -94,6 +111,8 @@ class ClientHost:
         try:
             reply = self._app(message, context)
         except Exception as error:  # whatever a client raises is its error reply
+            if full_gpu(error):
+                self._full = f"client {request.node - FIRST_NODE}: {error}"
             reason = "".join(traceback.format_exception(error))
             return Answer(None, reason, context.state)
         if reply.has_error():

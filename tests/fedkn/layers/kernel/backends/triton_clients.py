@@ -26,6 +26,7 @@ from fedkn.layers.kernel.backends import triton_kernels as kernels
 from fedkn.layers.kernel.dropout import drop_level, dropout_keys
 from fedkn.layers.kernel.settings import Geometry, Settings
 from fedkn.layers.stacked_convolution import StackedConvolutions
+from tests.fedkn.layers import interpreter  # noqa: F401
 
 K, N = 3, 2
 torch.manual_seed(0)
