@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,17 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fedkn.layers import KernelNorm2d, KNConv2d, ScaledWSConv2d, WSConv2d, WSKNConv2d
+from fedkn import models, normalizers
+from fedkn.layers import KernelNorm2d, KNConv2d, ScaledWSConv2d, WSConv2d, WSKNConv2d, triton_switch
 from fedkn.layers import group_norm_kernels as norms
 from fedkn.layers import standardization_kernels as scaled
 from fedkn.layers.group_norm import group_norm, serves
 from fedkn.layers.kernel import definition
 from fedkn.layers.kernel.backends import triton_kernels as kernels
-from fedkn.layers.kernel.dropout import drop_level, dropout_keys
+from fedkn.layers.kernel.dropout import drop_level, dropout_keys, dropout_stream, keys_of
 from fedkn.layers.kernel.settings import Geometry, Settings
 from fedkn.layers.stacked_convolution import StackedConvolutions
+from fedkn.training.stacked import forward_of
 from tests.fedkn.layers import interpreter  # noqa: F401
 
 K, N = 3, 2
@@ -287,10 +290,43 @@ def check_kernel_norm(p: float, clients: bool, last: bool) -> None:
     agree((y, *found), (whole, *gradients(whole, [wide], g.double())), 1e-5, p, clients, last)
 
 
-for layer, tf32 in itertools.product(LAYERS, (True, False)):
-    # On the CPU it only chooses the way: cuDNN's grouped convolution, or our own kernels.
+def check_network() -> None:
+    """A whole network's forward and backward pass, against the definition's operations."""
+    model = models.build(
+        "resnet8",
+        num_classes=3,
+        in_channels=2,
+        normalizer=normalizers.create("kernel"),
+        width=4,
+        final_norm="kernel",
+    )
+    x = torch.randn(2, 2, 2, 8, 8)
+    with dropout_stream(0) as stream, torch.no_grad():
+        model(x[0])
+    keys = keys_of(torch.tensor([0, 1]), stream.calls)
+    own = {
+        name: torch.stack([p.detach(), 1.1 * p.detach()]).requires_grad_()
+        for name, p in model.named_parameters()
+    }
+
+    def step() -> tuple[Tensor, ...]:
+        with StackedConvolutions():
+            y = torch.func.vmap(forward_of(model))(own, x, keys)
+        return y, *torch.autograd.grad(y.square().sum(), list(own.values()))
+
+    with mock.patch.object(triton_switch, "reaches", return_value=False):
+        wanted, before = launches.of(step)
+    found, now = launches.of(step)
+    agree(found, wanted, 1e-4)
+    assert len(now) <= 90, now
+    assert len(before) > 8 * len(now)
+
+
+# On the CPU TF32 only chooses the way: cuDNN's grouped convolution, or our own kernels.
+for layer, tf32 in zip((LAYERS[0], *LAYERS), (False, True, False, True, True), strict=True):
     torch.backends.cudnn.allow_tf32 = tf32
     check_clients(layer, 0.0)
+torch.backends.cudnn.allow_tf32 = False
 check_clients(LAYERS[1], 1000.0)
 check_second_derivatives()
 torch.backends.cudnn.allow_tf32 = True
@@ -307,3 +343,4 @@ for shape, groups, last, offset in (
     check_norm(shape, groups, last, offset)
 for p, clients, last in ((0.05, True, True), (0.0, True, False), (0.3, False, False)):
     check_kernel_norm(p, clients, last)
+check_network()
