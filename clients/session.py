@@ -113,12 +113,12 @@ def config_in(context: Context) -> ExperimentConfig:
     return _config(tuple(context.run_config.items()))
 
 
-def open_session(context: Context, content: RecordDict | None) -> tuple[Session, int]:
+def open_session(context: Context, content: RecordDict | DataSummary | None) -> tuple[Session, int]:
     """Return the session of the experiment in `context` and the client's partition id.
 
     A node whose config has a ``data-path`` is a device with images of its own; any other holds
     its part of the experiment's source. What the experiment's images are like, a device with its
-    own is told in the `content` of a message. Before it has one (None) it goes by the
+    own is told in the `content` of a message, or as it is. Before it has one (None) it goes by the
     experiment's source, if that is here too, else by its own images. Any other is told too, and
     must have the same images as the server.
 
@@ -130,11 +130,15 @@ def open_session(context: Context, content: RecordDict | None) -> tuple[Session,
     if not isinstance(partition, int):
         raise UserError("the node's config has no partition-id: give --node-config partition-id=N")
     nodes, own = node.get("num-partitions", 0), node_data(node)
+    if isinstance(content, RecordDict):
+        told = told_data(content) if own or DATA in content else None
+    else:
+        told = content
     session = _session_of(
         tuple(context.run_config.items()),
         nodes if isinstance(nodes, int) else 0,
         (partition, own) if own else None,
-        told_data(content) if content is not None and (own or DATA in content) else None,
+        told,
         node_profile(node),
     )
     if not 0 <= partition < len(session.parts):

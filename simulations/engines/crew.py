@@ -18,7 +18,7 @@ from fedkn.experiment import data_summary
 from server.run_data import refuse_changes
 from simulations.engines.channel import ClosedError, Letter, receive
 from simulations.engines.host import Answer, ClientHost, Request
-from simulations.engines.records import Bytes, pack, unpack
+from simulations.engines.records import Bytes, pack, unpack, unpacked_records
 from simulations.engines.worker import IDLE, READY, WorkerProcess, WorkQueue
 
 __all__ = ["PATIENCE", "Crew"]
@@ -239,4 +239,5 @@ class _Round:
 
 def _unpacked(packed: tuple[Any, str, Any], read: Callable[[int, int], bytes]) -> Answer:
     content, error, state = packed
-    return Answer(None if content is None else unpack(content, read), error, unpack(state, read))
+    answer = None if content is None else unpack(content, read)
+    return Answer(answer, error, unpacked_records(state, read))

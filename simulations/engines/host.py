@@ -11,9 +11,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.local_state import STATE_FOLDER
-from simulations.engines.gathering import Trained, Wanted, gathered
+from fedkn.direct import Asked, Trained
+from simulations.engines.gathering import Trained as TrainedTogether
+from simulations.engines.gathering import Wanted, gathered
 from simulations.engines.identity import RUN_ID
-from simulations.engines.records import copied
+from simulations.engines.records import Content, copied
 
 __all__ = ["FIRST_NODE", "Answer", "ClientHost", "Request"]
 
@@ -23,11 +25,11 @@ FIRST_NODE = 1000
 
 @dataclass(frozen=True)
 class Request:
-    """A message to a client: its node, the message, and the client's state before it."""
+    """What a client is asked: its node, the message or what is asked without one, its state."""
 
     node: int
     message_type: str
-    content: RecordDict
+    content: Content
     state: RecordDict
 
     def copied(self) -> Request:
@@ -39,7 +41,7 @@ class Request:
 class Answer:
     """What came back: the reply's content, or the `error` if there is none, and the new state."""
 
-    content: RecordDict | None
+    content: Content | None
     error: str
     state: RecordDict
 
@@ -51,6 +53,7 @@ class ClientHost:
         app: the ClientApp. clients: how many there are. run_config: every client's run config.
         state_folder: where they keep what is their own on disk (empty: in memory).
         train: trains the clients of one call together (None: each by itself, one after another).
+        directly: what the ClientApp does in training, without its messages.
     """
 
     def __init__(
@@ -58,10 +61,12 @@ class ClientHost:
         app: ClientApp,
         clients: int,
         run_config: Mapping[str, Any],
-        train: Callable[[Sequence[Wanted]], Sequence[Trained]] | None = None,
+        train: Callable[[Sequence[Wanted]], Sequence[TrainedTogether]] | None = None,
         *,
+        directly: Callable[[Asked, Context], Trained],
         state_folder: str = "",
     ) -> None:
+        self._directly = directly
         self._state_folder = state_folder
         self._app = app
         self._clients = clients
@@ -76,10 +81,6 @@ class ClientHost:
 
     def answer_one(self, request: Request) -> Answer:
         """Return the answer of one client; an exception that it raises is an error answer."""
-        message = Message(
-            request.content, dst_node_id=request.node, message_type=request.message_type
-        )
-        message.metadata.__dict__["_message_id"] = f"{request.node:x}"
         context = Context(
             run_id=RUN_ID,
             node_id=request.node,
@@ -92,10 +93,19 @@ class ClientHost:
             run_config=dict(self._run_config),
         )
         try:
-            reply = self._app(message, context)
+            if isinstance(request.content, Asked):
+                return Answer(self._directly(request.content, context), "", context.state)
+            reply = self._app(_message(request), context)
         except Exception as error:  # whatever a client raises is its error reply
             reason = "".join(traceback.format_exception(error))
             return Answer(None, reason, context.state)
         if reply.has_error():
             return Answer(None, reply.error.reason or "no reason given", context.state)
         return Answer(reply.content, "", context.state)
+
+
+def _message(request: Request) -> Message:
+    assert isinstance(request.content, RecordDict)
+    message = Message(request.content, dst_node_id=request.node, message_type=request.message_type)
+    message.metadata.__dict__["_message_id"] = f"{request.node:x}"
+    return message
