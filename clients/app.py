@@ -18,7 +18,7 @@ from clients.passes import own_model, prepared
 from clients.privacy_account import PrivacyAccount, privacy_account
 from clients.session import Session, config_in, open_session
 from clients.trainer import current_trainer
-from fedkn.algorithms import keeps_model, local_rules
+from fedkn.algorithms import local_rules
 from fedkn.config import ExperimentConfig
 from fedkn.data.summary import DataSummary
 from fedkn.direct import Asked, Trained
@@ -37,12 +37,10 @@ from fedkn.federation import (
     evaluation_metrics,
     is_packed,
     join_answer,
-    on_the_wire,
     packed,
     tensors_to_arrays,
     update_metrics,
 )
-from fedkn.normalizers import TensorRole
 from fedkn.stack import Flat
 from fedkn.training import LocalRule, LocalTask, carried_part, evaluate
 from fedkn.training.privacy_spent import PRIVACY, PrivacySpent
@@ -75,11 +73,10 @@ def join(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Load the received tensors and the client's own, train locally, answer with the update."""
-    session, partition = _opened(message, context)
+    opened = _opened(message, context)
     received, told = _received(message)
-    metrics, arrays = _trained(
-        session, partition, context, told, (received, _given(message)), tensors_to_arrays
-    )
+    tensors = received, _given(message)
+    metrics, arrays = _trained(opened, context, told, tensors, tensors_to_arrays)
     # As it was asked, so it is answered.
     packs = is_packed(message.content.array_records[ARRAYS])
     answer = RecordDict(
@@ -90,17 +87,15 @@ def train(message: Message, context: Context) -> Message:
 
 def train_directly(asked: Asked, context: Context) -> Trained:
     """Do what `train` does, for an engine on the same machine: the tensors stay on their device."""
-    session, partition = _session(context, asked.data, asked.told)
-    given = asked.control.tensors() if asked.control else {}
+    opened = _session(context, asked.data, asked.told)
+    tensors = asked.sent.tensors(), asked.control.tensors() if asked.control else {}
 
     def put(tensors: Mapping[str, Tensor]) -> Flat | dict[str, Tensor]:
         flat = Flat.of(asked.sent.layout, tensors)
         # What the gate is to refuse, as it would have come by a message.
         return flat or arrays_to_tensors(tensors_to_arrays(tensors))
 
-    return Trained(
-        *_trained(session, partition, context, asked.told, (asked.sent.tensors(), given), put)
-    )
+    return Trained(*_trained(opened, context, asked.told, tensors, put))
 
 
 @app.evaluate()
@@ -132,8 +127,7 @@ _MODEL = "model/"
 
 
 def _trained(
-    session: Session,
-    partition: int,
+    opened: tuple[Session, int],
     context: Context,
     told: Mapping[str, Any],
     tensors: tuple[dict[str, Tensor], dict[str, Tensor]],
@@ -141,8 +135,10 @@ def _trained(
 ) -> tuple[dict[str, int | float], PutT]:
     """Train a client; return the metrics of its update, and its tensors as `put` copies them.
 
-    `tensors`: what it received, and what the server's strategy sends beside the model.
+    `opened`: the session and which client it is. `tensors`: what it received, and what the server's
+    strategy sends beside the model.
     """
+    session, partition = opened
     received, given = tensors
     round_ = _told(told, ROUND, int)
     run = _told(told, RUN_TOKEN, str)
@@ -242,8 +238,7 @@ def _bytes(arrays: ArrayRecord) -> bytes:
 
 def _state_round(session: Session, rules: Sequence[LocalRule], told: Mapping[str, Any]) -> int:
     """Return the round that left the state to go on from; 0 where clients keep nothing to lose."""
-    own = bool(session.local_tensors) or keeps_model(session.config)
-    keeps = own or any(rule.carries for rule in rules)
+    keeps = session.keeps_own or any(rule.carries for rule in rules)
     return _told(told, STATE_ROUND, int) if keeps else 0
 
 
@@ -274,10 +269,9 @@ def _sent(
     rules: Sequence[LocalRule],
 ) -> dict[str, Tensor]:
     """Return the tensors of the update, the shared ones as the rules have them sent."""
-    tensors = {name: state[name] for name in on_the_wire(session.rule)}
-    shared = [name for name, role in session.rule.items() if role is TensorRole.SHARED]
+    tensors = {name: state[name] for name in session.sent_tensors}
     for rule in rules:
-        tensors |= rule.sent({name: tensors[name] for name in shared}, received)
+        tensors |= rule.sent({name: tensors[name] for name in session.shared_tensors}, received)
     return tensors
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from clients.device.data import (
     summary_of,
 )
 from clients.device.profile import MIB, Profile, fitting_batch, node_profile, step_bytes
-from fedkn.algorithms import federation_rule
+from fedkn.algorithms import federation_rule, keeps_model
 from fedkn.config import ExperimentConfig, TrainConfig
 from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.summary import DataSummary
@@ -36,7 +36,7 @@ from fedkn.experiment import (
     normalizer_of,
     task_of,
 )
-from fedkn.federation import DATA, fixed_sha256, told_data
+from fedkn.federation import DATA, fixed_sha256, on_the_wire, told_data
 from fedkn.normalizers import FederationRule, Normalizer, TensorRole
 from fedkn.tasks import Task
 from fedkn.training import Inputs, Workspace, check_precision
@@ -102,10 +102,25 @@ class Session:
         part = self.held[partition]
         return self.examples[part], self.targets[part]
 
-    @property
+    @cached_property
     def local_tensors(self) -> tuple[str, ...]:
         """The names of the model's tensors that never leave the client."""
         return tuple(name for name, role in self.rule.items() if role is TensorRole.LOCAL)
+
+    @cached_property
+    def sent_tensors(self) -> tuple[str, ...]:
+        """The names of the model's tensors that travel."""
+        return on_the_wire(self.rule)
+
+    @cached_property
+    def shared_tensors(self) -> tuple[str, ...]:
+        """The names of those that the clients share."""
+        return tuple(name for name, role in self.rule.items() if role is TensorRole.SHARED)
+
+    @cached_property
+    def keeps_own(self) -> bool:
+        """Whether every client keeps tensors or a whole model of its own."""
+        return bool(self.local_tensors) or keeps_model(self.config)
 
 
 def config_in(context: Context) -> ExperimentConfig:

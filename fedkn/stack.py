@@ -124,7 +124,7 @@ class Flat:
         if tensors.keys() != set(layout.names):
             return None
         parts: list[list[Tensor]] = [[] for _ in layout.kinds]
-        device = next((value.device for value in tensors.values()), torch.device("cpu"))
+        device = next((value.device for value in tensors.values()), _CPU)
         here = moved(tensors, device)
         for name in layout.names:
             value = here[name]
@@ -179,11 +179,13 @@ class Stack:
 
     @classmethod
     def of(cls, layout: Layout, states: Sequence[Arrays | Flat]) -> Stack:
-        """Return a stack of `states`, a copy, on the device of the first that is on one.
+        """Return a copy of `states`, one under the other.
 
+        On the device of the first that is on another than the CPU, if there is one.
         Arrays must be of the layout's names, shapes and dtypes; others that they have are left out.
         """
-        device = next((s.parts[0].device for s in states if isinstance(s, Flat) and s.parts), _CPU)
+        devices = (part.device for s in states if isinstance(s, Flat) for part in s.parts)
+        device = next((one for one in devices if one != _CPU), _CPU)
         parts = [
             torch.empty((len(states), size), dtype=dtype, device=device)
             for dtype, size in layout.kinds

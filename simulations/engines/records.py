@@ -93,7 +93,8 @@ def pack(content: Content, data: Bytes) -> Packed:
 def unpack(packed: Packed, read: Read, device: torch.device | None = None) -> Content:
     """Return what `pack` was given; ``read(offset, length)`` returns bytes of the data.
 
-    What a client is asked without a message is put on its `device` if one is given, once for all that are asked it.
+    What clients are asked without a message is put on their `device` if one is given, once for all
+    that are asked the same.
     """
     if isinstance(packed, _PackedAsked):
         sent = _shared(*_data(packed.sent, read), device)
