@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,8 +79,11 @@ class Layout:
         Raises:
             KeyError: a name that is not in the layout.
         """
+        wanted = set(names)
+        if unknown := wanted - self._places.keys():
+            raise KeyError(f"no tensor named {min(unknown)}")
         pieces: dict[int, list[tuple[int, int, list[str]]]] = {}
-        for name in sorted(set(names), key=lambda name: self._places[name][:2]):
+        for name in (name for name in self.names if name in wanted):
             kind, begin, end, _ = self._places[name]
             found = pieces.setdefault(kind, [])
             if found and found[-1][1] == begin:
@@ -119,7 +122,7 @@ class Flat:
     def of(cls, layout: Layout, tensors: Mapping[str, Tensor]) -> Flat | None:
         """Return a copy of `tensors`, None where they are not those of the `layout`.
 
-        On the device of most of them: the first one's.
+        On the device of the first of them.
         """
         if tensors.keys() != set(layout.names):
             return None
@@ -172,9 +175,11 @@ class Flat:
 class Stack:
     """Many clients' tensors of one layout: for each kind of it a tensor (clients, numbers)."""
 
-    def __init__(self, layout: Layout, parts: Sequence[Tensor]) -> None:
+    def __init__(self, layout: Layout, parts: Sequence[Tensor], clients: int) -> None:
+        """`clients`: how many, also where the layout has no tensors."""
         self.layout = layout
         self.parts = tuple(parts)
+        self._clients = clients
         self._hosts: dict[int, np.ndarray] = {}
 
     @classmethod
@@ -194,7 +199,7 @@ class Stack:
             for kind, part in enumerate(parts):
                 rows = [state.parts[kind] for state in states if isinstance(state, Flat)]
                 torch.stack([row.to(device) for row in rows], out=part)
-            return cls(layout, parts)
+            return cls(layout, parts, len(states))
         for place, state in enumerate(states):
             if isinstance(state, Flat):
                 for part, values in zip(parts, state.parts, strict=True):
@@ -206,10 +211,10 @@ class Stack:
                 here[kind][begin:end] = np.asarray(state[name]).reshape(-1)
             for part, row in zip(parts, here, strict=True):
                 part[place].copy_(torch.from_numpy(row))
-        return cls(layout, parts)
+        return cls(layout, parts, len(states))
 
     def __len__(self) -> int:
-        return len(self.parts[0]) if self.parts else 0
+        return self._clients
 
     def rows(self) -> list[StackRow]:
         """Return the clients' tensors, one mapping of arrays for each of them."""
@@ -284,10 +289,10 @@ def distances(states: Sequence[Arrays], sent: Arrays, names: Iterable[str]) -> l
         return []
     squares: list[Tensor] = []
     for layout, run, rows in rows_of(states, names):
-        start = layout.joined(sent, run, rows[0].device, torch.float64)
-        at_once = max(1, _NUMBERS_AT_ONCE // max(1, len(start)))
+        back = layout.joined(sent, run, rows[0].device, torch.float64).neg_()
+        at_once = max(1, _NUMBERS_AT_ONCE // max(1, len(back)))
         groups = (rows[i : i + at_once] for i in range(0, len(rows), at_once))
-        found = [torch.stack(group).double().sub_(start).square_().sum(1) for group in groups]
+        found = [torch.stack(group).add(back).square_().sum(1) for group in groups]
         squares.append(torch.cat(found))
     if not squares:
         return [0.0] * len(states)
@@ -299,9 +304,9 @@ _NUMBERS_AT_ONCE = 1 << 18
 """Converted to float64 at once: as many as stay in a processor's cache."""
 
 
-def _torch_dtype(dtype: np.dtype) -> torch.dtype:
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
     return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
-def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return torch.empty(0, dtype=dtype).numpy().dtype

@@ -147,3 +147,9 @@ def test_distances_are_euclidean_in_float64():
         assert distances(stack_of(some).rows(), sent, names) == pytest.approx(naive, rel=1e-12)
     assert distances([], sent, PARAMETERS) == []
     assert distances(some, sent, []) == [0.0] * 5
+
+
+def test_clients_are_counted_where_nothing_travels():
+    stack = Stack.of(Layout({}), [{}, {}])
+    assert len(stack) == len(stack.rows()) == 2
+    assert weighted_mean(stack.rows(), [1, 1], []) == {}
