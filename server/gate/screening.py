@@ -239,7 +239,7 @@ class Screen:
         for name, sent in self._sent.items():
             try:
                 arrays[name] = _of_form(name, record[name], sent)
-            except RefusedUpdate:
+            except Exception:  # whatever breaks a parser
                 # Of several things that are wrong, the first tensor's is named.
                 odd = next((n for n, value in arrays.items() if not np.isfinite(value).all()), None)
                 if odd is None:
