@@ -17,7 +17,7 @@ from clients.local_state import LocalState, local_state
 from clients.passes import own_model, prepared
 from clients.privacy_account import PrivacyAccount, privacy_account
 from clients.session import Session, config_in, open_session
-from clients.trainer import current_trainer
+from clients.trainer import Passes, Wanted, alone
 from fedkn.algorithms import local_rules
 from fedkn.config import ExperimentConfig
 from fedkn.data.summary import DataSummary
@@ -76,16 +76,16 @@ def train(message: Message, context: Context) -> Message:
     opened = _opened(message, context)
     received, told = _received(message)
     tensors = received, _given(message)
-    metrics, arrays = _trained(opened, context, told, tensors, tensors_to_arrays)
+    metrics, arrays = alone(_trained(opened, context, told, tensors, tensors_to_arrays))
     # As it was asked, so it is answered.
     packs = is_packed(message.content.array_records[ARRAYS])
     answer = RecordDict(
-        {ARRAYS: packed(arrays) if packs else arrays, METRICS: MetricRecord(metrics)}
+        {ARRAYS: packed(arrays) if packs else arrays, METRICS: MetricRecord({**metrics})}
     )
     return Message(answer, reply_to=message)
 
 
-def train_directly(asked: Asked, context: Context) -> Trained:
+def train_directly(asked: Asked, context: Context) -> Passes[Trained]:
     """Do what `train` does, for an engine on the same machine: the tensors stay on their device."""
     opened = _session(context, asked.data, asked.told)
     tensors = asked.sent.tensors(), asked.control.tensors() if asked.control else {}
@@ -95,7 +95,7 @@ def train_directly(asked: Asked, context: Context) -> Trained:
         # What the gate is to refuse, as it would have come by a message.
         return flat or arrays_to_tensors(tensors_to_arrays(tensors))
 
-    return Trained(*_trained(opened, context, asked.told, tensors, put))
+    return Trained(*(yield from _trained(opened, context, asked.told, tensors, put)))
 
 
 @app.evaluate()
@@ -132,7 +132,7 @@ def _trained(
     told: Mapping[str, Any],
     tensors: tuple[dict[str, Tensor], dict[str, Tensor]],
     put: Callable[[Mapping[str, Tensor]], PutT],
-) -> tuple[dict[str, int | float], PutT]:
+) -> Passes[tuple[dict[str, int | float], PutT]]:
     """Train a client; return the metrics of its update, and its tensors as `put` copies them.
 
     `opened`: the session and which client it is. `tensors`: what it received, and what the server's
@@ -159,8 +159,8 @@ def _trained(
         largest_batch=session.largest_batch,
         goal=session.task,
     )
-    begin = prepared(session, task, {**received, **carried_part(kept, _MODEL)})
-    update, state = current_trainer().train(session, task, begin)
+    begin = yield from prepared(session, task, {**received, **carried_part(kept, _MODEL)})
+    update, state = yield Wanted(session, task, begin)
     sent = _sent(session, state, received, rules)
     # A copy, for the client's own model is trained where these tensors lie.
     result = put(sent)
@@ -176,7 +176,7 @@ def _trained(
         update = replace(update, epsilon=spent.epsilon(session.config.privacy.delta))
     keep = {_MODEL + name: state[name].clone() for name in session.local_tensors}
     keep |= {n: value for n, value in update.carried.items() if not n.startswith(PRIVACY)}
-    model = own_model(session, task, received, carried_part(kept, OWN_MODEL))
+    model = yield from own_model(session, task, received, carried_part(kept, OWN_MODEL))
     keep |= {OWN_MODEL + name: value for name, value in model.items()}
     if keep:
         own.keep(round_, keep, horizon=_horizon(session.config))

@@ -161,11 +161,10 @@ class _Sorting:
 
     def take_directly(self, partition: int, answer: Trained, size: int) -> None:
         """Take the answer of a client of this machine; an honest one has `size` bytes."""
-        tensors = answer.tensors
-        record = None if isinstance(tensors, Flat) else tensors_to_arrays(tensors)
-        self._replies.bytes += size if record is None else record_bytes(record)
+        found = answer.tensors
+        given = found if isinstance(found, Flat) else tensors_to_arrays(found)
+        self._replies.bytes += size if isinstance(given, Flat) else record_bytes(given)
         try:
-            given = tensors if record is None else record
             self._claim(partition, lambda: self._gate.taken(answer.metrics, given))
         except RefusedUpdate as refusal:
             self._refuse(partition, refusal)

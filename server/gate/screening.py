@@ -258,8 +258,8 @@ class Screen:
         reasons: dict[int, str] = {}
         for place in odd.nonzero().flatten().tolist():
             row = stack.rows()[place]
-            if name := next((n for n in self._sent if not np.isfinite(row[n]).all()), None):
-                reasons[place] = _NOT_FINITE.format(name)
+            if odd_ones := [name for name in self._sent if not np.isfinite(row[name]).all()]:
+                reasons[place] = _NOT_FINITE.format(odd_ones[0])
         return reasons
 
     def _odd_statistics(self, stack: Stack, batches: Sequence[float]) -> dict[int, str]:
@@ -271,9 +271,9 @@ class Screen:
         kinds = [name for name in self._sent if name in self._spreads | self._counts]
         for name in kinds:
             values = stack.host(name).reshape(len(stack), -1)
-            for place in np.flatnonzero((values < 0).any(axis=1)):
+            for place in np.flatnonzero((values < 0).any(axis=1)).tolist():
                 text = f"'{name}' is negative, which no variance or count can be"
-                reasons.setdefault(int(place), text)
+                reasons.setdefault(place, text)
         for name in kinds:
             if name not in self._counts:
                 continue
@@ -281,9 +281,9 @@ class Screen:
             # Float32 rounds what it counts.
             dtype = sent.dtype if sent.dtype.kind == "f" else np.dtype(np.float64)
             most = 1.001 * (sent + np.asarray(batches, dtype).reshape(-1, 1)) + 1
-            for place in np.flatnonzero((values > most).any(axis=1)):
+            for place in np.flatnonzero((values > most).any(axis=1)).tolist():
                 text = f"'{name}' counts more than {batches[place]:.0f} batches in a round"
-                reasons.setdefault(int(place), text)
+                reasons.setdefault(place, text)
         return reasons
 
 

@@ -11,9 +11,10 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.local_state import STATE_FOLDER
+from clients.trainer import Passes, Wanted, alone
+from clients.trainer import Trained as TrainedPass
 from fedkn.direct import Asked, Trained
-from simulations.engines.gathering import Trained as TrainedTogether
-from simulations.engines.gathering import Wanted, gathered
+from simulations.engines.gathering import gathered
 from simulations.engines.identity import RUN_ID
 from simulations.engines.records import Content, copied
 
@@ -61,9 +62,9 @@ class ClientHost:
         app: ClientApp,
         clients: int,
         run_config: Mapping[str, Any],
-        train: Callable[[Sequence[Wanted]], Sequence[TrainedTogether]] | None = None,
+        train: Callable[[Sequence[Wanted]], Sequence[TrainedPass]] | None = None,
         *,
-        directly: Callable[[Asked, Context], Trained],
+        directly: Callable[[Asked, Context], Passes[Trained]],
         state_folder: str = "",
     ) -> None:
         self._directly = directly
@@ -75,13 +76,28 @@ class ClientHost:
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Return the answers to `requests`, whose content is the clients' own from here on."""
-        if self._train is not None:
-            return gathered(self.answer_one, requests, self._train)
-        return [self.answer_one(request) for request in requests]
+        asked = [r.content for r in requests if isinstance(r.content, Asked)]
+        if self._train is None or len(asked) < len(requests):
+            return [self.answer_one(request) for request in requests]
+        contexts = [self._context(request) for request in requests]
+        found = gathered(list(map(self._directly, asked, contexts)), self._train)
+        return list(map(_answer, found, contexts))
 
     def answer_one(self, request: Request) -> Answer:
         """Return the answer of one client; an exception that it raises is an error answer."""
-        context = Context(
+        context = self._context(request)
+        try:
+            if isinstance(request.content, Asked):
+                return _answer(alone(self._directly(request.content, context)), context)
+            reply = self._app(_message(request), context)
+        except Exception as error:  # whatever a client raises is its error reply
+            return _answer(error, context)
+        if reply.has_error():
+            return Answer(None, reply.error.reason or "no reason given", context.state)
+        return Answer(reply.content, "", context.state)
+
+    def _context(self, request: Request) -> Context:
+        return Context(
             run_id=RUN_ID,
             node_id=request.node,
             node_config={
@@ -92,16 +108,12 @@ class ClientHost:
             state=request.state,
             run_config=dict(self._run_config),
         )
-        try:
-            if isinstance(request.content, Asked):
-                return Answer(self._directly(request.content, context), "", context.state)
-            reply = self._app(_message(request), context)
-        except Exception as error:  # whatever a client raises is its error reply
-            reason = "".join(traceback.format_exception(error))
-            return Answer(None, reason, context.state)
-        if reply.has_error():
-            return Answer(None, reply.error.reason or "no reason given", context.state)
-        return Answer(reply.content, "", context.state)
+
+
+def _answer(found: Trained | Exception, context: Context) -> Answer:
+    if isinstance(found, Exception):
+        return Answer(None, "".join(traceback.format_exception(found)), context.state)
+    return Answer(found, "", context.state)
 
 
 def _message(request: Request) -> Message:

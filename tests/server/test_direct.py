@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from clients.app import train_directly
-from clients.trainer import SequentialTrainer
+from clients.local_state import LocalState
+from clients.trainer import SequentialTrainer, alone
 from fedkn.config import ExperimentConfig
 from fedkn.direct import Asked, Trained
 from fedkn.stack import Flat, Layout
@@ -38,9 +39,8 @@ class DirectFake(FakeGrid, DirectGrid):
         for partition, node in order.nodes.items():
             told = {**order.told, **order.own[partition]}
             try:
-                answer: Trained | str = train_directly(
-                    Asked(told, order.data, sent, control), self._contexts[node]
-                )
+                asked = Asked(told, order.data, sent, control)
+                answer: Trained | str = alone(train_directly(asked, self._contexts[node]))
             except Exception as error:
                 answer = f"Traceback …\n{error}"
             if self.change and isinstance(answer, Trained):
@@ -157,18 +157,23 @@ def test_a_spoiled_answer_costs_the_round_that_update_and_nothing_more(fault, tm
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
-    """List what is fetched from a device, or waits for one, outside local training."""
+    """List what is fetched from a device, or waits for one, outside local training.
+
+    What clients keep for themselves, as SCAFFOLD's do, is kept on the host.
+    """
     found: list[str] = []
     paused = 0
-    train = SequentialTrainer.train
 
-    def quietly(*arguments):
-        nonlocal paused
-        paused += 1
-        try:
-            return train(*arguments)
-        finally:
-            paused -= 1
+    def quietly(original: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments, **options):
+            nonlocal paused
+            paused += 1
+            try:
+                return original(*arguments, **options)
+            finally:
+                paused -= 1
+
+        return call
 
     def counting(name: str) -> Callable[..., object]:
         original = getattr(Tensor, name)
@@ -181,7 +186,10 @@ def counted() -> Iterator[list[str]]:
         return call
 
     names = ("cpu", "numpy", "item", "tolist", "__bool__", "__int__", "__float__", "__array__")
-    with patch.object(SequentialTrainer, "train", quietly):
+    with (
+        patch.object(SequentialTrainer, "train", quietly(SequentialTrainer.train)),
+        patch.object(LocalState, "keep", quietly(LocalState.keep)),
+    ):
         patches = [patch.object(Tensor, name, counting(name)) for name in names]
         for one in patches:
             one.start()
