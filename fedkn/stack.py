@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from fedkn.training.transfer import moved
 
@@ -287,16 +288,16 @@ def distances(states: Sequence[Arrays], sent: Arrays, names: Iterable[str]) -> l
     """
     if not states:
         return []
-    squares: list[Tensor] = []
+    norms: list[Tensor] = []
     for layout, run, rows in rows_of(states, names):
-        back = layout.joined(sent, run, rows[0].device, torch.float64).neg_()
-        at_once = max(1, _NUMBERS_AT_ONCE // max(1, len(back)))
+        start = layout.joined(sent, run, rows[0].device, torch.float64)
+        at_once = max(1, _NUMBERS_AT_ONCE // max(1, len(start)))
         groups = (rows[i : i + at_once] for i in range(0, len(rows), at_once))
-        found = [torch.stack(group).add(back).square_().sum(1) for group in groups]
-        squares.append(torch.cat(found))
-    if not squares:
+        found = [vector_norm(torch.stack(group).double().sub_(start), dim=1) for group in groups]
+        norms.append(torch.cat(found))
+    if not norms:
         return [0.0] * len(states)
-    return torch.stack(squares).sum(0).sqrt().tolist()
+    return vector_norm(torch.stack(norms), dim=0).tolist()
 
 
 _CPU = torch.device("cpu")

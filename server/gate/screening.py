@@ -241,10 +241,10 @@ class Screen:
                 arrays[name] = _of_form(name, record[name], sent)
             except Exception:  # whatever breaks a parser
                 # Of several things that are wrong, the first tensor's is named.
-                odd = next((n for n, value in arrays.items() if not np.isfinite(value).all()), None)
-                if odd is None:
+                before = [n for n, value in arrays.items() if not np.isfinite(value).all()]
+                if not before:
                     raise
-                raise RefusedUpdate(_NOT_FINITE.format(odd)) from None
+                raise RefusedUpdate(_NOT_FINITE.format(before[0])) from None
         return arrays
 
     def _not_finite(self, stack: Stack) -> dict[int, str]:
