@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
 
 import numpy as np
 import torch
@@ -34,7 +33,11 @@ def weighted_mean(
     for layout, run, rows in rows_of(states, names):
         # Rounded to their dtype, as NumPy does.
         factors = torch.tensor(shares, dtype=rows[0].dtype, device=rows[0].device)
-        mean |= layout.named(run, _sum(map(torch.mul, rows, factors)).cpu().numpy())
+        total = rows[0] * factors[0]
+        share = torch.empty_like(total)
+        for row, factor in zip(rows[1:], factors[1:], strict=True):
+            total.add_(torch.mul(row, factor, out=share))
+        mean |= layout.named(run, total.cpu().numpy())
     return mean
 
 
@@ -79,11 +82,6 @@ def summed(
             for name, values in zip(single, alone, strict=True):
                 found[name] = np.asarray(np.sum(values.reshape(-1, *layout.place(name)[3]), axis=0))
     return found
-
-
-def _sum(terms: Iterable[Tensor]) -> Tensor:
-    """Return the sum of `terms`, one after another, in the memory of the first."""
-    return reduce(Tensor.add_, terms)
 
 
 def moment_pairs(rule: Mapping[str, TensorRole]) -> list[tuple[str, str]]:

@@ -291,18 +291,16 @@ def distances(states: Sequence[Arrays], sent: Arrays, names: Iterable[str]) -> l
     norms: list[Tensor] = []
     for layout, run, rows in rows_of(states, names):
         start = layout.joined(sent, run, rows[0].device, torch.float64)
-        at_once = max(1, _NUMBERS_AT_ONCE // max(1, len(start)))
-        groups = (rows[i : i + at_once] for i in range(0, len(rows), at_once))
-        found = [vector_norm(torch.stack(group).double().sub_(start), dim=1) for group in groups]
-        norms.append(torch.cat(found))
+        # In the same memory for all clients, which stays in a processor's cache.
+        move = torch.empty_like(start)
+        norms.append(torch.stack([vector_norm(move.copy_(row).sub_(start)) for row in rows]))
     if not norms:
         return [0.0] * len(states)
-    return vector_norm(torch.stack(norms), dim=0).tolist()
+    found: list[float] = vector_norm(torch.stack(norms), dim=0).tolist()
+    return found
 
 
 _CPU = torch.device("cpu")
-_NUMBERS_AT_ONCE = 1 << 18
-"""Converted to float64 at once: as many as stay in a processor's cache."""
 
 
 def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
