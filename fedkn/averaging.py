@@ -27,8 +27,8 @@ def weighted_mean(
     cannot hold becomes infinite, which is for the caller to notice. Rows of a `Stack` are summed on
     its device, and the mean alone is fetched.
     """
-    total = sum(weights)
-    shares = [weight / total for weight in weights]
+    whole = sum(weights)
+    shares = [weight / whole for weight in weights]
     mean: dict[str, np.ndarray] = {}
     for layout, run, rows in rows_of(states, names):
         # Rounded to their dtype, as NumPy does.
