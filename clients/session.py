@@ -37,6 +37,7 @@ from fedkn.experiment import (
     task_of,
 )
 from fedkn.federation import DATA, fixed_sha256, on_the_wire, told_data
+from fedkn.gpus import make_current
 from fedkn.normalizers import FederationRule, Normalizer, TensorRole
 from fedkn.tasks import Task
 from fedkn.training import Inputs, Workspace, check_precision
@@ -161,6 +162,9 @@ def open_session(context: Context, content: RecordDict | DataSummary | None) -> 
             f"partition-id {partition}, but partition.clients is {len(session.parts)}: "
             "start as many nodes as there are clients"
         )
+    device = session.workspace.device
+    if device.type == "cuda":
+        make_current(device.index or 0)  # each thread has a current one of its own
     return session, partition
 
 

@@ -35,15 +35,19 @@ class Scaffold(Strategy):
     and nothing is sent for it: an update costs as much as FedAvg's, and no client can set c but
     through its update. K_i is the number of local steps in the update's metrics.
 
+    With local momentum they are means of velocities instead of gradients, as in Flower's baseline
+    niid_bench; the client half says of which.
+
     Raises:
-        UserError: with local momentum, for which option II's K lr is not the sum of the steps.
+        UserError: with ``train.keep_momentum``: the velocity that it would keep holds c - c_i. With
+            DP-SGD.
     """
 
     def __init__(self, config: ExperimentConfig) -> None:
-        if config.train.momentum:
+        if config.train.keep_momentum:
             raise UserError(
-                f"scaffold needs train.momentum = 0, got {config.train.momentum:g}: its control "
-                "variates are means of plain gradients"
+                "scaffold needs train.keep_momentum = false: its control variates are means of "
+                "velocities that begin at zero in every round"
             )
         if config.privacy.mechanism == "example":
             raise UserError(

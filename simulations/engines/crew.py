@@ -15,11 +15,12 @@ from typing import Any
 
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import data_summary
+from fedkn.gpus import GpuFull
 from server.run_data import refuse_changes
 from simulations.engines.channel import ClosedError, Letter, receive
 from simulations.engines.host import Answer, ClientHost, Request
 from simulations.engines.records import Bytes, pack, unpack, unpacked_records
-from simulations.engines.worker import IDLE, READY, WorkerProcess, WorkQueue
+from simulations.engines.worker import FULL, IDLE, OTHER, READY, WorkerProcess, WorkQueue
 
 __all__ = ["PATIENCE", "Crew"]
 
@@ -76,6 +77,7 @@ class Crew:
 
         Raises:
             DataChanged: a worker found other data than this process.
+            GpuFull: the memory of a GPU did not suffice.
         """
         answers: list[list[Answer]] = []
         for start in range(0, len(groups), WorkQueue.CAPACITY):
@@ -172,6 +174,11 @@ class Crew:
             # It has read them anew: who trains a client must change nothing.
             refuse_changes(data_summary(self._task[0]), value, "this run")
             worker.ready = True
+        elif number == OTHER:
+            # Another kind of GPU gives other bits, and which clients it trains is chance.
+            worker.kill(f"its GPU ({value}) is not of the kind that this run began on")
+        elif number == FULL:
+            raise GpuFull(value)
         elif number == IDLE:
             worker.idle_since = value
         elif self._round is not None:

@@ -14,6 +14,8 @@ from clients.local_state import STATE_FOLDER
 from clients.trainer import Passes, Wanted, alone
 from clients.trainer import Trained as TrainedPass
 from fedkn.direct import Asked, Trained
+from fedkn.gpus import GpuFull, full_gpu
+from fedkn.text import printable
 from simulations.engines.gathering import gathered
 from simulations.engines.identity import RUN_ID
 from simulations.engines.records import Content, copied
@@ -73,25 +75,40 @@ class ClientHost:
         self._clients = clients
         self._run_config = dict(run_config)
         self._train = train
+        self._full = ""
+        """Which client found the GPU full, if one did."""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Return the answers to `requests`, whose content is the clients' own from here on."""
+        """Return the answers to `requests`, whose content is the clients' own from here on.
+
+        Raises:
+            GpuFull: this machine's GPU cannot hold what a client needs, which is no client's fault.
+        """
+        self._full = ""
         asked = [r.content for r in requests if isinstance(r.content, Asked)]
-        if self._train is None or len(asked) < len(requests):
-            return [self.answer_one(request) for request in requests]
-        contexts = [self._context(request) for request in requests]
-        found = gathered(list(map(self._directly, asked, contexts)), self._train)
-        return list(map(_answer, found, contexts))
+        if self._train is not None and len(asked) == len(requests):
+            contexts = [self._context(request) for request in requests]
+            found = gathered(list(map(self._directly, asked, contexts)), self._train)
+            answers = list(map(self._answer, found, contexts))
+        else:
+            answers = [self.answer_one(request) for request in requests]
+        if self._full:
+            reason = printable(self._full.splitlines()[0], 300)
+            raise GpuFull(
+                f"the GPU's memory did not suffice ({reason}): train fewer clients or cells on it "
+                "at once (workers, compare.workers), smaller batches, or a narrower model"
+            )
+        return answers
 
     def answer_one(self, request: Request) -> Answer:
         """Return the answer of one client; an exception that it raises is an error answer."""
         context = self._context(request)
         try:
             if isinstance(request.content, Asked):
-                return _answer(alone(self._directly(request.content, context)), context)
+                return self._answer(alone(self._directly(request.content, context)), context)
             reply = self._app(_message(request), context)
         except Exception as error:  # whatever a client raises is its error reply
-            return _answer(error, context)
+            return self._answer(error, context)
         if reply.has_error():
             return Answer(None, reply.error.reason or "no reason given", context.state)
         return Answer(reply.content, "", context.state)
@@ -109,11 +126,12 @@ class ClientHost:
             run_config=dict(self._run_config),
         )
 
-
-def _answer(found: Trained | Exception, context: Context) -> Answer:
-    if isinstance(found, Exception):
-        return Answer(None, "".join(traceback.format_exception(found)), context.state)
-    return Answer(found, "", context.state)
+    def _answer(self, found: Trained | Exception, context: Context) -> Answer:
+        if isinstance(found, Exception):
+            if full_gpu(found):
+                self._full = f"client {context.node_id - FIRST_NODE}: {found}"
+            return Answer(None, "".join(traceback.format_exception(found)), context.state)
+        return Answer(found, "", context.state)
 
 
 def _message(request: Request) -> Message:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from fedkn.layers.kernel.settings import Geometry
 from fedkn.layers.stacked_convolution import StackedConvolutions, convolve_stacked
+from tests.fedkn.layers import interpreter  # noqa: F401
 
 CASES = (
     ((3, 2, 3, 8, 8), 5, (3, 3), (1, 1), (1, 1), (1, 1)),

@@ -8,6 +8,7 @@ import torch
 
 from fedkn.layers.kernel.backends import plain, triton
 from fedkn.layers.kernel.settings import Geometry, Settings
+from tests.fedkn.layers import interpreter  # noqa: F401
 
 CASES = (
     ((2, 6, 8, 8), (3, 3), ((1, 1), (1, 1), (1, 1), 1), 77, 3277),
