@@ -16,11 +16,11 @@ class Shift(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         # One number in a vector: arrays without dimensions have crashed Flower.
-        self.shift = nn.Parameter(torch.zeros(1))
+        self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map a tensor of any shape to ``x + shift``."""
-        return x + self.shift
+        """Map a tensor of any shape to ``x + bias``."""
+        return x + self.bias
 
 
 class Multiplier(nn.Module):

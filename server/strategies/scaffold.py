@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedkn.averaging import weighted_sum
+from fedkn.averaging import summed, weighted_sum
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.training import learning_rate
@@ -73,16 +73,16 @@ class Scaffold(Strategy):
         local = learning_rate(self._config.train, round_, self._config.rounds)
         share = len(updates) / self._config.partition.clients
         uniform = [1 / len(updates)] * len(updates)
-        mean = weighted_sum([update.arrays for update in updates], uniform, sent)
+        ends = [update.arrays for update in updates]
+        mean = weighted_sum(ends, uniform, sent)
+        lengths = [update.metrics["steps"] * local for update in updates]
+        gradients = summed(ends, sent, lambda i, end, x: (x - end.double()) / lengths[i], sent)
         control = self.control(sent)
         following: dict[str, np.ndarray] = {}
         for name, x in sent.items():
-            gradients = [
-                (x.astype(np.float64) - u.arrays[name]) / (u.metrics["steps"] * local)
-                for u in updates
-            ]
             following[name] = (1 - self._rate) * x + self._rate * mean[name]
-            moved = (1 - share) * control[name] + share * np.mean(gradients, axis=0)
+            gradient = gradients[name] / len(updates)
+            moved = (1 - share) * control[name] + share * gradient
             self._control[name] = np.asarray(moved, dtype=x.dtype)
         return following
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from clients.session import Session
+from clients.trainer import Trained, Wanted
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import build_model, device_of, federated_data, inputs_of, task_of
 from fedkn.training.concurrent import ConcurrentWorkspaces, train_concurrently
@@ -19,7 +20,6 @@ from fedkn.training.stacked import train_stacked
 from fedkn.training.stacked_batches import StackedClient
 from fedkn.training.stacked_workspace import StackedWorkspace
 from simulations.engines.choice import Together, processes_of, sharers_of, together_of
-from simulations.engines.gathering import Trained, Wanted
 
 __all__ = ["group_size", "train_together"]
 

@@ -22,7 +22,7 @@ from fedkn.gpus import GpuFull, gpu_kind
 from simulations.engines.channel import ClosedError, receive, send
 from simulations.engines.host import Request
 from simulations.engines.local_host import host_of
-from simulations.engines.records import Bytes, pack, unpack
+from simulations.engines.records import Bytes, pack, unpack, unpacked_records
 from simulations.terminal import name_cell
 
 __all__ = ["FULL", "IDLE", "OTHER", "READY", "WorkQueue", "WorkerProcess"]
@@ -167,6 +167,7 @@ def _main(parent: socket.socket, queue: WorkQueue) -> NoReturn:
         while True:  # until its parent ends it
             receive(parent)
     host, found = host_of(config, together=together), data_summary(config)
+    device = device_of(config)
     gc.freeze()  # as in the parent, but for good
     send(parent, READY, found)
     wave, groups, read = receive(parent)
@@ -181,7 +182,7 @@ def _main(parent: socket.socket, queue: WorkQueue) -> NoReturn:
         if wave > item[0]:
             continue  # left over from a wave that was broken off
         requests = [
-            Request(node, kind, unpack(content, read), unpack(state, read))
+            Request(node, kind, unpack(content, read, device), unpacked_records(state, read))
             for node, kind, content, state in groups[item[1]]
         ]
         data = Bytes()

@@ -18,7 +18,6 @@ _TENSORS = {
     "channel_sums": 1,
     "epilogue": 2,
     "reduce_gradient": 3,
-    "add_through_statistics": 3,
     "finish_gradients": 3,
 }
 """How many maps each of fedkn's kernels reads and writes; what else it touches is small beside."""

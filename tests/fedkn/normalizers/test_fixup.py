@@ -76,10 +76,10 @@ def test_a_basic_block_is_the_papers():
     for parameter in block.parameters():
         nn.init.normal_(parameter)
     p = dict(block.named_parameters())
-    assert {name for name in p if "bias" in name} == set()
+    assert {name for name in p if "bias" in name} == {"branch.unit1.norm.bias"}
     x = torch.randn(2, 8, 6, 6)
     branch = F.conv2d(x + p["branch.unit1.conv.shift"], p["branch.unit1.conv.weight"], None, 2, 1)
-    branch = F.relu(branch + p["branch.unit1.norm.shift"])
+    branch = F.relu(branch + p["branch.unit1.norm.bias"])
     branch = F.conv2d(
         branch + p["branch.unit2.conv.shift"], p["branch.unit2.conv.weight"], None, 1, 1
     )

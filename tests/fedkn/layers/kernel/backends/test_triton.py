@@ -17,7 +17,7 @@ from packaging.version import Version
 
 from fedkn.errors import UserError
 from fedkn.installation import installed_version
-from fedkn.layers import KNConv2d, dropout_stream
+from fedkn.layers import KNConv2d, dropout_stream, triton_switch
 from fedkn.layers.kernel.backends import triton
 
 HERE = Path(__file__).parent
@@ -42,6 +42,11 @@ def run(program: str, **environment: str) -> None:
 @needs_triton
 def test_kernels_agree_with_the_plain_path_in_the_interpreter() -> None:
     run("triton_agrees.py", TRITON_INTERPRET="1")
+
+
+@needs_triton
+def test_clients_of_a_stack_get_their_own_in_as_few_launches_as_one_in_the_interpreter() -> None:
+    run("triton_clients.py", TRITON_INTERPRET="1", FEDKN_NATIVE="0")
 
 
 @pytest.mark.skipif(
@@ -77,6 +82,11 @@ def fresh(monkeypatch):
     triton.load.cache_clear()
     yield monkeypatch
     triton.load.cache_clear()
+
+
+def test_outside_the_interpreter_the_kernels_reach_gpus_alone() -> None:
+    assert not triton_switch.reaches(torch.device("cpu"))
+    assert triton_switch.reaches(torch.device("cuda"))
 
 
 def test_the_switch(fresh) -> None:
