@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -149,11 +149,17 @@ class LocalRound:
         workspace.model.train()
         normalizer.begin_training(workspace.model, task.round_)
         self._recorded = None
-        self._aside = tuple(entry for entry in self._rules.acting if takes_aside(entry[0]))
+        self._acting = self._rules.acting
+        self._aside = tuple(entry for entry in self._acting if takes_aside(entry[0]))
         if workspace.recorder is not None and not self._aside:
-            planned = PlannedSteps(task, self._plan, examples, targets, inputs, self._rules.acting)
+            planned = PlannedSteps(task, self._plan, examples, targets, inputs, self._acting)
             with computing_in(train.precision, workspace.device):
                 self._recorded = workspace.recorder.begin(planned)
+        self._host = None
+        if workspace.host_recorder is not None and not self._aside:
+            self._host = workspace.host_recorder.begin(task, self._acting, self._compute)
+        if self._host is not None:
+            self._acting, self._total = self._host.acting, self._host.total
         draws = (task.seed, task.round_, task.client)
         self._batches = iter(
             step_batches(examples, targets, self._plan.steps, inputs, draws, moved=task.goal.moved)
@@ -184,7 +190,11 @@ class LocalRound:
         if self._recorded is None:
             assert draws is not None
             with computing_in(self._task.train.precision, self._workspace.device):
-                self._compute(next(self._batches), draws)
+                batches = next(self._batches)
+                if self._host is None:
+                    self._compute(batches, draws, self._task.learning_rate)
+                else:
+                    self._host.take(batches, draws)
         else:
             if draws is not None:
                 draws.reseed(self._seed("dropout", number))
@@ -210,22 +220,20 @@ class LocalRound:
             carried=self._rules.end(len(plan.steps)),
         )
 
-    def _compute(self, batches: list[LocalBatch], draws: Draws) -> None:
-        task, train = self._task, self._task.train
+    def _compute(self, batches: Sequence[LocalBatch], draws: Draws, rate: float) -> None:
+        train = self._task.train
         optimizer = self._workspace.optimizer
 
         def differentiate() -> None:
             self._differentiate(batches, draws)
 
         for rule, begun in self._aside:
-            rule.aside(AsideStep(optimizer, train, task.learning_rate, differentiate), *begun)
+            rule.aside(AsideStep(optimizer, train, rate, differentiate), *begun)
         self._differentiate(batches, draws, self._total)
-        take_step(
-            optimizer, self._rules.acting, task.learning_rate, train, clip_norm=train.clip_norm
-        )
+        take_step(optimizer, self._acting, rate, train, clip_norm=train.clip_norm)
 
     def _differentiate(
-        self, batches: list[LocalBatch], draws: Draws, total: Tensor | None = None
+        self, batches: Sequence[LocalBatch], draws: Draws, total: Tensor | None = None
     ) -> None:
         """Put the gradient over `batches` into the optimizer's; add their loss to `total`."""
         task, model = self._task, self._workspace.model

@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedkn.config import TrainConfig
 from fedkn.layers.kernel.dropout import dropout_keys, dropout_stream, keys_of
@@ -24,6 +24,7 @@ from fedkn.training.captured import Captured
 from fedkn.training.draws import Draws, own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.precision import training_scores
+from fedkn.training.recordable import Counted, Held
 from fedkn.training.rule import Acting, take_step
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class StepRecorder:
         self.draws = False
         self._workspace = workspace
         self._capture = capture
+        self._held = Held(workspace.model)
         self._calls: dict[object, int] = {}
         self._tables: _Tables | None = None
         self._graphs: dict[object, Captured] = {}
@@ -86,9 +88,8 @@ class StepRecorder:
         task, plan, examples = planned.task, planned.plan, planned.examples
         if self.refusal or not plan.steps:
             return None
-        modes = tuple(module.training for module in self._workspace.model.modules())
         rules = tuple(rule for rule, _ in planned.acting)
-        setting = (task.train, task.goal, rules, modes, planned.inputs)
+        setting = (task.train, task.goal, rules, self._held.values(), planned.inputs)
         try:
             with own_draws(examples.device, 0) as draws:
                 if setting not in self._calls:
@@ -126,7 +127,7 @@ class StepRecorder:
         """
         model = self._workspace.model
         buffers = [buffer.clone() for buffer in model.buffers()]
-        counted, host, device = _Counted(model), draws.host_state(), draws.device_state()
+        counted, host, device = Counted(model), draws.host_state(), draws.device_state()
         with dropout_stream(0) as stream, torch.no_grad():
             training_scores(model, x, train.precision)
         for buffer, value in zip(model.buffers(), buffers, strict=True):
@@ -310,25 +311,3 @@ def _size(step: Sequence[Tensor]) -> int:
 def _draw(task: LocalTask, purpose: str, step: int) -> tuple[int | str, ...]:
     return task.seed, purpose, task.round_, task.client, step
 
-
-class _Counted:
-    """The numbers and words that modules hold, which a forward pass may change."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._held = [(module, _held(module)) for module in model.modules()]
-
-    def put_back(self) -> bool:
-        """Put back what has changed since; return whether anything had."""
-        changed = False
-        for module, before in self._held:
-            now = _held(module)
-            if now != before:
-                for key in now.keys() - before.keys():
-                    del vars(module)[key]
-                vars(module).update(before)
-                changed = True
-        return changed
-
-
-def _held(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}

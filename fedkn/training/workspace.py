@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkn.errors import UserError
+from fedkn.training.host_recorder import HostRecorder
 from fedkn.training.optimizer import FlatSGD
 from fedkn.training.recorded import StepRecorder
 from fedkn.training.standing import Standing
@@ -23,8 +24,8 @@ class Workspace:
     the next. The model's parameters become views of one vector (see `FlatSGD`).
 
     Attributes:
-        recorder: records the model's local steps, which is for CUDA; None where each is computed
-            as it comes.
+        recorder: records the model's local steps on CUDA. host_recorder: on the CPU. None on other
+            devices, where each is computed as it comes.
 
     Raises UserError where a model cannot be trained so, as `FlatSGD`.
     """
@@ -35,6 +36,10 @@ class Workspace:
         self._initial = {name: tensor.clone() for name, tensor in self._tensors.items()}
         # Buffers outside the state (persistent=False) cannot be loaded, but must not be passed on.
         self._passing = {name: buffer.clone() for name, buffer in self._transient.items()}
+
+    def stands(self) -> bool:
+        """Return whether the optimizer moves the model's own tensors, and these are all still."""
+        return self._standing.holds()
 
     def attached(self) -> FlatSGD:
         """Return the optimizer, after a look whether it still moves the model's own tensors.
@@ -47,7 +52,7 @@ class Workspace:
         Raises:
             UserError: if the model has tensors of other names or shapes than it had.
         """
-        if self._standing.holds():
+        if self.stands():
             self.optimizer.tie_gradients()
             return self.optimizer
         now = self.model.state_dict() | dict(self.model.named_buffers())
@@ -106,6 +111,7 @@ class Workspace:
         self.optimizer = optimizer
         # What was recorded reads tensors where they were.
         self.recorder = StepRecorder(self) if self.device.type == "cuda" else None
+        self.host_recorder = HostRecorder(self) if self.device.type == "cpu" else None
         # Detached tensors share memory with the model: copying into them loads a state in place.
         self._tensors = {name: value.detach() for name, value in self.model.state_dict().items()}
         self._transient = {

@@ -1,0 +1,258 @@
+"""A client's local steps on the CPU, each kind recorded once and replayed without Python.
+
+Half of a small network's step is what leads to its kernels: modules, autograd, dispatch. A step
+that has been computed a few times as it comes is therefore written down (`fedkn.training.operations`)
+and from then on its operations are done one after another in C++. They are the same in the same
+order, so the bits are the same; a recording whose first replay has others is not used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedkn.layers.kernel.dropout import Stream, key_number
+from fedkn.layers.native import library
+from fedkn.training.draws import Draws
+from fedkn.training.operations import CannotRecord, Operations, Reading, Telling
+from fedkn.training.recordable import Counted, Held
+from fedkn.training.rule import Acting
+from fedkn.training.step_batches import LocalBatch
+
+if TYPE_CHECKING:
+    from fedkn.training.local import LocalTask
+    from fedkn.training.workspace import Workspace
+
+__all__ = ["Compute", "HostRecorder", "HostSteps"]
+
+_LOG = logging.getLogger("flwr")
+
+Compute = Callable[[Sequence[LocalBatch], Draws, float], None]
+"""Takes a step on batches, with these draws and this learning rate, as `LocalRound` does."""
+
+
+class HostRecorder:
+    """Records the local steps of one workspace on the CPU, and keeps them for all clients.
+
+    Attributes:
+        refusal: why steps of this model cannot be recorded; empty while that is not known.
+        total: the sum of the losses of a round's examples so far, float64.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.refusal = ""
+        self.total = torch.zeros((), dtype=torch.float64)
+        self._workspace = workspace
+        self._held = Held(workspace.model)
+        self._vectors: list[Tensor] = []
+        self._kinds: dict[object, dict[object, _Kind]] = {}
+
+    def begin(self, task: LocalTask, acting: Acting, compute: Compute) -> HostSteps | None:
+        """Return what takes a round's steps; None where they cannot be recorded.
+
+        The rules `acting` on them read their vectors where `HostSteps.acting` has them.
+        """
+        if self.refusal or not library.load():
+            return None
+        self.total.zero_()
+        own = self._places(acting)
+        rules = tuple(rule for rule, _ in acting)
+        setting = (task.train, task.goal, rules, self._held.values())
+        if setting not in self._kinds and len(self._kinds) >= _MOST_SETTINGS:
+            self._kinds.clear()
+        kinds = self._kinds.setdefault(setting, {})
+        return HostSteps(self, own, kinds, task.learning_rate, compute)
+
+    def take(self, steps: HostSteps, batches: Sequence[LocalBatch], draws: Draws) -> None:
+        """Take one of the `steps` on `batches`: replayed, or as it comes and perhaps recorded."""
+        shape = tuple((x.shape, x.stride(), targets.shape) for x, targets, _ in batches)
+        kind = steps.kinds.get(shape)
+        if kind is None:
+            if len(steps.kinds) >= _MOST:
+                steps.kinds.clear()
+            kind = steps.kinds[shape] = _Kind()
+        if kind.recorded is not None:
+            kind.recorded.replay(batches, steps.rate)
+            self._workspace.optimizer.started = True
+            return
+        kind.seen += 1
+        if self.refusal or kind.seen <= _WORTH:
+            steps.compute(batches, draws, steps.rate)
+            return
+        try:
+            kind.recorded = self._recorded(steps, batches, draws)
+        except CannotRecord as error:
+            self._refuse(str(error))
+
+    def _recorded(
+        self, steps: HostSteps, batches: Sequence[LocalBatch], draws: Draws
+    ) -> _Recorded:
+        """Take the step as it comes, and return a recording that takes the same to the bit.
+
+        Raises CannotRecord if there is none; the step is taken.
+        """
+        optimizer = self._workspace.optimizer
+        changed = (*optimizer.changed, *self._workspace.model.buffers(), self.total)
+        before = [tensor.clone() for tensor in changed]
+        failure: CannotRecord | None = None
+        try:
+            recorded = self._written(steps, batches, draws)
+        except CannotRecord as error:
+            failure = error
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            failure = CannotRecord((str(error).strip().splitlines() or [type(error).__name__])[0])
+        _put(changed, before)
+        steps.compute(batches, draws, steps.rate)
+        if failure is not None:
+            raise failure
+        after = [tensor.clone() for tensor in changed]
+        _put(changed, before)
+        try:
+            recorded.replay(batches, steps.rate)
+        except RuntimeError as error:
+            failure = CannotRecord((str(error).strip().splitlines() or ["no reason given"])[0])
+        same = all(map(_same_bits, changed, after))
+        _put(changed, after)
+        if failure is None and not same:
+            failure = CannotRecord("a replay of it ends in other numbers")
+        if failure is not None:
+            raise failure
+        return recorded
+
+    def _written(
+        self, steps: HostSteps, batches: Sequence[LocalBatch], draws: Draws
+    ) -> _Recorded:
+        """Compute a step on other examples, and return what was written down of it."""
+        others = [
+            LocalBatch(batch.x.flip(0).mul(_OTHER), batch.targets.flip(0), _SEED + number)
+            for number, batch in enumerate(batches)
+        ]
+        keys = {
+            key_number(batch.dropout, call): (number, call)
+            for number, batch in enumerate(others)
+            for call in range(1, _MOST_CALLS + 1)
+        }
+        telling = Telling({key: place for place, key in enumerate(keys)}, _RATE)
+        inputs = [tensor for batch in others for tensor in (batch.x, batch.targets)]
+        operations = Operations(inputs, telling)
+        watched = _Watched(draws, operations)
+        counted, host = Counted(self._workspace.model), draws.python_state()
+        with library.recording(), Reading(), operations:
+            steps.compute(others, watched, _RATE)
+        if draws.python_state() != host or counted.put_back():
+            raise CannotRecord("its forward pass draws on the host, or counts in Python")
+        if not self._workspace.stands():
+            raise CannotRecord("it replaces its own tensors")
+        if sum(stream.calls for stream in watched.streams) != len(operations.used):
+            raise CannotRecord("its dropout masks are drawn in Python")
+        places = list(keys.values())
+        used = sorted(operations.used)
+        return _Recorded(operations.finished(used), [places[n] for n in used], operations.draws)
+
+    def _places(self, acting: Acting) -> Acting:
+        """Return `acting` with the same vectors in places that do not change."""
+        like = self._workspace.optimizer.values
+        while len(self._vectors) < sum(len(vectors) for _, vectors in acting):
+            self._vectors.append(torch.zeros_like(like))
+        places = iter(self._vectors)
+        return tuple(
+            (rule, tuple(next(places).copy_(vector) for vector in vectors))
+            for rule, vectors in acting
+        )
+
+    def _refuse(self, reason: str) -> None:
+        self.refusal = reason
+        _LOG.info(
+            "steps of this model are not recorded (%s): they are computed call by call", reason
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class HostSteps:
+    """The steps of one client's round. `acting`: its rules, with vectors that stay in place."""
+
+    recorder: HostRecorder
+    acting: Acting
+    kinds: dict[object, _Kind]
+    rate: float
+    compute: Compute
+
+    def take(self, batches: Sequence[LocalBatch], draws: Draws) -> None:
+        """Take the next step, on `batches`."""
+        self.recorder.take(self, batches, draws)
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the losses of all examples so far, float64."""
+        return self.recorder.total
+
+
+_WORTH = 8
+"""Steps of a kind that are computed as they come before it is recorded, which takes as long."""
+_MOST, _MOST_SETTINGS = 64, 8
+"""Kinds of steps kept for one setting, and settings for one workspace."""
+_MOST_CALLS = 512
+"""Dropout calls of one forward pass that a recording knows apart."""
+
+# What nothing else in a step is equal to.
+_RATE = 0.6180339887498949
+_SEED = 0x5DEECE66D1CE4E5B
+_OTHER = 0.7182818284590452
+
+
+@dataclass(eq=False)
+class _Kind:
+    """Steps on batches of the same shapes: how many were computed as they came; the recording."""
+
+    seen: int = 0
+    recorded: _Recorded | None = None
+
+
+class _Recorded:
+    """A step written down, and which dropout keys it takes: batch and call of each."""
+
+    def __init__(self, step: Any, keys: Sequence[tuple[int, int]], draws: bool) -> None:
+        self._step = step
+        self._keys = keys
+        self._draws = draws
+
+    def replay(self, batches: Sequence[LocalBatch], rate: float) -> None:
+        """Take the step on `batches`."""
+        keys = [key_number(batches[number].dropout, call) for number, call in self._keys]
+        seeds = [batch.dropout for batch in batches] if self._draws else []
+        inputs = [tensor for batch in batches for tensor in (batch.x, batch.targets)]
+        self._step.take(inputs, keys, seeds, rate)
+
+
+class _Watched(Draws):
+    """The process's generators; which dropout streams were opened, the recording is told."""
+
+    def __init__(self, draws: Draws, operations: Operations) -> None:
+        self._generators = draws._generators
+        self._operations = operations
+        self.streams: list[Stream] = []
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[Stream]:
+        """As `Draws`."""
+        self._operations.seed(len(self.streams))
+        with super().seeded(seed) as stream:
+            self.streams.append(stream)
+            yield stream
+
+
+def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype and shape are equal, NaNs included."""
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
