@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedkn.layers.kernel.dropout import Stream, key_number
 from fedkn.layers.native import library
-from fedkn.training.draws import Draws
+from fedkn.training.draws import Draws, own_draws
 from fedkn.training.operations import CannotRecord, Operations, Reading, Telling
 from fedkn.training.recordable import Counted, Held
 from fedkn.training.rule import Acting
@@ -102,7 +102,7 @@ class HostRecorder:
         before = [tensor.clone() for tensor in changed]
         failure: CannotRecord | None = None
         try:
-            recorded = self._written(steps, batches, draws)
+            recorded = self._written(steps, batches)
         except CannotRecord as error:
             failure = error
         except (RuntimeError, NotImplementedError, TypeError) as error:
@@ -125,12 +125,10 @@ class HostRecorder:
             raise failure
         return recorded
 
-    def _written(
-        self, steps: HostSteps, batches: Sequence[LocalBatch], draws: Draws
-    ) -> _Recorded:
+    def _written(self, steps: HostSteps, batches: Sequence[LocalBatch]) -> _Recorded:
         """Compute a step on other examples, and return what was written down of it."""
         others = [
-            LocalBatch(batch.x.flip(0).mul(_OTHER), batch.targets.flip(0), _SEED + number)
+            LocalBatch(_other(batch.x), batch.targets.flip(0), _SEED + number)
             for number, batch in enumerate(batches)
         ]
         keys = {
@@ -141,14 +139,18 @@ class HostRecorder:
         telling = Telling({key: place for place, key in enumerate(keys)}, _RATE)
         inputs = [tensor for batch in others for tensor in (batch.x, batch.targets)]
         operations = Operations(inputs, telling)
-        watched = _Watched(draws, operations)
-        counted, host = Counted(self._workspace.model), draws.python_state()
-        with library.recording(), Reading(), operations:
-            steps.compute(others, watched, _RATE)
-        if draws.python_state() != host or counted.put_back():
-            raise CannotRecord("its forward pass draws on the host, or counts in Python")
-        if not self._workspace.stands():
-            raise CannotRecord("it replaces its own tensors")
+        counted = Counted(self._workspace.model)
+        with own_draws(self._workspace.device, 0) as draws:
+            watched, python = _Watched(draws, operations), draws.python_state()
+            try:
+                with library.recording(), Reading(), operations:
+                    steps.compute(others, watched, _RATE)
+            finally:
+                changed = counted.put_back()
+            if changed or draws.python_state() != python:
+                raise CannotRecord(
+                    "its forward pass draws in Python, counts there or replaces buffers"
+                )
         if sum(stream.calls for stream in watched.streams) != len(operations.used):
             raise CannotRecord("its dropout masks are drawn in Python")
         places = list(keys.values())
@@ -245,6 +247,11 @@ class _Watched(Draws):
         with super().seeded(seed) as stream:
             self.streams.append(stream)
             yield stream
+
+
+def _other(x: Tensor) -> Tensor:
+    """Return other examples of the same kind, laid out alike."""
+    return torch.empty_strided(x.shape, x.stride()).copy_(x.flip(0).mul(_OTHER))
 
 
 def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -115,6 +115,10 @@ class Operations(TorchDispatchMode):
             else:
                 value = kwargs.get(formal.name, formal.default_value)
             self._argument(operation, value, formal)
+        if other := [r for r in schema.returns if str(r.type) not in _RETURNS]:
+            if not operation.tensors:
+                return  # such as the dtype that two dtypes are promoted to
+            raise CannotRecord(f"{func} returns a {other[0].type}")
         results = [result] if len(schema.returns) == 1 else list(result or ())
         given = set(operation.tensors)
         returned = [t for part in results for t in _tensors(part)]
@@ -268,9 +272,6 @@ def _check(func: Any) -> None:
         raise CannotRecord(f"the shapes of its tensors depend on what is in them ({func})")
     if torch.Tag.inplace_view in tags:
         raise CannotRecord(f"it changes the shape of a tensor in place ({func})")
-    for returned in func._schema.returns:
-        if str(returned.type) not in _RETURNS:
-            raise CannotRecord(f"{func} returns a {returned.type}")
 
 
 _RETURNS = ("Tensor", "List[Tensor]")

@@ -10,20 +10,28 @@ __all__ = ["Counted", "Held"]
 
 
 class Counted:
-    """The numbers and words that modules hold, which a forward pass may change."""
+    """What modules hold that a forward pass may change in Python, where a recording cannot see it.
+
+    Numbers and words, and which tensors their buffers are.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._held = [(module, _held(module)) for module in model.modules()]
+        self._held = [(m, _held(m), dict(m._buffers)) for m in model.modules()]
 
     def put_back(self) -> bool:
         """Put back what has changed since; return whether anything had."""
         changed = False
-        for module, before in self._held:
+        for module, before, buffers in self._held:
             now = _held(module)
             if now != before:
                 for key in now.keys() - before.keys():
                     del vars(module)[key]
                 vars(module).update(before)
+                changed = True
+            own = module._buffers
+            if own.keys() != buffers.keys() or any(own[n] is not b for n, b in buffers.items()):
+                own.clear()
+                own.update(buffers)
                 changed = True
         return changed
 
@@ -36,7 +44,6 @@ class Held:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [vars(module) for module in model.modules()]
-        self._tensors: dict[int, Tensor] = {}
 
     def values(self) -> tuple[object, ...]:
         """Return what is equal to an earlier result if nothing of it has changed."""
@@ -46,10 +53,21 @@ class Held:
                 if isinstance(value, int | float | str):
                     found.append(value)
                 elif isinstance(value, Tensor):
-                    # Kept, so that no other gets its id.
-                    self._tensors[id(value)] = value
-                    found.append((key, id(value)))
+                    found += (key, _Same(value))
         return tuple(found)
+
+
+class _Same:
+    """A tensor as what it is, whatever is in it; kept, so that no other gets its id."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.tensor is self.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
 
 
 def _held(module: nn.Module) -> dict[str, Any]:

@@ -37,10 +37,6 @@ class Workspace:
         # Buffers outside the state (persistent=False) cannot be loaded, but must not be passed on.
         self._passing = {name: buffer.clone() for name, buffer in self._transient.items()}
 
-    def stands(self) -> bool:
-        """Return whether the optimizer moves the model's own tensors, and these are all still."""
-        return self._standing.holds()
-
     def attached(self) -> FlatSGD:
         """Return the optimizer, after a look whether it still moves the model's own tensors.
 
@@ -52,7 +48,7 @@ class Workspace:
         Raises:
             UserError: if the model has tensors of other names or shapes than it had.
         """
-        if self.stands():
+        if self._standing.holds():
             self.optimizer.tie_gradients()
             return self.optimizer
         now = self.model.state_dict() | dict(self.model.named_buffers())

@@ -15,6 +15,7 @@ from fedkn import models, normalizers
 from fedkn.algorithms.fedprox import FedProx
 from fedkn.algorithms.scaffold import Scaffold
 from fedkn.config import TrainConfig
+from fedkn.data import vision
 from fedkn.layers.native import library
 from fedkn.training import Inputs, LocalTask, Workspace, host_recorder, train_locally
 from fedkn.training.kept_momentum import KeptMomentum
@@ -190,7 +191,7 @@ def test_draws_of_pytorchs_own_dropout_are_those_of_the_steps_seed(accumulate: i
 
 
 def test_a_network_of_torchvision() -> None:
-    torchvision = pytest.importorskip("torchvision")
+    torchvision = vision.import_torchvision()
     torch.manual_seed(0)
     workspace = Workspace(torchvision.models.shufflenet_v2_x0_5(num_classes=10))
     other = torchvision.models.shufflenet_v2_x0_5(num_classes=10)
@@ -259,13 +260,13 @@ class Replacing(Plain):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Tossing, "draws on the host"),
-        (Counting, "counts in Python"),
+        (Tossing, "draws in Python"),
+        (Counting, "counts there"),
         (Branching, "reads a tensor in Python"),
         (Listing, "reads a tensor in Python"),
         (Foreign, "reads a tensor in Python"),
         (Masking, "depend on what is in them"),
-        (Replacing, "replaces its own tensors"),
+        (Replacing, "replaces buffers"),
     ],
 )
 def test_what_a_replay_would_freeze_is_computed_as_it_comes(kind, reason, caplog) -> None:
