@@ -1,29 +1,32 @@
 """A client's local steps on the CPU, each kind recorded once and replayed without Python.
 
-Half of a small network's step is what leads to its kernels: modules, autograd, dispatch. A step
-that has been computed a few times as it comes is therefore written down (`fedkn.training.operations`)
-and from then on its operations are done one after another in C++. They are the same in the same
-order, so the bits are the same; a recording whose first replay has others is not used.
+Half of a small network's step is what leads to its kernels: modules, autograd, dispatch. So a step
+that was computed a few times as it comes is written down (`fedkn.training.operations`), and from
+then on its operations are done one after another in C++. They are the same in the same order, so
+the bits are the same; a recording whose first replay has others is not used.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from fedkn.layers.kernel.dropout import Stream, key_number
 from fedkn.layers.native import library
+from fedkn.tasks import Task
 from fedkn.training.draws import Draws, own_draws
+from fedkn.training.inputs import Inputs
 from fedkn.training.operations import CannotRecord, Operations, Reading, Telling
 from fedkn.training.recordable import Counted, Held
 from fedkn.training.rule import Acting
-from fedkn.training.step_batches import LocalBatch
+from fedkn.training.step_batches import LocalBatch, StepChunk
 
 if TYPE_CHECKING:
     from fedkn.training.local import LocalTask
@@ -51,53 +54,65 @@ class HostRecorder:
         self._workspace = workspace
         self._held = Held(workspace.model)
         self._vectors: list[Tensor] = []
-        self._kinds: dict[object, dict[object, _Kind]] = {}
+        self._settings: dict[object, dict[tuple[int, ...], _Kind]] = {}
 
-    def begin(self, task: LocalTask, acting: Acting, compute: Compute) -> HostSteps | None:
+    def begin(
+        self,
+        task: LocalTask,
+        inputs: Inputs,
+        data: tuple[Tensor, Tensor],
+        acting: Acting,
+        compute: Compute,
+    ) -> HostSteps | None:
         """Return what takes a round's steps; None where they cannot be recorded.
 
-        The rules `acting` on them read their vectors where `HostSteps.acting` has them.
+        `data` are the client's examples (N, ...) and targets (N, ...). The rules `acting` on the
+        steps read their vectors where `HostSteps.acting` has them.
         """
-        if self.refusal or not library.load():
+        if self.refusal or not library.used():
+            return None
+        held = self._held.values()
+        if self._held.watched or _has_any_global_hook():
+            self._refuse("modules or parameters have hooks, which no replay calls")
             return None
         self.total.zero_()
         own = self._places(acting)
         rules = tuple(rule for rule, _ in acting)
-        setting = (task.train, task.goal, rules, self._held.values())
-        if setting not in self._kinds and len(self._kinds) >= _MOST_SETTINGS:
-            self._kinds.clear()
-        kinds = self._kinds.setdefault(setting, {})
-        return HostSteps(self, own, kinds, task.learning_rate, compute)
+        shapes = tuple((tensor.shape[1:], tensor.dtype) for tensor in data)
+        setting = (task.train, task.goal, rules, inputs, shapes, held)
+        kinds = self._settings.get(setting)
+        if kinds is None:
+            if len(self._settings) >= _MOST_SETTINGS:
+                self._forget()
+            kinds = self._settings[setting] = {}
+        return HostSteps(self, own, kinds, task.goal, task.learning_rate, compute)
 
-    def take(self, steps: HostSteps, batches: Sequence[LocalBatch], draws: Draws) -> None:
-        """Take one of the `steps` on `batches`: replayed, or as it comes and perhaps recorded."""
-        shape = tuple((x.shape, x.stride(), targets.shape) for x, targets, _ in batches)
-        kind = steps.kinds.get(shape)
+    def compute(self, steps: HostSteps, chunk: StepChunk, number: int, draws: Draws) -> None:
+        """Take step `number` of the `chunk`, one of `steps`, as it comes.
+
+        It is recorded once a few of its kind were taken.
+        """
+        sizes = chunk.sizes[number]
+        kind = steps.kinds.get(sizes)
         if kind is None:
             if len(steps.kinds) >= _MOST:
                 steps.kinds.clear()
-            kind = steps.kinds[shape] = _Kind()
-        if kind.recorded is not None:
-            kind.recorded.replay(batches, steps.rate)
-            self._workspace.optimizer.started = True
-            return
+            kind = steps.kinds[sizes] = _Kind()
         kind.seen += 1
         if self.refusal or kind.seen <= _WORTH:
-            steps.compute(batches, draws, steps.rate)
+            steps.compute(chunk.step(number), draws, steps.rate)
             return
         try:
-            kind.recorded = self._recorded(steps, batches, draws)
+            kind.recorded = self._recorded(steps, chunk, number, draws)
         except CannotRecord as error:
             self._refuse(str(error))
 
-    def _recorded(
-        self, steps: HostSteps, batches: Sequence[LocalBatch], draws: Draws
-    ) -> _Recorded:
+    def _recorded(self, steps: HostSteps, chunk: StepChunk, number: int, draws: Draws) -> _Recorded:
         """Take the step as it comes, and return a recording that takes the same to the bit.
 
         Raises CannotRecord if there is none; the step is taken.
         """
-        optimizer = self._workspace.optimizer
+        batches, optimizer = chunk.step(number), self._workspace.optimizer
         changed = (*optimizer.changed, *self._workspace.model.buffers(), self.total)
         before = [tensor.clone() for tensor in changed]
         failure: CannotRecord | None = None
@@ -114,7 +129,7 @@ class HostRecorder:
         after = [tensor.clone() for tensor in changed]
         _put(changed, before)
         try:
-            recorded.replay(batches, steps.rate)
+            recorded.replay(chunk, number, number + 1, steps.rate)
         except RuntimeError as error:
             failure = CannotRecord((str(error).strip().splitlines() or ["no reason given"])[0])
         same = all(map(_same_bits, changed, after))
@@ -139,7 +154,7 @@ class HostRecorder:
         telling = Telling({key: place for place, key in enumerate(keys)}, _RATE)
         inputs = [tensor for batch in others for tensor in (batch.x, batch.targets)]
         operations = Operations(inputs, telling)
-        counted = Counted(self._workspace.model)
+        counted = Counted(self._workspace.model, steps.goal)
         with own_draws(self._workspace.device, 0) as draws:
             watched, python = _Watched(draws, operations), draws.python_state()
             try:
@@ -157,6 +172,10 @@ class HostRecorder:
         used = sorted(operations.used)
         return _Recorded(operations.finished(used), [places[n] for n in used], operations.draws)
 
+    def taken(self) -> None:
+        """Note that steps were replayed."""
+        self._workspace.optimizer.started = True
+
     def _places(self, acting: Acting) -> Acting:
         """Return `acting` with the same vectors in places that do not change."""
         like = self._workspace.optimizer.values
@@ -168,6 +187,12 @@ class HostRecorder:
             for rule, vectors in acting
         )
 
+    def _forget(self) -> None:
+        known = [kind.recorded for kinds in self._settings.values() for kind in kinds.values()]
+        self._settings.clear()
+        if not any(known):
+            self._refuse("its modules hold other things in every round")
+
     def _refuse(self, reason: str) -> None:
         self.refusal = reason
         _LOG.info(
@@ -177,17 +202,43 @@ class HostRecorder:
 
 @dataclass(frozen=True, eq=False)
 class HostSteps:
-    """The steps of one client's round. `acting`: its rules, with vectors that stay in place."""
+    """The steps of one client's round.
+
+    Attributes:
+        acting: its rules, with vectors that stay in place.
+        kinds: the steps known so far, by the sizes of their batches.
+    """
 
     recorder: HostRecorder
     acting: Acting
-    kinds: dict[object, _Kind]
+    kinds: dict[tuple[int, ...], _Kind]
+    goal: Task
     rate: float
     compute: Compute
 
-    def take(self, batches: Sequence[LocalBatch], draws: Draws) -> None:
-        """Take the next step, on `batches`."""
-        self.recorder.take(self, batches, draws)
+    def quiet(self, steps: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether `steps` can be taken without the process's generators: recorded, none draws."""
+        for step in steps:
+            kind = self.kinds.get(tuple(map(len, step)))
+            if kind is None or kind.recorded is None or not kind.recorded.quiet:
+                return False
+        return True
+
+    def take(self, chunks: Iterable[StepChunk], draws: Draws | None = None) -> None:
+        """Take all steps, in their order; they need no `draws` where they are `quiet`."""
+        for chunk in chunks:
+            number = 0
+            while number < len(chunk.sizes):
+                kind, end = self.kinds.get(chunk.sizes[number]), number + 1
+                if kind is not None and kind.recorded is not None:
+                    while end < len(chunk.sizes) and chunk.sizes[end] == chunk.sizes[number]:
+                        end += 1
+                    kind.recorded.replay(chunk, number, end, self.rate)
+                    self.recorder.taken()
+                else:
+                    assert draws is not None
+                    self.recorder.compute(self, chunk, number, draws)
+                number = end
 
     @property
     def total(self) -> Tensor:
@@ -224,12 +275,22 @@ class _Recorded:
         self._keys = keys
         self._draws = draws
 
-    def replay(self, batches: Sequence[LocalBatch], rate: float) -> None:
-        """Take the step on `batches`."""
-        keys = [key_number(batches[number].dropout, call) for number, call in self._keys]
-        seeds = [batch.dropout for batch in batches] if self._draws else []
-        inputs = [tensor for batch in batches for tensor in (batch.x, batch.targets)]
-        self._step.take(inputs, keys, seeds, rate)
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is drawn in it, nor could be in another pass of the model."""
+        return not self._draws and not self._keys
+
+    def replay(self, chunk: StepChunk, begin: int, end: int, rate: float) -> None:
+        """Take steps `begin` to `end` of the `chunk`, which are all of its kind."""
+        sizes, row = chunk.sizes[begin], chunk.rows[begin]
+        keys: list[int] = []
+        seeds: list[int] = []
+        if not self.quiet:
+            for number in range(begin, end):
+                own = [chunk.seed(number, part) for part in range(len(sizes))]
+                keys += [key_number(own[part], call) for part, call in self._keys]
+                seeds += own
+        self._step.take(chunk.x[row:], chunk.targets[row:], sizes, end - begin, keys, seeds, rate)
 
 
 class _Watched(Draws):

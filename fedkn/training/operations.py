@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["CannotRecord", "Operations", "Telling"]
 
@@ -55,9 +56,11 @@ class Operations(TorchDispatchMode):
         self._inputs = len(inputs)
         self._kept: list[Tensor] = []
         # Kept tensors are numbered -1, -2, ..., the others 0, 1, ...
-        self._places: dict[int, int] = {id(tensor): n for n, tensor in enumerate(inputs)}
+        # Weak, so that a step takes no more memory for being recorded.
+        self._places = WeakTensorKeyDictionary()
+        for number, tensor in enumerate(inputs):
+            self._places[tensor] = number
         self._others = len(inputs)
-        self._alive: list[Tensor] = list(inputs)
         self._written: list[_Operation | int] = []
 
     @classmethod
@@ -108,62 +111,60 @@ class Operations(TorchDispatchMode):
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> None:
         schema = func._schema
-        operation = _Operation(func, schema.is_mutable)
-        for number, formal in enumerate(schema.arguments):
-            if number < len(args):
-                value = args[number]
-            else:
-                value = kwargs.get(formal.name, formal.default_value)
-            self._argument(operation, value, formal)
+        operation = self._operation(func, args, kwargs)
         if other := [r for r in schema.returns if str(r.type) not in _RETURNS]:
-            if not operation.tensors:
-                return  # such as the dtype that two dtypes are promoted to
-            raise CannotRecord(f"{func} returns a {other[0].type}")
+            if operation.tensors:
+                raise CannotRecord(f"{func} returns a {other[0].type}")
+            return  # such as the dtype that two dtypes are promoted to
         results = [result] if len(schema.returns) == 1 else list(result or ())
         given = set(operation.tensors)
-        returned = [t for part in results for t in _tensors(part)]
-        known = [self._places.get(id(tensor)) for tensor in returned]
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.draws = operation.effect = True
-        if not operation.effect and (all(place in given for place in known) or _is_alias(func)):
-            # Nothing is done: x.contiguous() of what is so, x.detach().
-            for tensor, place in zip(returned, known, strict=True):
-                if place is None:
-                    self._name(tensor, operation.tensors[0])
-            return
-        if not operation.effect and _is_view(schema) and all(place < 0 for place in given):
-            return  # A view of what stays where it is, which stays too: kept when it is read.
+        if not operation.effect:
+            returned = [tensor for part in results for tensor in _tensors(part)]
+            if func in _ALIASES:
+                self._places[returned[0]] = operation.tensors[0]
+                return
+            if all(self._places.get(tensor) in given for tensor in returned):
+                return  # nothing is done: x.contiguous() of what is so
+            if _is_view(schema) and all(place < 0 for place in given):
+                return  # a view of what stays where it is, kept when it is read
         for part in results:
-            places = []
-            for tensor in _tensors(part):
-                place = self._places.get(id(tensor))
-                if place is None:
-                    place = self._others
-                    self._others += 1
-                    self._name(tensor, place)
-                places.append(-1 if operation.effect and place in given else place)
-            operation.results.append(places)
+            places = [self._result(tensor) for tensor in _tensors(part)]
+            operation.results.append(
+                [-1 if operation.effect and place in given else place for place in places]
+            )
         self._written.append(operation)
 
-    def _name(self, tensor: Tensor, place: int) -> None:
-        self._places[id(tensor)] = place
-        self._alive.append(tensor)  # so that no other gets its id
+    def _operation(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Operation:
+        """Return the operation with its arguments, without results."""
+        operation = _Operation(func, func._schema.is_mutable)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.draws = operation.effect = True
+        for number, formal in enumerate(func._schema.arguments):
+            given = number < len(args)
+            value = args[number] if given else kwargs.get(formal.name, formal.default_value)
+            if formal.N and isinstance(value, int | float) and not isinstance(value, bool):
+                value = [value] * formal.N
+            self._argument(operation, value)
+        return operation
+
+    def _result(self, tensor: Tensor) -> int:
+        """Return the place of a result, a new one where it has none."""
+        place = self._places.get(tensor)
+        if place is None:
+            place = self._others
+            self._others += 1
+            self._places[tensor] = place
+        return place
 
     def _place(self, tensor: Tensor) -> int:
-        place = self._places.get(id(tensor))
+        place = self._places.get(tensor)
         if place is None:
             self._kept.append(tensor)
             place = -len(self._kept)
-            self._places[id(tensor)] = place
+            self._places[tensor] = place
         return place
 
-    def _argument(self, operation: _Operation, value: Any, formal: Any) -> None:
-        length = getattr(formal, "N", None)
-        if length and isinstance(value, int | float) and not isinstance(value, bool):
-            value = [value] * length
-        self._value(operation, value)
-
-    def _value(self, operation: _Operation, value: Any) -> None:  # noqa: PLR0912 - a case a kind
+    def _argument(self, operation: _Operation, value: Any) -> None:  # noqa: PLR0912 - a case a kind
         write = operation.write
         if value is None:
             write(_NONE, 0)
@@ -191,7 +192,7 @@ class Operations(TorchDispatchMode):
         elif isinstance(value, list | tuple):
             write(_LIST, len(value))
             for part in value:
-                self._value(operation, part)
+                self._argument(operation, part)
         elif value in _NUMBERS:
             write(_INT, _NUMBERS[value])
         else:

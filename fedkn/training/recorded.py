@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from fedkn.config import TrainConfig
 from fedkn.layers.kernel.dropout import dropout_keys, dropout_stream, keys_of
 from fedkn.seeds import derive, torch_generator
 from fedkn.training.batches import BatchPlan
@@ -94,7 +93,7 @@ class StepRecorder:
             with own_draws(examples.device, 0) as draws:
                 if setting not in self._calls:
                     some = planned.inputs(examples[plan.steps[0][0].to(examples.device)])
-                    self._calls[setting] = self._trial(some, task.train, draws)
+                    self._calls[setting] = self._trial(some, task, draws)
                 if self.refusal:
                     return None
                 tables = self._with_room(planned, self._calls[setting])
@@ -119,7 +118,7 @@ class StepRecorder:
     def _changed(self) -> tuple[Tensor, ...]:
         return *self._workspace.optimizer.changed, *self._workspace.model.buffers()
 
-    def _trial(self, x: Tensor, train: TrainConfig, draws: Draws) -> int:
+    def _trial(self, x: Tensor, task: LocalTask, draws: Draws) -> int:
         """Return how many dropout calls a forward pass makes, and see whether it can be recorded.
 
         What a graph would repeat as it was: draws of the host's generators, numbers that modules
@@ -127,9 +126,9 @@ class StepRecorder:
         """
         model = self._workspace.model
         buffers = [buffer.clone() for buffer in model.buffers()]
-        counted, host, device = Counted(model), draws.host_state(), draws.device_state()
+        counted, host, device = Counted(model, task.goal), draws.host_state(), draws.device_state()
         with dropout_stream(0) as stream, torch.no_grad():
-            training_scores(model, x, train.precision)
+            training_scores(model, x, task.train.precision)
         for buffer, value in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(value)
         if draws.device_state() != device:
@@ -310,4 +309,3 @@ def _size(step: Sequence[Tensor]) -> int:
 
 def _draw(task: LocalTask, purpose: str, step: int) -> tuple[int | str, ...]:
     return task.seed, purpose, task.round_, task.client, step
-

@@ -38,6 +38,7 @@ __all__ = [
     "serves",
     "switched_off",
     "takes",
+    "used",
     "wished",
 ]
 
@@ -54,6 +55,11 @@ def switched_off() -> Iterator[None]:
         yield
     finally:
         _on = before
+
+
+def used() -> bool:
+    """Whether the library is loaded, or can be, and is not `switched_off`."""
+    return _on and load()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Steps recorded on the CPU and replayed in C++, against those computed as they come: to the bit."""
+"""Steps recorded on the CPU and replayed in C++ have the bits of those computed as they come."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def assert_same(one, other) -> None:
 def recordings(workspace: Workspace) -> int:
     recorder = workspace.host_recorder
     assert recorder is not None
-    return sum(k.recorded is not None for kinds in recorder._kinds.values() for k in kinds.values())
+    return sum(
+        k.recorded is not None for kinds in recorder._settings.values() for k in kinds.values()
+    )
 
 
 def assert_recorded(workspace: Workspace) -> None:
@@ -100,7 +102,8 @@ def test_replayed_steps_are_those_computed_as_they_come(name: str) -> None:
         task = replace(TASK, round_=round_, client=round_)
         own = data(10 + round_, round_)
         assert_same(
-            train(other, task, inputs, name, data=own), train(workspace, task, inputs, name, data=own)
+            train(other, task, inputs, name, data=own),
+            train(workspace, task, inputs, name, data=own),
         )
     assert_recorded(workspace)
 
@@ -351,8 +354,59 @@ def test_an_error_in_a_replayed_step_leaves_it_able_to_go_on() -> None:
     assert_same(expected, train(workspace, TASK))
 
 
-def test_without_the_native_kernels_steps_are_computed_as_they_come(monkeypatch) -> None:
-    monkeypatch.setattr(host_recorder.library, "load", lambda: False)
+def test_without_the_native_kernels_steps_are_computed_as_they_come() -> None:
     workspace = Workspace(build("none"))
-    train(workspace, TASK)
+    with library.switched_off():
+        train(workspace, TASK)
     assert not recordings(workspace)
+
+
+class Growing(Plain):
+    """Holds another thing in every pass: what it makes of it is nobody's guess."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+def test_a_module_that_holds_other_things_in_every_round_is_not_recorded_nor_kept() -> None:
+    workspace = Workspace(Growing())
+    short = replace(TASK, train=TrainConfig(batch_size=11))
+    for round_ in range(20):
+        train(workspace, replace(short, round_=round_))
+    assert workspace.host_recorder is not None
+    assert "in every round" in workspace.host_recorder.refusal
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kind", ["forward", "parameter", "all"])
+def test_hooks_of_somebodys_own_are_called(kind: str, late: bool) -> None:
+    workspace, seen = Workspace(Plain()), []
+
+    def see(*arguments: object) -> None:
+        seen.append(arguments)
+
+    def hook() -> None:
+        model = workspace.model
+        if kind == "forward":
+            model.head.register_forward_hook(see)
+        elif kind == "parameter":
+            model.head.weight.register_hook(see)
+        else:
+            handles.append(nn.modules.module.register_module_forward_hook(see))
+
+    handles: list = []
+    try:
+        if late:
+            train(workspace, TASK)
+            assert recordings(workspace)
+        hook()
+        train(workspace, TASK)
+        before = len(seen)
+        train(workspace, TASK)
+        assert len(seen) == 2 * before > 0
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert workspace.host_recorder is not None
+    assert "hooks" in workspace.host_recorder.refusal
