@@ -1955,107 +1955,6 @@ Tensor apply(const Tensor& x) {
 }
 
 }  // namespace fedkn::max_pool
-//// memory.h
-// Memory of a step's tensors, kept from step to step.
-//
-// The C library gives large blocks back, joins them and cuts them up again, which takes a seventh
-// of a small network's step. Here a freed block waits for the next tensor of its size.
-
-#pragma once
-
-#include <c10/core/CPUAllocator.h>
-
-#include <mutex>
-#include <unordered_map>
-#include <utility>
-#include <vector>
-
-namespace fedkn::step {
-
-// PyTorch's allocator for the CPU, and in its place while a step is taken, in its thread alone.
-class Memory final : public c10::Allocator {
- public:
-  // Lets this thread's tensors have kept blocks.
-  class InUse {
-   public:
-    InUse() : before_(used()) { used() = &instance(); }
-    ~InUse() { used() = before_; }
-    InUse(const InUse&) = delete;
-    InUse& operator=(const InUse&) = delete;
-
-   private:
-    Memory* before_;
-  };
-
-  c10::DataPtr allocate(size_t size) override {
-    if (!used() || size < kLeast) return base_->allocate(size);
-    void* data = nullptr;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      std::vector<void*>& waiting = waiting_[size];
-      if (!waiting.empty()) {
-        data = waiting.back();
-        waiting.pop_back();
-        held_ -= size;
-      }
-    }
-    if (!data) data = base_->raw_allocate(size);
-    auto* block = new Block{data, size};
-    return {data, block, &release, c10::Device(c10::DeviceType::CPU)};
-  }
-
-  c10::DeleterFnPtr raw_deleter() const override { return base_->raw_deleter(); }
-  void copy_data(void* to, const void* from, size_t size) const override {
-    base_->copy_data(to, from, size);
-  }
-
- private:
-  struct Block {
-    void* data;
-    size_t size;
-  };
-
-  static constexpr size_t kLeast = 1 << 10;  // smaller ones the C library keeps itself
-  static constexpr size_t kMost = 64 << 20;  // bytes that wait
-
-  Memory() : base_(c10::GetCPUAllocator()) { c10::SetCPUAllocator(this); }
-
-  // Never destroyed: tensors may outlive everything.
-  static Memory& instance() {
-    static Memory* memory = new Memory();
-    return *memory;
-  }
-
-  static Memory*& used() {
-    thread_local Memory* memory = nullptr;
-    return memory;
-  }
-
-  static void release(void* context) {
-    auto* block = static_cast<Block*>(context);
-    instance().keep(block->data, block->size);
-    delete block;
-  }
-
-  void keep(void* data, size_t size) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (held_ + size <= kMost) {
-        waiting_[size].push_back(data);
-        held_ += size;
-        return;
-      }
-    }
-    base_->raw_deallocate(data);
-  }
-
-  c10::Allocator* base_;
-  std::mutex mutex_;
-  std::unordered_map<size_t, std::vector<void*>> waiting_;
-  size_t held_ = 0;
-};
-
-}  // namespace fedkn::step
 //// operators.cpp
 // The operators that PyTorch knows the kernels by; everything is compiled with this file.
 //
@@ -2352,7 +2251,6 @@ KERNEL bool through_moments(const Plan& p, const float* __restrict mean,
 #include <vector>
 
 #include "common.h"
-#include "memory.h"
 
 namespace fedkn::step {
 
@@ -2363,8 +2261,8 @@ enum Kind : int64_t { kNone, kTensor, kInt, kFloat, kBool, kWord, kKey, kRate, k
 
 // What changes from step to step.
 struct Given {
-  const int64_t* keys;
-  const int64_t* seeds;
+  const std::vector<int64_t>& keys;
+  const std::vector<int64_t>& seeds;
   double rate;
 };
 
@@ -2417,27 +2315,15 @@ class Step : public torch::CustomClassHolder {
     ready_ = false;
   }
 
-  // Takes `steps` steps, each over batches of these sizes: rows of x and targets, one after the
-  // other. Keys of dropout and seeds are given for each step after the other.
-  void take(const Tensor& x, const Tensor& targets, const std::vector<int64_t>& sizes,
-            int64_t steps, const std::vector<int64_t>& keys, const std::vector<int64_t>& seeds,
+  // Takes a step on the `inputs`, with these keys of dropout, seeds and learning rate.
+  void take(std::vector<Tensor> inputs, std::vector<int64_t> keys, std::vector<int64_t> seeds,
             double rate) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Memory::InUse memory;
     if (!ready_) free_after_last_use();
-    const int64_t each = static_cast<int64_t>(keys.size()) / steps;
+    const Given given{keys, seeds, rate};
+    for (size_t i = 0; i < inputs.size(); ++i) tensors_[kept_ + i] = std::move(inputs[i]);
     try {
-      for (int64_t step = 0, row = 0; step < steps; ++step) {
-        int64_t input = kept_;
-        for (const int64_t size : sizes) {
-          tensors_[input++] = x.narrow(0, row, size);
-          tensors_[input++] = targets.narrow(0, row, size);
-          row += size;
-        }
-        const Given given{keys.data() + step * each,
-                          seeds.data() + (seeds.empty() ? 0 : step * sizes.size()), rate};
-        for (const Operation& operation : operations_) run(operation, given);
-      }
+      for (const Operation& operation : operations_) run(operation, given);
     } catch (...) {
       for (size_t i = kept_; i < tensors_.size(); ++i) tensors_[i].reset();
       throw;
@@ -2545,7 +2431,7 @@ class Step : public torch::CustomClassHolder {
         return argument.last ? IValue(std::move(tensors_[argument.place]))
                              : IValue(tensors_[argument.place]);
       case kKey:
-        return given.keys[argument.place];
+        return given.keys.at(argument.place);
       case kRate:
         return number(argument.place < 0 ? -given.rate : given.rate, *argument.type);
       case kList:
@@ -2561,7 +2447,7 @@ class Step : public torch::CustomClassHolder {
       at::Generator generator = at::detail::getDefaultCPUGenerator();
       const std::lock_guard<std::mutex> lock(generator.mutex());
       at::check_generator<at::CPUGeneratorImpl>(generator)->set_current_seed(
-          static_cast<uint64_t>(given.seeds[operation.seed]));
+          static_cast<uint64_t>(given.seeds.at(operation.seed)));
       return;
     }
     stack_.clear();

@@ -18,7 +18,6 @@
 #include <vector>
 
 #include "common.h"
-#include "memory.h"
 
 namespace fedkn::step {
 
@@ -29,8 +28,8 @@ enum Kind : int64_t { kNone, kTensor, kInt, kFloat, kBool, kWord, kKey, kRate, k
 
 // What changes from step to step.
 struct Given {
-  const int64_t* keys;
-  const int64_t* seeds;
+  const std::vector<int64_t>& keys;
+  const std::vector<int64_t>& seeds;
   double rate;
 };
 
@@ -83,27 +82,15 @@ class Step : public torch::CustomClassHolder {
     ready_ = false;
   }
 
-  // Takes `steps` steps, each over batches of these sizes: rows of x and targets, one after the
-  // other. Keys of dropout and seeds are given for each step after the other.
-  void take(const Tensor& x, const Tensor& targets, const std::vector<int64_t>& sizes,
-            int64_t steps, const std::vector<int64_t>& keys, const std::vector<int64_t>& seeds,
+  // Takes a step on the `inputs`, with these keys of dropout, seeds and learning rate.
+  void take(std::vector<Tensor> inputs, std::vector<int64_t> keys, std::vector<int64_t> seeds,
             double rate) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Memory::InUse memory;
     if (!ready_) free_after_last_use();
-    const int64_t each = static_cast<int64_t>(keys.size()) / steps;
+    const Given given{keys, seeds, rate};
+    for (size_t i = 0; i < inputs.size(); ++i) tensors_[kept_ + i] = std::move(inputs[i]);
     try {
-      for (int64_t step = 0, row = 0; step < steps; ++step) {
-        int64_t input = kept_;
-        for (const int64_t size : sizes) {
-          tensors_[input++] = x.narrow(0, row, size);
-          tensors_[input++] = targets.narrow(0, row, size);
-          row += size;
-        }
-        const Given given{keys.data() + step * each,
-                          seeds.data() + (seeds.empty() ? 0 : step * sizes.size()), rate};
-        for (const Operation& operation : operations_) run(operation, given);
-      }
+      for (const Operation& operation : operations_) run(operation, given);
     } catch (...) {
       for (size_t i = kept_; i < tensors_.size(); ++i) tensors_[i].reset();
       throw;
@@ -211,7 +198,7 @@ class Step : public torch::CustomClassHolder {
         return argument.last ? IValue(std::move(tensors_[argument.place]))
                              : IValue(tensors_[argument.place]);
       case kKey:
-        return given.keys[argument.place];
+        return given.keys.at(argument.place);
       case kRate:
         return number(argument.place < 0 ? -given.rate : given.rate, *argument.type);
       case kList:
@@ -227,7 +214,7 @@ class Step : public torch::CustomClassHolder {
       at::Generator generator = at::detail::getDefaultCPUGenerator();
       const std::lock_guard<std::mutex> lock(generator.mutex());
       at::check_generator<at::CPUGeneratorImpl>(generator)->set_current_seed(
-          static_cast<uint64_t>(given.seeds[operation.seed]));
+          static_cast<uint64_t>(given.seeds.at(operation.seed)));
       return;
     }
     stack_.clear();
