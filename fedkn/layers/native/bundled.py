@@ -4,6 +4,8 @@ Below the mark it is written by ``python -m fedkn.layers.native``: change the ``
 ``.cpp`` files and run that.
 """
 
+# ruff: noqa: E501 - lines of C++
+
 from __future__ import annotations
 
 __all__ = ["HEADING", "sources"]
