@@ -66,7 +66,9 @@ test-torch:
 	@test -n "$(TORCH)" || { echo "name a version, as in: make test-torch TORCH=2.6.0" >&2; exit 1; }
 	@mkdir -p $(VENV)
 	@{ grep -vE '^($(OF_TORCH))==' constraints.txt; echo "torch==$(TORCH)"; } \
-		> $(VENV)/torch-$(TORCH).txt
+		> $(VENV)/torch-$(TORCH).part
+	@cmp -s $(VENV)/torch-$(TORCH).part $(VENV)/torch-$(TORCH).txt || \
+		mv $(VENV)/torch-$(TORCH).part $(VENV)/torch-$(TORCH).txt
 	@$(MAKE) test VENV=$(VENV)/torch-$(TORCH) CONSTRAINTS=$(VENV)/torch-$(TORCH).txt
 
 # tests/test_docs.py, which make test runs, holds these pages equal to what this writes.

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from clients.session import Session
-from clients.trainer import current_trainer
+from clients.trainer import Passes, Wanted
 from fedkn.errors import UserError
 from fedkn.training import LocalTask
 
@@ -17,7 +17,7 @@ __all__ = ["own_model", "prepared"]
 
 def prepared(
     session: Session, task: LocalTask, begin: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
+) -> Passes[Mapping[str, Tensor]]:
     """Return the tensors from which the `task` begins: `begin`, after the preludes of its rules.
 
     Raises:
@@ -31,7 +31,7 @@ def prepared(
         train = task.train.model_copy(update={"local_epochs": epochs})
         # Other rules have their say in it too, such as one that clips; what they carry is not kept.
         rules = tuple(first if other is rule else other for other in task.rules)
-        _, state = current_trainer().train(session, replace(task, rules=rules, train=train), begin)
+        _, state = yield Wanted(session, replace(task, rules=rules, train=train), begin)
         begin = {name: value.clone() for name, value in state.items()}
     return begin
 
@@ -41,7 +41,7 @@ def own_model(
     task: LocalTask,
     received: Mapping[str, Tensor],
     before: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
+) -> Passes[dict[str, Tensor]]:
     """Return the client's own model after the round's pass by its rules; nothing if there is none.
 
     It begins where it was `before`, at first as the model that was `received`.
@@ -56,7 +56,7 @@ def own_model(
         _refuse_private(session)
         rules = tuple(rule.own if other is rule else other for other in task.rules)
         own = replace(task, rules=rules, given=received, carried={})
-        _, state = current_trainer().train(session, own, before or received)
+        _, state = yield Wanted(session, own, before or received)
         model = {name: value.clone() for name, value in state.items()}
     return model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from clients.device.data import (
     summary_of,
 )
 from clients.device.profile import MIB, Profile, fitting_batch, node_profile, step_bytes
-from fedkn.algorithms import federation_rule
+from fedkn.algorithms import federation_rule, keeps_model
 from fedkn.config import ExperimentConfig, TrainConfig
 from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.summary import DataSummary
@@ -36,7 +36,8 @@ from fedkn.experiment import (
     normalizer_of,
     task_of,
 )
-from fedkn.federation import DATA, fixed_sha256, told_data
+from fedkn.federation import DATA, fixed_sha256, on_the_wire, told_data
+from fedkn.gpus import make_current
 from fedkn.normalizers import FederationRule, Normalizer, TensorRole
 from fedkn.tasks import Task
 from fedkn.training import Inputs, Workspace, check_precision
@@ -102,10 +103,25 @@ class Session:
         part = self.held[partition]
         return self.examples.index_select(0, part), self.targets.index_select(0, part)
 
-    @property
+    @cached_property
     def local_tensors(self) -> tuple[str, ...]:
         """The names of the model's tensors that never leave the client."""
         return tuple(name for name, role in self.rule.items() if role is TensorRole.LOCAL)
+
+    @cached_property
+    def sent_tensors(self) -> tuple[str, ...]:
+        """The names of the model's tensors that travel."""
+        return on_the_wire(self.rule)
+
+    @cached_property
+    def shared_tensors(self) -> tuple[str, ...]:
+        """The names of those that the clients share."""
+        return tuple(name for name, role in self.rule.items() if role is TensorRole.SHARED)
+
+    @cached_property
+    def keeps_own(self) -> bool:
+        """Whether every client keeps tensors or a whole model of its own."""
+        return bool(self.local_tensors) or keeps_model(self.config)
 
 
 def config_in(context: Context) -> ExperimentConfig:
@@ -113,12 +129,12 @@ def config_in(context: Context) -> ExperimentConfig:
     return _config(tuple(context.run_config.items()))
 
 
-def open_session(context: Context, content: RecordDict | None) -> tuple[Session, int]:
+def open_session(context: Context, content: RecordDict | DataSummary | None) -> tuple[Session, int]:
     """Return the session of the experiment in `context` and the client's partition id.
 
     A node whose config has a ``data-path`` is a device with images of its own; any other holds
     its part of the experiment's source. What the experiment's images are like, a device with its
-    own is told in the `content` of a message. Before it has one (None) it goes by the
+    own is told in the `content` of a message, or as it is. Before it has one (None) it goes by the
     experiment's source, if that is here too, else by its own images. Any other is told too, and
     must have the same images as the server.
 
@@ -130,11 +146,15 @@ def open_session(context: Context, content: RecordDict | None) -> tuple[Session,
     if not isinstance(partition, int):
         raise UserError("the node's config has no partition-id: give --node-config partition-id=N")
     nodes, own = node.get("num-partitions", 0), node_data(node)
+    if isinstance(content, RecordDict):
+        told = told_data(content) if own or DATA in content else None
+    else:
+        told = content
     session = _session_of(
         tuple(context.run_config.items()),
         nodes if isinstance(nodes, int) else 0,
         (partition, own) if own else None,
-        told_data(content) if content is not None and (own or DATA in content) else None,
+        told,
         node_profile(node),
     )
     if not 0 <= partition < len(session.parts):
@@ -142,6 +162,9 @@ def open_session(context: Context, content: RecordDict | None) -> tuple[Session,
             f"partition-id {partition}, but partition.clients is {len(session.parts)}: "
             "start as many nodes as there are clients"
         )
+    device = session.workspace.device
+    if device.type == "cuda":
+        make_current(device.index or 0)  # each thread has a current one of its own
     return session, partition
 
 

@@ -1,17 +1,15 @@
-"""What trains beneath the ClientApp: the one place where an engine may put its own way.
+"""What trains beneath the ClientApp: a client asks for passes, and whoever runs it trains.
 
-The ClientApp's messages, replies and reports are the same code whatever trains.
+What a client does before, between and after its passes is the same code whatever trains.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import replace
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -20,23 +18,32 @@ from clients.session import Session
 from fedkn.errors import UserError
 from fedkn.training import LocalTask, LocalUpdate, train_locally, train_privately
 
-__all__ = ["SequentialTrainer", "Trainer", "current_trainer", "use_trainer"]
+__all__ = ["Passes", "SequentialTrainer", "Trained", "Wanted", "alone"]
 
 _LOG = logging.getLogger("flwr")
 
+ResultT = TypeVar("ResultT")
 
-class Trainer(Protocol):
-    """Trains one client of a session."""
 
-    def train(
-        self, session: Session, task: LocalTask, received: Mapping[str, Tensor]
-    ) -> tuple[LocalUpdate, Mapping[str, Tensor]]:
-        """Train client ``task.client`` from the `received` tensors.
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """A pass over its examples that a client asks for, from the tensors that it `received`.
 
-        Tensors of the model that were not received start as initialised. Return what came of it,
-        and all of the model's tensors by name, valid until the next client of the session trains.
-        The result is a function of the arguments and the client's data alone.
-        """
+    Tensors of the model that were not received start as initialised.
+    """
+
+    session: Session
+    task: LocalTask
+    received: Mapping[str, Tensor]
+
+
+Trained = tuple[LocalUpdate, Mapping[str, Tensor]]
+"""What came of a pass, and all of the model's tensors by name, valid until the next pass of the
+session. It is a function of what was wanted and of the client's data alone."""
+
+Passes = Generator[Wanted, Trained, ResultT]
+"""What a client does in a round: it yields the passes that it wants, and is sent what came of them.
+So whoever runs it trains, this client by itself or several together."""
 
 
 class SequentialTrainer:
@@ -73,19 +80,16 @@ class SequentialTrainer:
         return update, session.workspace.state()
 
 
-def current_trainer() -> Trainer:
-    """Return the trainer in use: sequential, unless an engine has put in another."""
-    return _trainer.get(None) or _SEQUENTIAL
-
-
-@contextmanager
-def use_trainer(trainer: Trainer) -> Iterator[None]:
-    """Let the ClientApp train by `trainer` inside the block (of this thread)."""
-    token = _trainer.set(trainer)
+def alone(passes: Passes[ResultT]) -> ResultT:
+    """Train a client by itself, pass after pass, and return what it comes to."""
+    trainer = SequentialTrainer()
     try:
-        yield
-    finally:
-        _trainer.reset(token)
+        wanted = next(passes)
+        while True:
+            wanted = passes.send(trainer.train(wanted.session, wanted.task, wanted.received))
+    except StopIteration as end:
+        result: ResultT = end.value
+        return result
 
 
 def _is_private(session: Session) -> bool:
@@ -115,7 +119,3 @@ def _attempt(
         if session.profile is None or not is_out_of_memory(error):
             raise
         return None
-
-
-_SEQUENTIAL = SequentialTrainer()
-_trainer: ContextVar[Trainer] = ContextVar("trainer")

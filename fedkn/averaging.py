@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedkn.errors import UserError
 from fedkn.normalizers import TensorRole
+from fedkn.stack import rows_of
 
-__all__ = ["moment_pairs", "pool_moments", "weighted_mean", "weighted_sum"]
+__all__ = ["moment_pairs", "pool_moments", "summed", "weighted_mean", "weighted_sum"]
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -21,36 +24,64 @@ def weighted_mean(
     """Return sum_k (w_k / w) a_k, w = sum_k w_k, for the arrays `names` of the clients' `states`.
 
     Summed in their own dtype and order, as Flower's FedAvg does, to the bit; what such a dtype
-    cannot hold becomes infinite, which is for the caller to notice.
+    cannot hold becomes infinite, which is for the caller to notice. Rows of a `Stack` are summed on
+    its device, and the mean alone is fetched.
     """
-    total = sum(weights)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return {
-            name: reduce(
-                np.add,
-                (
-                    np.multiply(state[name], weight / total, dtype=state[name].dtype)
-                    for state, weight in zip(states, weights, strict=True)
-                ),
-            )
-            for name in names
-        }
+    whole = sum(weights)
+    shares = [weight / whole for weight in weights]
+    mean: dict[str, np.ndarray] = {}
+    for layout, run, rows in rows_of(states, names):
+        # Rounded to their dtype, as NumPy does.
+        factors = torch.tensor(shares, dtype=rows[0].dtype, device=rows[0].device)
+        total = rows[0] * factors[0]
+        share = torch.empty_like(total)
+        for row, factor in zip(rows[1:], factors[1:], strict=True):
+            total.add_(torch.mul(row, factor, out=share))
+        mean |= layout.named(run, total.cpu().numpy())
+    return mean
 
 
 def weighted_sum(
     states: Sequence[Arrays], weights: Sequence[float], names: Iterable[str]
 ) -> dict[str, np.ndarray]:
     """Return sum_k w_k a_k, in float64, for the arrays `names` of the clients' `states`."""
-    return {
-        name: np.sum(
-            [
-                state[name].astype(np.float64) * weight
-                for state, weight in zip(states, weights, strict=True)
-            ],
-            axis=0,
-        )
-        for name in names
-    }
+    return summed(states, names, lambda client, row: row.double() * weights[client])
+
+
+def summed(
+    states: Sequence[Arrays],
+    names: Iterable[str],
+    term: Callable[..., Tensor],
+    *beside: Arrays,
+) -> dict[str, np.ndarray]:
+    """Return the sum over clients of their `term`, in float64, for the arrays `names`.
+
+    The bits are those of `numpy.sum` over the first axis, for each array by itself.
+
+    Args:
+        term: ``term(client, row, *beside)`` returns what is added, float64 (n,), for the numbers
+            `row` (n,) of the client at this place.
+        beside: other arrays of these names, which `term` is given in float64, (n,) too.
+    """
+    found: dict[str, np.ndarray] = {}
+    for layout, run, rows in rows_of(states, names):
+        given = [layout.joined(one, run, rows[0].device, torch.float64) for one in beside]
+        # NumPy adds up single numbers in pairs, and all others client by client to zero.
+        single = [name for name in run.names if math.prod(layout.place(name)[3]) == 1]
+        columns = [layout.place(name)[1] - run.begin for name in single]
+        kept: list[Tensor] = []
+        total = torch.zeros_like(rows[0], dtype=torch.float64)
+        for client, row in enumerate(rows):
+            added = term(client, row, *given)
+            total.add_(added)
+            if single:
+                kept.append(added[columns])
+        found |= layout.named(run, total.cpu().numpy())
+        if single:
+            alone = torch.stack(kept, dim=1).cpu().numpy()
+            for name, values in zip(single, alone, strict=True):
+                found[name] = np.asarray(np.sum(values.reshape(-1, *layout.place(name)[3]), axis=0))
+    return found
 
 
 def moment_pairs(rule: Mapping[str, TensorRole]) -> list[tuple[str, str]]:

@@ -31,6 +31,7 @@ from fedkn.data.fingerprint import Fingerprint
 from fedkn.data.split import stratified_split
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
+from fedkn.gpus import make_current
 from fedkn.network import Network, build_network
 from fedkn.normalizers import Normalizer
 from fedkn.options import read_options
@@ -241,6 +242,8 @@ def own_stacking(config: ExperimentConfig) -> Stacking:
 def device_of(config: ExperimentConfig) -> torch.device:
     """Return the device to compute on; ``auto`` is CUDA where there is any.
 
+    A GPU becomes this thread's current one, by which graphs, streams and Triton's kernels go.
+
     Raises:
         UserError: the device does not exist here.
     """
@@ -255,6 +258,7 @@ def device_of(config: ExperimentConfig) -> torch.device:
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise UserError(f"device = '{name}': this machine has {count} CUDA devices")
+        make_current(device.index or 0)
     elif device.type != "cpu":
         raise UserError(f"device = '{name}': give auto, cpu, cuda or cuda:N")
     return device

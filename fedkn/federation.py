@@ -47,6 +47,7 @@ __all__ = [
     "TRAIN_LOSS",
     "TRAIN_METRICS",
     "VALUE",
+    "arrays_bytes",
     "arrays_record",
     "arrays_to_tensors",
     "data_record",
@@ -249,6 +250,11 @@ def record_bytes(record: ArrayRecord) -> int:
     return sum(len(array.data) for array in record.values())
 
 
+def arrays_bytes(arrays: Mapping[str, np.ndarray]) -> int:
+    """Return what `record_bytes` does of a record of these arrays, which need not be made."""
+    return sum(len(npy_header(a.dtype, a.shape)) + a.nbytes for a in arrays.values())
+
+
 def update_metrics(
     partition: int,
     examples: int,
@@ -256,7 +262,7 @@ def update_metrics(
     *,
     state_lost: bool = False,
     data_changed: bool = False,
-) -> MetricRecord:
+) -> dict[str, int | float]:
     """Return the metrics of an update.
 
     `examples` is the number that the client trains on; `state_lost`: what it kept of its last round
@@ -278,7 +284,7 @@ def update_metrics(
         update.batch_size,
         int(data_changed),
     )
-    return MetricRecord(dict(zip(TRAIN_METRICS, values, strict=True)))
+    return dict(zip(TRAIN_METRICS, values, strict=True))
 
 
 def evaluation_metrics(partition: int, examples: int, value: float, loss: float) -> MetricRecord:
@@ -287,9 +293,13 @@ def evaluation_metrics(partition: int, examples: int, value: float, loss: float)
     return MetricRecord(dict(zip(EVALUATION_METRICS, values, strict=True)))
 
 
-def failure_reason(reply: Message) -> str:
-    """Return why the client of an error reply failed: the last line of what it says, printable."""
-    said = (reply.error.reason or "")[-_LONGEST_REASON:]
+def failure_reason(reply: Message | str) -> str:
+    """Return why the client of an error reply failed: the last line of what it says, printable.
+
+    `reply`: the message, or what an error says.
+    """
+    whole = reply if isinstance(reply, str) else reply.error.reason or ""
+    said = whole[-_LONGEST_REASON:]
     lines = (printable(line) for line in reversed(said.split("\n")))
     return next((line for line in lines if line), "no reason given")
 

@@ -19,7 +19,7 @@ from fedkn.errors import UserError
 from fedkn.files import expanded
 from fedkn.models import own
 from fedkn.models.catalog import ARCHITECTURES
-from fedkn.models.conversion import Conversion
+from fedkn.models.changes import Conversion
 from fedkn.models.spec import Architecture
 from fedkn.models.weights import file_sha256, load_weights
 from fedkn.normalizers import Normalizer

@@ -17,7 +17,8 @@ from flwr.serverapp import Grid
 from fedkn.config import ExperimentConfig
 from fedkn.data.summary import DataSummary
 from fedkn.errors import FedknError
-from fedkn.experiment import data_summary
+from fedkn.experiment import data_summary, device_of
+from fedkn.gpus import device_name
 from fedkn.locks import Taken, held
 from fedkn.network import pinned_weights
 from fedkn.tasks import Metric
@@ -271,10 +272,11 @@ def _begin(
     part in these, and the best of them where validation images decide.
     """
     restored = store.load_newest(data) if store else None
+    device = device_name(device_of(config))
     if restored is not None:
         aggregator.load_state(restored.strategy)
         task = _told_task(config, model.task.metric)
-        log.write("resume", round=restored.round_, time=time.time(), task=task)
+        log.write("resume", round=restored.round_, time=time.time(), task=task, device=device)
         return restored.tensors, restored.round_, restored.participation, restored.choice
     tensors = model.tensors()
     log.write(
@@ -282,6 +284,7 @@ def _begin(
         time=time.time(),
         purpose="search" if config.evaluation.split == "validation" else "result",
         config=config.flat(),
+        device=device,
         parameters=model.size,
         tensors=len(tensors),
         local_tensors=model.local_tensors,

@@ -42,9 +42,14 @@ class Recorded:
     settings: dict[str, Any]
     summary: DataSummary
 
-    def is_of(self, data: DataConfig) -> bool:
-        """Whether `data` makes the same choice, in all settings that there were at the time."""
+    def is_of(self, data: DataConfig, *, anywhere: bool = False) -> bool:
+        """Whether `data` makes the same choice, in all settings that there were at the time.
+
+        `anywhere`: in all but where the data lie.
+        """
         chosen = _choice(data)
+        if anywhere:
+            chosen["root"] = self.settings.get("root", chosen["root"])
         return all(chosen.get(key) == value for key, value in self.settings.items())
 
 

@@ -13,6 +13,9 @@ import fedkn
 from fedkn.config import ExperimentConfig
 from fedkn.normalizers import table
 from simulations.comparison.grid import CompareConfig
+from simulations.overview.collection import collect
+from simulations.overview.markdown import blocks, filled
+from simulations.overview.page import overview
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,6 +76,15 @@ def test_normalizers_page_has_what_the_classes_declare() -> None:
     head, rest = text.split(start)
     expected = f"{head}{start}{table.markdown()}{end}{rest.split(end)[1]}"
     _hold_equal(path, text, expected)
+
+
+def test_results_page_has_what_the_kept_runs_give(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "docs" / "results.md"
+    text = path.read_text(encoding="utf-8")
+    kept = overview(collect(Path("docs/runs")))
+    assert not kept.left_out, "docs/runs holds what cannot be read, or was run with other settings"
+    _hold_equal(path, text, filled(text, blocks(kept)))
 
 
 def test_the_page_of_the_public_names_has_them_all_and_no_other() -> None:

@@ -84,6 +84,18 @@ def test_own_model(tmp_path: Path) -> None:
         assert parameters[name] == sum(p.numel() for p in network.parameters())
 
 
+def test_own_normalizer(tmp_path: Path) -> None:
+    _, result = ran("own_normalizer.py", tmp_path)
+    batch, own = (
+        result.rounds[result.rounds.cell.str.startswith(name)] for name in ("batch", "own_")
+    )
+    # Two clients of 33 images each round: every last one is trained on, or skipped and counted.
+    assert batch.examples.tolist() == [64, 64]
+    assert own.examples.tolist() == [66, 66]
+    assert batch.skipped.tolist() == [2, 2]
+    assert own.skipped.tolist() == [0, 0]
+
+
 def test_own_data(tmp_path: Path) -> None:
     _, result = ran("own_data.py", tmp_path)
     import own_data

@@ -124,6 +124,8 @@ def node_consent(node_config: Mapping[str, Any]) -> Consent:
         for key, value in node_config.items()
         if key.startswith(_PREFIX)
     }
+    if not given:
+        return _NOTHING_FORBIDDEN
     if unknown := sorted(given.keys() - Consent.model_fields.keys()):
         raise unknown_name("entry of [consent]", unknown[0], Consent.model_fields)
     consent = validated(Consent, given)
@@ -132,6 +134,7 @@ def node_consent(node_config: Mapping[str, Any]) -> Consent:
 
 
 _PREFIX = "consent-"
+_NOTHING_FORBIDDEN = Consent()
 
 
 def _refused(key: str, why: str, wanted: str) -> UserError:

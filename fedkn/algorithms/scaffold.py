@@ -1,19 +1,21 @@
 """SCAFFOLD, the client half: a control variate corrects every step.
 
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020,
-arXiv 1910.06378, Algorithm 1, option II. The server half, with what it does to x and c, is
-`server/strategies/scaffold.py`.
+arXiv 1910.06378, Algorithm 1, option II. The paper's steps have no momentum; with momentum they are
+those of Flower's baseline niid_bench (`Scaffold`). The server half, with what it does to x and c,
+is `server/strategies/scaffold.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedkn.config import ExperimentConfig
 from fedkn.training.optimizer import FlatSGD
 from fedkn.training.rule import LocalRule, Vectors, carried_part
 
@@ -31,6 +33,10 @@ _CONTROL = "control/"
 class Scaffold(LocalRule):
     """Client i takes the steps y <- y - lr (g(y) - c_i + c) and keeps c_i+ (`next_control`).
 
+    With momentum m the steps are v <- m v + g(y), y <- y - lr (v - c_i + c), v zero at first: the
+    correction is no part of the velocity. c_i+ is then a mean of velocities, which are about
+    1/(1 - m) gradients, and that is what corrects a step of a velocity.
+
     c, the server's control variate, comes beside the model (`LocalTask.given`), one tensor for each
     shared parameter; c_i never leaves the client. Parameters not shared are not corrected.
     """
@@ -39,12 +45,19 @@ class Scaffold(LocalRule):
 
     controlled: bool = True
     """Whether there is a c: not where the clients share no parameter."""
+    momentum: float = 0.0
+    """Of the steps."""
 
     @classmethod
     def of(cls, told: Mapping[str, Any], given: Mapping[str, Tensor]) -> Self:
         """Return the rule for the c that is `given`."""
         del told
         return cls(bool(given))
+
+    def on(self, config: ExperimentConfig, model: nn.Module) -> Self:
+        """Return the rule with the momentum of `config`."""
+        del model
+        return replace(self, momentum=config.train.momentum)
 
     @property
     def acts(self) -> bool:
@@ -57,16 +70,20 @@ class Scaffold(LocalRule):
         return self.controlled
 
     def begin(self, optimizer: FlatSGD, task: LocalTask) -> Vectors:
-        """Return c - c_i and x, the model as it was received."""
+        """Return c - c_i and x, the model as it was received; put c - c_i into the velocity."""
         if not self.controlled:
             return ()
         shared = correction(task.given, carried_part(task.carried, _CONTROL))
         named = optimizer.named(torch.zeros_like(optimizer.values))
-        return optimizer.flat(named | shared), optimizer.values.clone()
+        shift = optimizer.flat(named | shared)
+        if self.momentum:
+            # There it stays, m of it left over from the last step and 1 - m of it added by each.
+            optimizer.restart(optimizer.named(shift))
+        return shift, optimizer.values.clone()
 
     def correct(self, values: Tensor, gradients: Tensor, *begun: Tensor) -> None:
-        """Add c - c_i."""
-        gradients.add_(begun[0])
+        """Add of c - c_i what the velocity has lost of it."""
+        gradients.add_(begun[0], alpha=1 - self.momentum)
 
     def end(
         self, optimizer: FlatSGD, task: LocalTask, steps: int, begun: Vectors

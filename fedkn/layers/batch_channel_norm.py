@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkn.layers.per_channel import MEAN_AND_VARIANCE, PerChannel, per_channel
+
 __all__ = ["BatchChannelNorm2d"]
 
 
-class BatchChannelNorm2d(nn.Module):
+class BatchChannelNorm2d(PerChannel):
     """Micro-batch BCN (Qiao et al., arXiv 1903.10520, section on Batch-Channel Normalization).
 
     Batch normalization by running estimates, then channel normalization. In training, per channel
@@ -41,31 +43,24 @@ class BatchChannelNorm2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.num_groups, self.num_channels = num_groups, num_channels
-        self.momentum, self.eps = momentum, eps
-        ones = torch.ones(num_channels, device=device, dtype=dtype)
-        self.weight = nn.Parameter(ones.clone())
-        self.bias = nn.Parameter(torch.zeros_like(ones))
-        self.group_weight = nn.Parameter(ones[:num_groups].clone())
-        self.group_bias = nn.Parameter(torch.zeros_like(ones[:num_groups]))
-        self.register_buffer("running_mean", torch.zeros_like(ones))
-        self.register_buffer("running_var", ones.clone())
+        super().__init__(num_channels, MEAN_AND_VARIANCE, eps=eps, device=device, dtype=dtype)
+        self.num_groups, self.momentum = num_groups, momentum
+        self.group_weight = nn.Parameter(torch.ones(num_groups, device=device, dtype=dtype))
+        self.group_bias = nn.Parameter(torch.zeros(num_groups, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape; in training the estimates move."""
-        # Under autocast x has fewer bits than the parameters: statistics are in theirs.
-        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        wide = self.wide(x)
         if self.training:
             with torch.no_grad():
                 mean = wide.mean((0, 2, 3))
-                spread = (wide - self.running_mean.view(-1, 1, 1)).square().mean((0, 2, 3))
+                spread = (wide - per_channel(self.running_mean)).square().mean((0, 2, 3))
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(spread, self.momentum)
         # What the backward pass needs must not be what the next batch writes to.
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         shift = self.bias - self.running_mean.clone() * scale
-        z = wide * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+        z = wide * per_channel(scale) + per_channel(shift)
         each = self.num_channels // self.num_groups
         y = F.group_norm(
             z,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedkn.errors import UserError
+from fedkn.layers.per_channel import PerChannel, per_channel
 
 __all__ = ["BatchRenorm2d"]
 
 
-class BatchRenorm2d(nn.Module):
+class BatchRenorm2d(PerChannel):
     """Batch Renormalization (Ioffe, NeurIPS 2017, arXiv 1702.03275, Algorithm 1).
 
     In training, per channel of (N, C, H, W), with the mean mu_B and the deviation
@@ -47,27 +48,20 @@ class BatchRenorm2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.num_channels = num_channels
-        self.r_max, self.d_max, self.ramp = r_max, d_max, ramp
-        self.momentum, self.eps = momentum, eps
-        zeros = torch.zeros(num_channels, device=device, dtype=dtype)
-        self.weight = nn.Parameter(torch.ones_like(zeros))
-        self.bias = nn.Parameter(zeros.clone())
-        self.register_buffer("running_mean", zeros.clone())
-        self.register_buffer("running_deviation", torch.ones_like(zeros))
+        begin = {"running_mean": 0.0, "running_deviation": 1.0}
+        super().__init__(num_channels, begin, eps=eps, device=device, dtype=dtype)
+        self.r_max, self.d_max, self.ramp, self.momentum = r_max, d_max, ramp, momentum
         # One number in a vector: arrays without dimensions have crashed Flower.
         self.register_buffer("batches", torch.zeros(1, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape; in training the running values move."""
-        # Under autocast x has fewer bits than the parameters: statistics are in theirs.
-        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        wide = self.wide(x)
         if self.training:
             y = self._renormalize(wide)
         else:
-            y = (wide - _per_channel(self.running_mean)) / _per_channel(self.running_deviation)
-        return (y * _per_channel(self.weight) + _per_channel(self.bias)).to(x.dtype)
+            y = (wide - per_channel(self.running_mean)) / per_channel(self.running_deviation)
+        return (y * per_channel(self.weight) + per_channel(self.bias)).to(x.dtype)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Return r_max and d_max as they stand after the batches seen, each of shape (1,)."""
@@ -97,9 +91,5 @@ class BatchRenorm2d(nn.Module):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_deviation.lerp_(deviation, self.momentum)
             self.batches.add_(1)
-        centred = (x - _per_channel(mean)) / _per_channel(deviation)
-        return centred * _per_channel(r) + _per_channel(d)
-
-
-def _per_channel(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1)
+        centred = (x - per_channel(mean)) / per_channel(deviation)
+        return centred * per_channel(r) + per_channel(d)

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkn.layers.moments import Moments
+from fedkn.layers.per_channel import MEAN_AND_VARIANCE, PerChannel, per_channel
 
 __all__ = ["FederatedBatchNorm2d", "HybridBatchNorm2d"]
 
 
-class _GlobalStatistics(nn.Module):
-    """A scale and bias per channel, and global statistics that training does not change."""
+class _GlobalStatistics(PerChannel):
+    """A norm whose global statistics training does not change."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -25,13 +26,7 @@ class _GlobalStatistics(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.num_channels, self.eps = num_channels, eps
-        zeros = torch.zeros(num_channels, device=device, dtype=dtype)
-        self.weight = nn.Parameter(torch.ones_like(zeros))
-        self.bias = nn.Parameter(zeros.clone())
-        self.register_buffer("running_mean", zeros.clone())
-        self.register_buffer("running_var", torch.ones_like(zeros))
+        super().__init__(num_channels, MEAN_AND_VARIANCE, eps=eps, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
         """Return the settings."""
@@ -97,13 +92,12 @@ class HybridBatchNorm2d(_GlobalStatistics):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
         mean, variance = self.running_mean, self.running_var
-        # Under autocast x has fewer bits than the parameters: statistics are in theirs.
-        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        wide = self.wide(x)
         if self.training:
             batch_variance, batch_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
             share = torch.sigmoid(self.mixing)
             mean = torch.lerp(mean, batch_mean, share)
             variance = torch.lerp(variance, batch_variance, share)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        y = (wide - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        y = (wide - per_channel(mean)) * per_channel(scale) + per_channel(self.bias)
         return y.to(x.dtype)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedkn.errors import UserError
+from fedkn.layers.per_channel import MEAN_AND_VARIANCE, PerChannel
 
 __all__ = ["GhostBatchNorm2d"]
 
 
-class GhostBatchNorm2d(nn.Module):
+class GhostBatchNorm2d(PerChannel):
     """Ghost BatchNorm (Hoffer, Hubara & Soudry, NeurIPS 2017, arXiv 1705.08741, Algorithm 1).
 
     In training (N, C, H, W) is divided in order into ghost batches of `size` examples, and each is
@@ -39,14 +40,8 @@ class GhostBatchNorm2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.num_channels, self.size = num_channels, size
-        self.momentum, self.eps = momentum, eps
-        ones = torch.ones(num_channels, device=device, dtype=dtype)
-        self.weight = nn.Parameter(ones.clone())
-        self.bias = nn.Parameter(torch.zeros_like(ones))
-        self.register_buffer("running_mean", torch.zeros_like(ones))
-        self.register_buffer("running_var", ones.clone())
+        super().__init__(num_channels, MEAN_AND_VARIANCE, eps=eps, device=device, dtype=dtype)
+        self.size, self.momentum = size, momentum
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape; in training the running values move."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fedkn.layers.per_channel import MEAN_AND_VARIANCE, PerChannel, per_channel
 
 __all__ = ["OnlineNorm2d"]
 
 
-class OnlineNorm2d(nn.Module):
+class OnlineNorm2d(PerChannel):
     """Online Normalization (Chiley et al., NeurIPS 2019, arXiv 1905.05894, eq. 8 to 11).
 
     In training the examples of (N, C, H, W) come one after another, and each is normalized by the
@@ -48,30 +50,22 @@ class OnlineNorm2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.num_channels = num_channels
-        self.forward_decay, self.backward_decay, self.eps = forward_decay, backward_decay, eps
-        ones = torch.ones(num_channels, device=device, dtype=dtype)
-        self.weight = nn.Parameter(ones.clone())
-        self.bias = nn.Parameter(torch.zeros_like(ones))
-        self.register_buffer("running_mean", torch.zeros_like(ones))
-        self.register_buffer("running_var", ones.clone())
-        self.register_buffer("control_mean", torch.zeros_like(ones))
-        self.register_buffer("control_projection", torch.zeros_like(ones))
+        begin = MEAN_AND_VARIANCE | {"control_mean": 0.0, "control_projection": 0.0}
+        super().__init__(num_channels, begin, eps=eps, device=device, dtype=dtype)
+        self.forward_decay, self.backward_decay = forward_decay, backward_decay
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape; in training statistics and control values move."""
-        # Under autocast x has fewer bits than the parameters: statistics are in theirs.
-        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        wide = self.wide(x)
         if self.training:
             mean, scale = self._stream(wide.detach())
             y: Tensor = _Controlled.apply(
                 wide, mean, scale, self.control_mean, self.control_projection, self.backward_decay
             )  # type: ignore[no-untyped-call]  # torch annotates it so
         else:
-            scale = torch.rsqrt(self.running_var + self.eps).view(-1, 1, 1)
-            y = (wide - self.running_mean.view(-1, 1, 1)) * scale
-        z = y * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+            scale = per_channel(torch.rsqrt(self.running_var + self.eps))
+            y = (wide - per_channel(self.running_mean)) * scale
+        z = y * per_channel(self.weight) + per_channel(self.bias)
         power = z.square().mean((1, 2, 3), keepdim=True)
         return (z * torch.rsqrt(power + self.eps)).to(x.dtype)
 
@@ -125,10 +119,10 @@ class _Controlled(torch.autograd.Function):
         step = 1 - ctx.decay
         out = torch.empty_like(gradient)
         for place in range(len(y)):
-            along = control_projection.view(-1, 1, 1) * y[place]
+            along = per_channel(control_projection) * y[place]
             one = gradient[place] - step * along
             control_projection.add_((one * y[place]).mean((1, 2)))
-            one = one * scale[place, :, None, None] - step * control_mean.view(-1, 1, 1)
+            one = one * scale[place, :, None, None] - step * per_channel(control_mean)
             control_mean.add_(one.mean((1, 2)))
             out[place] = one
         return out, None, None, None, None, None

@@ -21,7 +21,9 @@ class ProxyNorm2d(nn.Module):
     Y, the proxy, is Gaussian of mean beta_p and deviation 1 + gamma_p: y as it would be if it were
     normalized over all images. gamma, beta, gamma_p and beta_p are learned, from 1, 0, 0 and 0. The
     moments are those of 256 numbers of Y at equal steps of its distribution function. They depend
-    on parameters alone, so nothing of one example enters another's z.
+    on parameters alone, so nothing of one example enters another's z. (0.03, 256, the biased
+    variance and the steps (i + 1/2)/256: as in Khochawongwat/ProxyNormalization-PyTorch, which
+    names the paper for them; the paper's text was not at hand. There Y is a standard Gaussian.)
 
     Args:
         num_channels: C. activation: f.

@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
+from torch.autograd.function import once_differentiable
 
 from fedkn.errors import UserError
+from fedkn.layers import circumstances, side_by_side, triton_switch
 
 __all__ = ["Gain", "ScaledWSConv2d"]
 
@@ -37,10 +40,67 @@ class ScaledWSConv2d(nn.Conv2d):
 
     def standardized_weight(self) -> Tensor:
         """Return the filters that the convolution uses, in the shape of ``weight``."""
+        if _of_clients(self.weight, self.gain):
+            return _standardized_of_clients(self.weight, self.gain)
         variance, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
         # The paper's own bound: relative to the sum over a filter, so the same at every width.
-        scale = torch.rsqrt((variance * self.weight[0].numel()).clamp(min=1e-4))
+        scale = torch.rsqrt((variance * self.weight[0].numel()).clamp(min=_LEAST))
         return (self.weight - mean) * scale * self.gain.view(-1, 1, 1, 1)
+
+
+_LEAST = 1e-4
+
+
+def _of_clients(weight: Tensor, gain: Tensor) -> bool:
+    """Whether one launch for all clients of a vmap can be had: on a GPU."""
+    return (
+        circumstances.one_vmap_over(weight)
+        and triton_switch.reaches(weight.device)
+        and weight.dtype == gain.dtype == torch.float32
+        and triton_switch.load()
+    )
+
+
+def _standardized_of_clients(weight: Tensor, gain: Tensor) -> Tensor:
+    clients = side_by_side.clients_of(weight)
+    level = _functorch.peek_interpreter_stack().level()
+    with side_by_side.outside():
+        filters, gains = (
+            side_by_side.taken_out(tensor, 0, clients).contiguous() for tensor in (weight, gain)
+        )
+        used = _Standardized.apply(filters, gains)  # type: ignore[no-untyped-call] # torch's
+    own: Tensor = _functorch._add_batch_dim(used, 0, level)
+    return own
+
+
+class _Standardized(torch.autograd.Function):
+    """Of filters (K, O, C/groups, KH, KW) by gains (K, O)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gain: Tensor) -> Tensor:
+        from fedkn.layers import standardization_kernels as kernels  # noqa: PLC0415 - Triton is optional
+
+        used, mean, energy = (
+            torch.empty_like(weight),
+            torch.empty_like(gain),
+            torch.empty_like(gain),
+        )
+        weights = weight[0, 0].numel()
+        kernels.standardize[(gain.numel(),)](weight, gain, used, mean, energy, weights, _LEAST)
+        ctx.save_for_backward(weight, gain, mean, energy)
+        return used
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        from fedkn.layers import standardization_kernels as kernels  # noqa: PLC0415 - Triton is optional
+
+        weight, gain, mean, energy = ctx.saved_tensors
+        dw, dgain = torch.empty_like(weight), torch.empty_like(gain)
+        kernels.standardize_back[(gain.numel(),)](
+            g.contiguous(), weight, gain, mean, energy, dw, dgain, weight[0, 0].numel(), _LEAST
+        )
+        return dw, dgain
 
 
 class Gain(nn.Module):

@@ -19,13 +19,13 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack as ou
 from fedkn.layers.circumstances import No, Served, one_vmap_over
 from fedkn.layers.native import library
 
-__all__ = ["apart", "beside", "clients_of", "flat", "outside", "serves", "taken_out"]
+__all__ = ["NO_VMAP", "apart", "beside", "clients_of", "flat", "outside", "serves", "taken_out"]
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
     """Whether the native kernels serve clients with tensors of their own, side by side."""
     if not one_vmap_over(weight):
-        return _NO_VMAP
+        return NO_VMAP
     if torch.is_autocast_enabled("cpu"):
         return _AUTOCAST
     return library.takes(x, weight, bias)
@@ -66,5 +66,5 @@ def taken_out(tensor: Tensor, to: int, clients: int) -> Tensor:
     return tensor.unsqueeze(to).expand(sizes)
 
 
-_NO_VMAP = No("there is no vmap over clients with weights of their own, or more than that one")
+NO_VMAP = No("there is no vmap over clients with weights of their own, or more than that one")
 _AUTOCAST = No("autocast is on, and takes the fused kernels' operations for its own")

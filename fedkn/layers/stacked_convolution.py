@@ -8,7 +8,7 @@ ours for all (`fedkn.layers.convolution_kernels`) takes 0.6 ms for (docs/perform
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from fedkn.layers import triton_switch
+from fedkn.layers import circumstances, group_norm, triton_switch
 from fedkn.layers.kernel.settings import Geometry
 from fedkn.layers.side_by_side import clients_of, taken_out
 
-__all__ = ["StackedConvolutions", "convolve_stacked"]
+__all__ = [
+    "StackedConvolutions",
+    "convolve_stacked",
+    "convolved",
+    "gradients",
+    "grouped",
+    "laid_out",
+    "room_for_filters",
+]
 
 
 class StackedConvolutions(TorchFunctionMode):
@@ -31,12 +40,8 @@ class StackedConvolutions(TorchFunctionMode):
     And GroupNorms of maps in whatever layout can be computed there.
 
     Whatever else calls ``torch.conv2d``, or with settings that these kernels do not serve, gets
-    PyTorch's. `interpreted` is for tests without a device, in Triton's interpreter.
+    PyTorch's.
     """
-
-    def __init__(self, *, interpreted: bool = False) -> None:
-        super().__init__()
-        self._interpreted = interpreted
 
     def __torch_function__(
         self,
@@ -48,25 +53,46 @@ class StackedConvolutions(TorchFunctionMode):
         """Do `func`."""
         if func is torch.conv2d:
             call = _Call.of(*args, **(kwargs or {}))
-            if call is not None and call.served(self._interpreted):
+            if call is not None and call.served():
                 return call.answer()
-        if func in _GROUP_NORMS and args:
-            # Of maps laid out in another way it asks what PyTorch's vmap cannot answer.
-            maps, *others = args
-            return func(maps.contiguous(), *others, **(kwargs or {}))
+        if func in _GROUP_NORMS:
+            return _group_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 _GROUP_NORMS = (torch.group_norm, F.group_norm)
 
 
+def _group_norm(  # noqa: PLR0917 - F.group_norm's order
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    del cudnn_enabled  # a switch of another library's
+    if (
+        triton_switch.reaches(input.device)
+        and weight is not None
+        and bias is not None
+        and not circumstances.eager()
+        and group_norm.serves(input, weight, bias)
+        and input.shape[1] % num_groups == 0
+    ):
+        return group_norm.group_norm(input, num_groups, weight, bias, eps, relu=False)
+    # Of maps laid out in another way it asks what PyTorch's vmap cannot answer.
+    return F.group_norm(input.contiguous(), num_groups, weight, bias, eps)
+
+
 def convolve_stacked(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Return each client's convolution of its maps by its filters.
 
-    `x` is (K, N, C, H, W), `weight` (K, O, C, KH, KW), `bias` (K, O) or None, all float32; the
-    result is (K, N, O, OH, OW), contiguous. Products are float32. Differentiable once.
+    `x` is (K, N, C, H, W), `weight` (K, O, C/groups, KH, KW), `bias` (K, O) or None; the result is
+    (K, N, O, OH, OW). Products are TF32 where ``torch.backends.cudnn`` allows it for float32.
+    Differentiable once.
     """
-    y: Tensor = _Convolution.apply(x.contiguous(), weight.contiguous(), bias, geometry)  # type: ignore[no-untyped-call] # torch's
+    y: Tensor = _Convolution.apply(laid_out(x, geometry), weight, bias, geometry)  # type: ignore[no-untyped-call] # torch's
     return y
 
 
@@ -94,14 +120,14 @@ class _Call(NamedTuple):
         geometry = Geometry(kernel, _pair(stride), _pair(padding), _pair(dilation), groups)
         return _Call(input, weight, bias, geometry)
 
-    def served(self, interpreted: bool) -> bool:
+    def served(self) -> bool:
         stack = _functorch.get_interpreter_stack()
         return (
             stack is not None
             and len(stack) == 1
             and self.geometry.groups == 1
             and _functorch.is_batchedtensor(self.weight)
-            and (self.weight.is_cuda or interpreted)
+            and triton_switch.reaches(self.weight.device)
             and self.x.dtype == self.weight.dtype == torch.float32
             and self.x.dim() == 4
             and self.x.numel() > 0
@@ -113,25 +139,12 @@ class _Call(NamedTuple):
         clients = clients_of(self.weight)
         level = _functorch.peek_interpreter_stack().level()
         with temporarily_pop_interpreter_stack():
+            x = taken_out(self.x, 0, clients)
             weight = taken_out(self.weight, 0, clients)
             bias = None if self.bias is None else taken_out(self.bias, 0, clients)
-            if torch.backends.cudnn.allow_tf32:
-                beside, y = 1, self._grouped(weight, bias, clients)
-            else:
-                x = taken_out(self.x, 0, clients)
-                beside, y = 0, convolve_stacked(x, weight, bias, self.geometry)
-        own: Tensor = _functorch._add_batch_dim(y, beside, level)
+            y = convolve_stacked(x, weight, bias, self.geometry)
+        own: Tensor = _functorch._add_batch_dim(y, 0, level)
         return own
-
-    def _grouped(self, weight: Tensor, bias: Tensor | None, clients: int) -> Tensor:
-        """Return (N, K, O, OH, OW): all clients' channels beside each other, channels last."""
-        last = torch.channels_last
-        maps = taken_out(self.x, 1, clients).flatten(1, 2).contiguous(memory_format=last)
-        filters = weight.flatten(0, 1).contiguous(memory_format=last)
-        shift = None if bias is None else bias.flatten()
-        _, stride, padding, dilation, _ = self.geometry
-        y = torch.conv2d(maps, filters, shift, stride, padding, dilation, clients)
-        return y.view(y.shape[0], clients, weight.shape[1], *y.shape[2:])
 
 
 class _Convolution(torch.autograd.Function):
@@ -139,30 +152,91 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
     ) -> Tensor:
+        if grouped(x, geometry):
+            weight = room_for_filters(weight).copy_(weight)
         ctx.save_for_backward(x, weight)
         ctx.geometry = geometry
-        size = _output_size(x, geometry)
-        y = x.new_empty((*x.shape[:2], weight.shape[1], *size))
-        taps = weight[0, 0, 0].numel()
-        strides = (weight.shape[2] * taps, taps)
-        _gather((x, weight, bias), y, geometry, strides, transposed=False)
-        return y
+        return convolved(x, weight, bias, geometry)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        g = g.contiguous()
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
-            taps = weight[0, 0, 0].numel()
-            strides = (taps, weight.shape[2] * taps)
-            _gather((g, weight, None), dx, ctx.geometry, strides, transposed=True)
-        if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(x, g, weight, ctx.geometry)
-        if ctx.needs_input_grad[2]:
-            db = g.sum((1, 3, 4))
+        dx, dw = gradients(g, x, weight, ctx.geometry, ctx.needs_input_grad[:2])
+        # An optimizer's step over all tensors at once wants them laid out as the parameters are.
+        dw = None if dw is None else dw.contiguous()
+        db = g.sum((1, 3, 4)) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None
+
+
+def grouped(x: Tensor, geometry: Geometry) -> bool:
+    """Whether cuDNN's grouped convolution takes these: half or TF32, where it was faster."""
+    return x.dtype != torch.float32 or geometry.groups != 1 or bool(torch.backends.cudnn.allow_tf32)
+
+
+def laid_out(x: Tensor, geometry: Geometry) -> Tensor:
+    """Return maps (K, N, C, H, W) as `convolved` and `gradients` take them without a copy."""
+    return _apart(_beside(x), len(x)) if grouped(x, geometry) else x.contiguous()
+
+
+def room_for_filters(weight: Tensor) -> Tensor:
+    """Return memory for (K, O, C, KH, KW) in the layout that suits a grouped convolution."""
+    clients, outputs, channels, *kernel = weight.shape
+    return weight.new_empty((clients, outputs, *kernel, channels)).permute(0, 1, 4, 2, 3)
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Return (K, N, O, OH, OW): what `convolve_stacked` does, which autograd does not see."""
+    if grouped(x, geometry):
+        _, stride, padding, dilation, groups = geometry
+        shift = None if bias is None else bias.flatten()
+        filters = _filters_beside(weight)
+        y = torch.conv2d(_beside(x), filters, shift, stride, padding, dilation, len(x) * groups)
+        return _apart(y, len(x))
+    x, weight = x.contiguous(), weight.contiguous()
+    y = x.new_empty((*x.shape[:2], weight.shape[1], *_output_size(x, geometry)))
+    taps = weight[0, 0, 0].numel()
+    strides = (weight.shape[2] * taps, taps)
+    _gather((x, weight, bias), y, geometry, strides, transposed=False)
+    return y
+
+
+def gradients(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of `x` and `weight`, None where not `wanted`, for `convolved`'s `g`."""
+    dx = dw = None
+    if grouped(x, geometry):
+        _, stride, padding, dilation, groups = geometry
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            _beside(g), _beside(x), _filters_beside(weight), None, stride, padding, dilation,
+            False, [0, 0], len(x) * groups, (wanted[0], wanted[1], False),
+        )  # fmt: skip
+        dx = None if dx is None else _apart(dx, len(x))
+        return dx, None if dw is None else dw.view(weight.shape)
+    g, x, weight = g.contiguous(), x.contiguous(), weight.contiguous()
+    if wanted[0]:
+        dx = torch.empty_like(x)
+        taps = weight[0, 0, 0].numel()
+        strides = (taps, weight.shape[2] * taps)
+        _gather((g, weight, None), dx, geometry, strides, transposed=True)
+    if wanted[1]:
+        dw = _weight_gradient(x, g, weight, geometry)
+    return dx, dw
+
+
+def _beside(x: Tensor) -> Tensor:
+    """Return maps (K, N, C, H, W) as (N, K * C, H, W), channels last."""
+    return x.permute(1, 3, 4, 0, 2).contiguous().flatten(3).permute(0, 3, 1, 2)
+
+
+def _apart(y: Tensor, clients: int) -> Tensor:
+    """Return maps (N, K * C, H, W) as (K, N, C, H, W), where they are."""
+    return y.view(len(y), clients, y.shape[1] // clients, *y.shape[2:]).movedim(1, 0)
+
+
+def _filters_beside(weight: Tensor) -> Tensor:
+    return weight.flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 def _gather(

@@ -1,7 +1,8 @@
 """Whether kernels written in Triton are used, by whatever layer has some.
 
 FEDKN_TRITON=auto (the default) uses them for CUDA tensors where Triton is installed, 0 never,
-1 always, so that its absence is an error.
+1 always, so that its absence is an error. With TRITON_INTERPRET=1 Triton runs them on the CPU, for
+tests on machines without a device.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import functools
 import importlib.util
 import os
 
+import torch
+
 from fedkn.errors import UserError, unknown_name
 
-__all__ = ["load"]
+__all__ = ["load", "reaches"]
 
 
 @functools.cache
@@ -30,4 +33,14 @@ def load() -> bool:
     return found and wish != "0"
 
 
+def reaches(device: torch.device) -> bool:
+    """Whether kernels could run on tensors of `device`, if they can be had."""
+    return device.type == "cuda" or _interpreted()
+
+
 _WISHES = ("auto", "0", "1")
+
+
+@functools.cache
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

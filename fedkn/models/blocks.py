@@ -23,6 +23,7 @@ __all__ = [
     "Network",
     "PreActivationResidual",
     "Residual",
+    "branches",
     "network",
     "stem",
 ]
@@ -65,6 +66,12 @@ class PreActivationResidual(nn.Module):
         kept = x if self.shortcut is None else self.shortcut(ready)
         out: Tensor = kept + self.branch(ready)
         return out
+
+
+def branches(model: nn.Module) -> list[nn.Module]:
+    """Return the residual branches of `model`, in their order."""
+    blocks = (m for m in model.modules() if isinstance(m, Residual | PreActivationResidual))
+    return [block.branch for block in blocks]
 
 
 class Halve(nn.Module):

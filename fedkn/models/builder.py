@@ -10,6 +10,7 @@ from torch import nn
 
 from fedkn import normalizers
 from fedkn.errors import UserError, unknown_name
+from fedkn.models.blocks import branches
 from fedkn.models.catalog import ARCHITECTURES
 from fedkn.models.initial import initialize
 from fedkn.models.spec import Architecture, FinalNorm, ModelSpec
@@ -68,6 +69,9 @@ def build(
     with torch.random.fork_rng(devices=[]):
         model = architecture.builder(spec)
     initialize(model, seed)
+    head = model.get_submodule("head.fc")
+    assert isinstance(head, nn.Linear)
+    spec.normalizer.begin(branches(model), head)
     return model
 
 

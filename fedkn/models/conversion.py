@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkn.errors import UserError
 from fedkn.layers import KernelNorm2d, KNConv1d, KNConv2d, LocalContextNorm2d, WSConv2d
 from fedkn.layers.kernel.padding import PADDING_MODES
+from fedkn.models.changes import Change, Conversion, Kept
 from fedkn.models.copying import copied, lazy_layer
 from fedkn.models.counterparts import counterpart, on_one_device
 from fedkn.models.hooks import copy_tensor_hooks, move_hooks, tied_down
@@ -29,50 +30,7 @@ from fedkn.models.wiring import (
 from fedkn.normalizers import Normalizer
 from fedkn.text import printable
 
-__all__ = ["Change", "Conversion", "Kept", "convert", "swap"]
-
-
-@dataclass(frozen=True)
-class Change:
-    """A layer that was replaced: its path, what it was and what it is now.
-
-    `note` says what went over to the new layer, or did not, beside what its kind says.
-    """
-
-    name: str
-    before: str
-    after: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A layer that was left as it is, and why."""
-
-    name: str
-    layer: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What a conversion changed and what it did not; `str` gives one line for each.
-
-    `traced` says whether neighbours were found in the data flow (torch.fx) or, where the model
-    cannot be traced, by the order of its modules: then look at the lines.
-    """
-
-    changed: tuple[Change, ...]
-    kept: tuple[Kept, ...]
-    traced: bool
-
-    def __str__(self) -> str:
-        found = "data flow" if self.traced else "order of modules (the model cannot be traced)"
-        lines = [f"{len(self.changed)} changed, {len(self.kept)} kept; read from the {found}"]
-        notes = {c.name: f" ({c.note})" if c.note else "" for c in self.changed}
-        lines += [f"changed {c.name}: {c.before} -> {c.after}{notes[c.name]}" for c in self.changed]
-        lines += [f"kept {k.name}: {k.layer}: {k.reason}" for k in self.kept]
-        return "\n".join(lines)
+__all__ = ["convert", "swap"]
 
 
 class ChannelsLast(nn.Module):
@@ -180,6 +138,7 @@ class _Converter:
         self.modules = dict(model.named_modules())
         self.read: frozenset[str] = frozenset()
         self.replacements: dict[nn.Module, nn.Module] = {}
+        self.apart = frozenset(apart)
         self.changed: list[Change] = [*apart]
         self.kept: list[Kept] = []
 
@@ -283,7 +242,7 @@ class _Converter:
         if isinstance(norm, nn.SyncBatchNorm) and isinstance(new, _BatchNorm):
             new = self._made(like, lambda: on_one_device(norm))
         elif _same_kind(norm, new):
-            self._keep(site.name, f"it is the '{self.normalizer.name}' normalizer's already")
+            self._own_already(site.name)
             return
         learned = [*norm.parameters()] or [conv.weight for conv in neighbours]
         new.requires_grad_(not learned or any(p.requires_grad for p in learned))
@@ -338,6 +297,16 @@ class _Converter:
         if isinstance(old, Norm) and (lost := copy_tensor_hooks(old, new)):
             notes.append(f"hooks of its {' and '.join(lost)} are gone")
         self.changed.append(Change(name, type(old).__name__, type(new).__name__, "; ".join(notes)))
+
+    def _own_already(self, name: str) -> None:
+        """Say that a norm stays: in the note of what it was taken apart from, if it was."""
+        said = f"it is the '{self.normalizer.name}' normalizer's already"
+        whole = name.rpartition(".")[0]
+        for place, change in enumerate(self.changed):
+            if change.name == whole and change in self.apart:
+                self.changed[place] = replace(change, note=f"its norm stays: {said}")
+                return
+        self._keep(name, said)
 
     def _keep(self, name: str, reason: str) -> None:
         self.kept.append(Kept(name, type(self.modules[name]).__name__, reason))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedkn.data.optional import require
 from fedkn.errors import FedknError, UserError, unknown_name
+from fedkn.text import printable
 
 __all__ = ["Format", "export"]
 
@@ -35,8 +36,9 @@ def export(model: nn.Module, example_input: Tensor, path: str | Path, to: Format
     the largest difference from the model's own outputs, relative to their largest, is returned. It
     appears under `path` only if that is within 1e-4.
 
-    Raises UserError for an unknown format, a path that cannot be written, a missing package, or a
-    model whose evaluation is random; FedknError if the file's outputs differ.
+    Raises UserError for an unknown format, a path that cannot be written, a missing package, a
+    model whose evaluation is random, or one that this torch cannot convert to ONNX, as those with
+    BatchNorm in torch 2.6; FedknError if the file's outputs differ.
     """
     if to not in get_args(Format):
         raise unknown_name("export format", to, get_args(Format))
@@ -126,20 +128,30 @@ def _load_pt2(path: Path) -> Run:
 def _write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, package, "export")
-    program = torch.onnx.export(
-        _program(model, example),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            _program(model, example),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        reason = printable((str(cause).strip().splitlines() or [type(cause).__name__])[0], 300)
+        raise UserError(
+            f"torch {torch.__version__} cannot convert this model to ONNX ({reason}): take a newer "
+            "torch, or export to pt2"
+        ) from error
     assert program is not None
     program.save(path)
 
 
 def _load_onnx(path: Path) -> Run:
     runtime = require("onnxruntime", "onnxruntime", "export")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors: what it could not simplify runs all the same
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
@@ -148,8 +160,10 @@ def _load_onnx(path: Path) -> Run:
 
 
 def _program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=1)
-    return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+    # Torch 2.6 needs both said: among batches of any size it finds the number that marks a slice's
+    # end, and its strict mode, the default then, knows less of Python.
+    batch = torch.export.Dim("batch", min=1, max=2**31 - 1)
+    return torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
 
 
 @contextmanager

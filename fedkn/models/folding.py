@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkn.errors import UserError
-from fedkn.models.conversion import Change, Conversion, Kept, swap
+from fedkn.models.changes import Change, Conversion, Kept
+from fedkn.models.conversion import swap
 from fedkn.models.copying import copied, lazy_layer
 from fedkn.models.hooks import tied_down, watched
 from fedkn.models.layouts import UNUSABLE

@@ -18,7 +18,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     Convolutions: Kaiming normal, fan-out (as published for KNResNets); linear layers: uniform
     within 1 / sqrt(inputs); biases zero; norms as they are built. The draw depends on the place of
     a layer among its kind, so the same architecture starts from the same convolutions whatever its
-    normalizer: comparisons between normalizers are paired.
+    normalizer: comparisons between normalizers are paired. (What Fixup scales are these draws.)
     """
     convolutions = [m for m in model.modules() if isinstance(m, _Conv)]
     for place, conv in enumerate(convolutions):

@@ -17,6 +17,7 @@ from fedkn.normalizers.feature_norm import FeatureNormalizer
 from fedkn.normalizers.fedbn import FedBNNormalizer
 from fedkn.normalizers.fedwon import FedWonNormalizer
 from fedkn.normalizers.fixbn import FixBNNormalizer
+from fedkn.normalizers.fixup import FixupNormalizer
 from fedkn.normalizers.frn import FilterResponseNormalizer
 from fedkn.normalizers.ghost import GhostBatchNormalizer
 from fedkn.normalizers.group import GroupNormalizer
@@ -25,6 +26,7 @@ from fedkn.normalizers.instance import InstanceNormalizer
 from fedkn.normalizers.kernel import KernelNormalizer
 from fedkn.normalizers.layer import LayerNormalizer
 from fedkn.normalizers.lcn import LocalContextNormalizer
+from fedkn.normalizers.mabn import MovingAverageNormalizer
 from fedkn.normalizers.nf import NormalizerFreeNormalizer
 from fedkn.normalizers.none import NoNormalizer
 from fedkn.normalizers.online import OnlineNormalizer
@@ -79,6 +81,8 @@ _CLASSES: dict[str, type[Normalizer]] = {
         GhostBatchNormalizer,
         BatchChannelNormalizer,
         OnlineNormalizer,
+        MovingAverageNormalizer,
+        FixupNormalizer,
     )
 }
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import ClassVar, TypedDict, Unpack
 
 from torch import nn
@@ -113,6 +114,14 @@ class LayerFactory(ABC):
         """Return what ends a residual branch, before its (N, channels, H, W) are added."""
         del channels
         return None
+
+    def begin(self, branches: Sequence[nn.Module], head: nn.Linear) -> None:
+        """Change the weights that were drawn for a network, in place; most leave them.
+
+        `branches` are the residual ones in their order, each with its `branch_end`, `head` is the
+        last layer. Not called where weights are given.
+        """
+        del branches, head
 
     def _norm_act(self, channels: int, activation: str | None) -> dict[str, nn.Module | None]:
         """Return norm and activation by the names of the children; layers may be one, or more."""

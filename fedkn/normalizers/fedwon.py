@@ -17,8 +17,9 @@ class FedWonNormalizer(ScaledWeightStandardizationNormalizer):
     The layers are those of ``sws``. What is added is a rule of local training: the gradient of
     every unit is clipped to a part of its weights' norm (`AdaptiveClipping`, in
     fedkn/training/adaptive_clipping.py). The part is ``train.adaptive_clip``; as published it is
-    0.16 here, the largest of NFNets' ablation, which allows larger ones the smaller the batches
-    are. FedWon's own value we found in no text.
+    0.16 here: the least that is advised for batches of 128 and 256 (MosaicML Composer's notes on
+    AGC, which tell of ablations; the smaller the batches, the larger). FedWon's own is from 0.01 to
+    1.28, by the batch size (a reader's notes; the paper's text was not at hand).
 
     Federation rule: weights, biases and the gain g of each output channel are shared.
     """

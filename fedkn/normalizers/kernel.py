@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedkn.errors import UserError, unknown_name
-from fedkn.layers import KernelNorm2d, KNConv2d
+from fedkn.layers import ChannelGain, KernelNorm2d, KNConv2d
 from fedkn.normalizers.base import Normalizer
 from fedkn.normalizers.factory import ConvOptions, activation_layer, chain
 
@@ -28,7 +28,8 @@ class KernelNormalizer(Normalizer):
     It takes the place of the convolution itself (KNConv), so no layer follows the convolution and
     every convolution has a bias. Options: `dropout_p`, the dropout of the statistics, None for the
     value the model publishes (0.05 outside fedkn's models); `eval_mode`, which variance evaluation
-    uses (see `fedkn.layers`).
+    uses (see `fedkn.layers`); `gain`, a learned factor for every channel after the convolution,
+    which no paper has: standardized filters cannot learn a scale (docs/why.md).
     """
 
     name: ClassVar[str] = "kernel"
@@ -48,6 +49,7 @@ class KernelNormalizer(Normalizer):
 
     dropout_p: float | None = None
     eval_mode: EvalMode = "expected"
+    gain: bool = False
 
     def __post_init__(self) -> None:
         p = self.dropout_p
@@ -63,7 +65,8 @@ class KernelNormalizer(Normalizer):
         """Title, dropout, and how it evaluates where that is not the default."""
         dropout = "dropout as published" if self.dropout_p is None else f"dropout {self.dropout_p}"
         mode = "" if self.eval_mode == "expected" else f", {self.eval_mode} evaluation"
-        return f"{self.title} ({dropout}{mode})"
+        gain = ", with a gain" if self.gain else ""
+        return f"{self.title} ({dropout}{mode}{gain})"
 
     def norm(self, channels: int) -> nn.Module:
         """Return KernelNorm2d with a 1x1 kernel: each pixel normalized over its channels."""
@@ -93,9 +96,10 @@ class KernelNormalizer(Normalizer):
         **options: Unpack[ConvOptions],
     ) -> nn.Module:
         """Return KNConv2d and activation. A ReLU is fused into KNConv2d: one map less to keep."""
-        fused: Literal["relu"] | None = "relu" if activation == "relu" else None
+        fused: Literal["relu"] | None = "relu" if activation == "relu" and not self.gain else None
         return chain(
             conv=self._knconv(in_channels, out_channels, kernel_size, fused, options),
+            gain=ChannelGain(out_channels) if self.gain else None,
             activation=None if fused else activation_layer(activation),
         )
 

@@ -1,4 +1,4 @@
-"""A function of tensors as a CUDA graph: one launch, whatever it does."""
+"""A function as a CUDA graph: one launch, whatever it does."""
 
 from __future__ import annotations
 
@@ -13,21 +13,18 @@ _WARM_UP = 3
 
 
 class Captured:
-    """Captures ``function(*tensors)``, which works by its side effects, to replay it.
+    """Captures a function, which works by its side effects, to replay it.
 
     Args:
-        function: must neither synchronise with the host nor branch on values.
-        tensors: of the shapes, dtypes and device of every later call.
+        function: must neither synchronise with the host nor branch on values. A replay reads the
+            tensors that it read, where they were.
         changed: what it writes to; put back after each of the calls that the capture needs.
 
     Raises:
         RuntimeError: the function does what cannot be captured; what it changed is put back.
     """
 
-    def __init__(
-        self, function: Callable[..., None], tensors: Sequence[Tensor], changed: Sequence[Tensor]
-    ) -> None:
-        self._inputs = [tensor.clone() for tensor in tensors]
+    def __init__(self, function: Callable[[], None], changed: Sequence[Tensor]) -> None:
         before = [tensor.clone() for tensor in changed]
 
         def put_back() -> None:
@@ -41,18 +38,16 @@ class Captured:
         try:
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP):
-                    function(*self._inputs)
+                    function()
                     put_back()
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
-                function(*self._inputs)
+                function()
         finally:
             torch.cuda.current_stream().wait_stream(stream)
             put_back()
 
-    def replay(self, tensors: Sequence[Tensor]) -> None:
-        """Do to `tensors` what the function would."""
-        for own, tensor in zip(self._inputs, tensors, strict=True):
-            own.copy_(tensor)
+    def replay(self) -> None:
+        """Do what the function would."""
         self._graph.replay()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from fedkn.gpus import full_gpu
 from fedkn.layers.kernel.dropout import dropout_keys, dropout_stream, keys_of
 from fedkn.seeds import derive, torch_generator
 from fedkn.training.batches import BatchPlan
@@ -36,11 +37,9 @@ _LOG = logging.getLogger("flwr")
 
 
 class Capture(Protocol):
-    """Makes a function of tensors one that can be replayed: `Captured`, or a double of it."""
+    """Makes a function one that can be replayed: `Captured`, or a double of it."""
 
-    def __call__(
-        self, function: Callable[..., None], tensors: Sequence[Tensor], changed: Sequence[Tensor]
-    ) -> Captured:
+    def __call__(self, function: Callable[[], None], changed: Sequence[Tensor]) -> Captured:
         """Return `function`, captured."""
 
 
@@ -104,11 +103,10 @@ class StepRecorder:
                             self._graphs.clear()
                         self._graphs[sizes, setting] = self._capture(
                             _step_of(self._workspace, tables, sizes, planned),
-                            (),
                             (*self._changed(), *tables.changed),
                         )
         except RuntimeError as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
+            if full_gpu(error):
                 raise
             self._refuse((str(error).strip().splitlines() or [type(error).__name__])[0])
             return None
@@ -180,7 +178,7 @@ class RecordedSteps:
         """Take step `number`, which follows the one taken before."""
         if number == self._filled:
             self._fill(number)
-        self.graphs[number].replay(())
+        self.graphs[number].replay()
         self._workspace.optimizer.started = True
 
     @property

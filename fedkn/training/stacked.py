@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from fedkn.config import TrainConfig
 from fedkn.errors import UserError
+from fedkn.gpus import full_gpu
 from fedkn.layers.kernel.dropout import dropout_keys
 from fedkn.layers.stacked_convolution import StackedConvolutions
 from fedkn.seeds import derive
@@ -167,7 +168,7 @@ class _Replayed:
         key = (stack, self._tables.shape, task.train, task.goal, rules)
         if key not in workspace.steps:
             workspace.steps[key] = self._captured(stack, rules)
-        workspace.steps[key].replay(())
+        workspace.steps[key].replay()
 
     def _captured(self, stack: int, rules: tuple[LocalRule, ...]) -> Captured:
         workspace, task = self._workspace, self._task
@@ -178,9 +179,9 @@ class _Replayed:
             _step(workspace, tables.batch(stack, inputs), task, rules, partly=True)
 
         try:
-            return self._capture(step, (), (*changed, tables.place))
+            return self._capture(step, (*changed, tables.place))
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if full_gpu(error):
                 raise
             reason = printable((str(error).strip().splitlines() or ["no reason given"])[0], 200)
             raise UserError(

@@ -116,13 +116,12 @@ class StackedWorkspace:
         return self._calls
 
     def states(self, clients: int) -> list[dict[str, Tensor]]:
-        """Return the tensors of each of the first `clients` clients, on the CPU.
+        """Return the tensors of each of the first `clients` clients.
 
-        There they are views, which the next `load` overwrites.
+        They are views, which the next `load` overwrites.
         """
-        values = zip(self.initial, self.values, strict=True)
-        here = moved({name: value[:clients] for name, value in values}, torch.device("cpu"))
-        return [{name: value[place] for name, value in here.items()} for place in range(clients)]
+        named = dict(zip(self.initial, self.values, strict=True))
+        return [{name: value[place] for name, value in named.items()} for place in range(clients)]
 
 
 def stackable_parameters(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -47,7 +47,7 @@ class ClippedUpdate(LocalRule):
         """Return the shared tensors, moved no further than the norm from those received."""
         clipped = clip_update(
             {name: value.detach().cpu().numpy() for name, value in trained.items()},
-            {name: received[name].numpy() for name in trained},
+            {name: received[name].cpu().numpy() for name in trained},
             self.norm,
         )
         return {name: torch.from_numpy(value) for name, value in clipped.items()}

@@ -13,6 +13,7 @@ import numpy as np
 
 from fedkn.config import ExperimentConfig, TrainConfig
 from fedkn.federation import TRAIN_LOSS
+from fedkn.stack import distances
 from fedkn.training import learning_rate
 from server.gate.screening import Update
 
@@ -65,7 +66,8 @@ def too_far(
                     f"round's median or {FLOOR:g} of the norm of what was sent",
                 )
 
-    moves = [_move(update, sent, own) for update in updates]
+    ends = [update.arrays for update in updates]
+    moves = distances(ends, sent, own)
     if (farthest := _farthest(config, round_, updates, sent, own)) is not None:
         for update, move, most in zip(updates, moves, farthest, strict=True):
             if move > most:
@@ -74,8 +76,7 @@ def too_far(
                     "(train.clip_norm)"
                 )
     judge(moves, own, "the weights", FACTOR)
-    statistics = [_move(update, sent, others) for update in updates]
-    judge(statistics, others, "the statistics", _STATISTICS_FACTOR)
+    judge(distances(ends, sent, others), others, "the statistics", _STATISTICS_FACTOR)
     if config.strategy.name == "qfedavg":
         losses = [update.metrics[TRAIN_LOSS] for update in updates]
         most = max(_LOSS_FACTOR * _lower_median(losses), _LOSS_FLOOR)
@@ -133,10 +134,6 @@ def _farthest(
         # Float32 rounds at every step.
         found.append(1.01 * moved + 1e-6 * start)
     return found
-
-
-def _move(update: Update, sent: Mapping[str, np.ndarray], names: Sequence[str]) -> float:
-    return _norm(update.arrays[name].astype(np.float64) - sent[name] for name in names)
 
 
 def _norm(arrays: Iterable[np.ndarray]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,15 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedkn.config import ServerConfig
-from fedkn.federation import failure_reason, record_bytes
+from fedkn.direct import Trained
+from fedkn.federation import failure_reason, record_bytes, tensors_to_arrays
+from fedkn.stack import Flat
 from fedkn.text import printable
 from server.gate.exchange import exchange
-from server.gate.screening import RefusedUpdate, Screen, Update
+from server.gate.screening import Claim, RefusedUpdate, Screen, Update
+from server.wire import DirectGrid, Order
 
-__all__ = ["Replies", "collect"]
+__all__ = ["Replies", "collect", "collect_directly"]
 
 
 @dataclass
@@ -65,7 +68,7 @@ def collect(
     k-th count. Whoever has not replied by then is late, and its reply is never asked for. Which
     updates count then depends on who is quick; a grid that answers everything at once loses none.
     """
-    sorting = _Sorting(messages, gate)
+    sorting = _Messages(messages, gate)
     arriving = exchange(
         grid,
         list(messages.values()),
@@ -78,20 +81,51 @@ def collect(
             sorting.take(reply)
         for message_id, reason in arrived.lost.items():
             sorting.lose(message_id, reason)
-        if 0 < limits.enough_updates <= sorting.valid:
+        if 0 < limits.enough_updates <= sorting.valid():
             return sorting.finish(enough=True)
         still_missing(sorting.silent)
     return sorting.finish(enough=False)
 
 
-class _Sorting:
-    """Divides replies into updates, refused ones and failures, as they come."""
+def collect_directly(
+    grid: DirectGrid,
+    order: Order,
+    gate: Screen,
+    limits: ServerConfig,
+    still_missing: Callable[[set[int]], None] = lambda partitions: None,
+) -> Replies:
+    """Let the clients of this machine carry out `order`, and return what came of it, as `collect`.
 
-    def __init__(self, messages: Mapping[int, Message], gate: Screen) -> None:
-        self._messages = messages
+    All of them have answered when any of them is heard.
+    """
+    sorting = _Sorting(order.nodes, gate)
+    # Whoever is waited for one by one is not ended: all count that came.
+    timeout = None if limits.enough_updates else limits.round_timeout
+    for partition, answer in grid.train(order, timeout).items():
+        if isinstance(answer, str):
+            sorting.fail(partition, failure_reason(answer))
+        else:
+            sorting.take_directly(partition, answer, order.bytes_up)
+    if 0 < limits.enough_updates <= sorting.valid():
+        return sorting.finish(enough=True)
+    still_missing(sorting.silent)
+    return sorting.finish(enough=False)
+
+
+class _Sorting:
+    """Divides what clients answer into updates, refused ones and failures, as they come.
+
+    Args:
+        asked: the partitions.
+    """
+
+    def __init__(self, asked: Collection[int], gate: Screen) -> None:
+        self._partitions = frozenset(asked)
         self._gate = gate
-        self._asked: dict[str, int] = {}
         self._heard: set[int] = set()
+        # In the order in which they came, whenever their tensors are looked at.
+        self._refused: list[dict[str, Any] | None] = []
+        self._claims: list[tuple[int, int, Claim]] = []
         self._updates: dict[int, Update] = {}
         self._replies = Replies()
         self._gone: set[int] = set()
@@ -100,20 +134,83 @@ class _Sorting:
     @property
     def silent(self) -> set[int]:
         """Return the partitions that have not answered yet."""
-        return self._messages.keys() - self._heard
+        return set(self._partitions - self._heard)
 
-    @property
     def valid(self) -> int:
-        """Return the number of valid updates so far."""
+        """Look at the tensors of what came; return the number of valid updates so far."""
+        found = self._gate.accepted([claim for *_, claim in self._claims]) if self._claims else []
+        for (place, partition, _), update in zip(self._claims, found, strict=True):
+            if isinstance(update, RefusedUpdate):
+                self._refused[place] = _entry(partition, str(update))
+            elif update.partition != partition:
+                text = str(RefusedUpdate(f"claims to be partition {update.partition}"))
+                self._refused[place] = _entry(partition, text)
+            else:
+                self._updates[partition] = update
+        self._claims.clear()
         return len(self._updates)
+
+    def fail(self, partition: int, reason: str, *, gone: bool = False) -> None:
+        """Take note that a client answers that it failed, or that its node is `gone`."""
+        self._heard.add(partition)
+        if gone:
+            self._gone.add(partition)
+        else:
+            self._answered = time.monotonic()
+        self._replies.failed.append(_entry(partition, reason))
+
+    def take_directly(self, partition: int, answer: Trained, size: int) -> None:
+        """Take the answer of a client of this machine; an honest one has `size` bytes."""
+        found = answer.tensors
+        given = found if isinstance(found, Flat) else tensors_to_arrays(found)
+        self._replies.bytes += size if isinstance(given, Flat) else record_bytes(given)
+        try:
+            self._claim(partition, lambda: self._gate.taken(answer.metrics, given))
+        except RefusedUpdate as refusal:
+            self._refuse(partition, refusal)
+
+    def finish(self, *, enough: bool) -> Replies:
+        """Return what came; whoever has not answered is late if that was `enough`, else failed."""
+        self.valid()
+        silent = sorted(self.silent)
+        if enough:
+            self._replies.late = silent
+        else:
+            self._replies.waited_for = sorted(self._gone.union(silent))
+            if self._replies.waited_for:
+                self._replies.waited = time.monotonic() - self._answered
+            reason = "no reply: node gone, or slower than server.round_timeout"
+            self._replies.failed.extend(_entry(p, reason) for p in silent)
+        self._replies.slowest = self._answered - self._began
+        self._replies.refused = [entry for entry in self._refused if entry is not None]
+        self._replies.updates = [self._updates[partition] for partition in sorted(self._updates)]
+        return self._replies
+
+    def _claim(self, partition: int, read: Callable[[], Claim]) -> None:
+        """Note a client's answer and what it claims; its tensors are looked at with others'."""
+        self._heard.add(partition)
+        self._answered = time.monotonic()
+        claim = read()
+        self._claims.append((len(self._refused), partition, claim))
+        self._refused.append(None)
+
+    def _refuse(self, partition: int | None, refusal: RefusedUpdate) -> None:
+        self._refused.append(_entry(partition, str(refusal)))
+
+
+class _Messages(_Sorting):
+    """Sorts the replies to `messages`, by partition."""
+
+    def __init__(self, messages: Mapping[int, Message], gate: Screen) -> None:
+        super().__init__(messages.keys(), gate)
+        self._messages = messages
+        self._asked: dict[str, int] = {}
 
     def lose(self, message_id: str, reason: str) -> None:
         """Take note that the reply to a message will not come."""
         partition = self._partition(message_id)
         if partition is not None:
-            self._heard.add(partition)
-            self._gone.add(partition)
-            self._replies.failed.append({"client": partition, "reason": printable(reason)})
+            self.fail(partition, printable(reason), gone=True)
 
     def take(self, reply: Message) -> None:
         """Sort out one reply."""
@@ -124,22 +221,7 @@ class _Sorting:
         try:
             self._take(partition, reply)
         except RefusedUpdate as refusal:
-            self._replies.refused.append({"client": partition, "reason": str(refusal)})
-
-    def finish(self, *, enough: bool) -> Replies:
-        """Return what came; whoever has not answered is late if that was `enough`, else failed."""
-        silent = sorted(self.silent)
-        if enough:
-            self._replies.late = silent
-        else:
-            self._replies.waited_for = sorted(self._gone.union(silent))
-            if self._replies.waited_for:
-                self._replies.waited = time.monotonic() - self._answered
-            reason = "no reply: node gone, or slower than server.round_timeout"
-            self._replies.failed.extend({"client": p, "reason": reason} for p in silent)
-        self._replies.slowest = self._answered - self._began
-        self._replies.updates = [self._updates[partition] for partition in sorted(self._updates)]
-        return self._replies
+            self._refuse(partition, refusal)
 
     def _partition(self, message_id: str) -> int | None:
         """Return which partition a message went to."""
@@ -156,19 +238,13 @@ class _Sorting:
             raise RefusedUpdate("a second reply in the same round")
         if reply.has_error():
             # Those which Flower makes itself, for a node that went away, do not carry its id.
-            self._heard.add(partition)
-            if reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-                self._gone.add(partition)
-            else:
-                self._answered = time.monotonic()
-            entry = {"client": partition, "reason": failure_reason(reply)}
-            self._replies.failed.append(entry)
+            gone = reply.error.code == ErrorCode.NODE_UNAVAILABLE
+            self.fail(partition, failure_reason(reply), gone=gone)
             return
         if reply.metadata.src_node_id != self._messages[partition].metadata.dst_node_id:
             raise RefusedUpdate("from a node that was not asked")
-        self._heard.add(partition)
-        self._answered = time.monotonic()
-        update = self._gate.check(reply)
-        if update.partition != partition:
-            raise RefusedUpdate(f"claims to be partition {update.partition}")
-        self._updates[partition] = update
+        self._claim(partition, lambda: self._gate.read(reply))
+
+
+def _entry(partition: int | None, reason: str) -> dict[str, Any]:
+    return {"client": partition, "reason": reason}

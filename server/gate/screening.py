@@ -7,15 +7,15 @@ on with the rest.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+import torch
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from numpy.lib import format as npy
 
 from fedkn.config import TrainConfig
@@ -31,10 +31,11 @@ from fedkn.federation import (
     packed_sizes,
     unpacked,
 )
+from fedkn.stack import Flat, Layout, Stack, distances
 from fedkn.text import printable
 from server.gate.plausible import named, numbers_in, training_ranges
 
-__all__ = ["RefusedUpdate", "Screen", "Update"]
+__all__ = ["Claim", "RefusedUpdate", "Screen", "Update"]
 
 # A client's index of packed tensors may be written a little differently.
 _SLACK = 1 << 16
@@ -53,15 +54,32 @@ class RefusedUpdate(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """An update that passed: from which partition, its arrays and metrics, each by name."""
+    """An update that passed: from which partition, its arrays and metrics, each by name.
+
+    Of a round's the arrays are rows of a `Stack`: on the host as far as they are read.
+    """
 
     partition: int
-    arrays: dict[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """What a client sent, of the form of an update: names, shapes and numbers that can be.
+
+    Its tensors' values were not looked at.
+    """
+
     metrics: dict[str, float]
+    tensors: Mapping[str, np.ndarray] | Flat
 
 
 class Screen:
     """Checks updates against the tensors that were sent and what the clients declared on joining.
+
+    First what each of them claims to be (`read`, `taken`), then the values of all at once
+    (`accepted`), wherever these are.
 
     Args:
         sent: the global tensors of the round by name, as the clients received them.
@@ -72,7 +90,7 @@ class Screen:
         round_timeout: seconds that the round waits. private: whether updates have an epsilon.
         least_loss: the task's.
         spreads, counts: the names of tensors that hold variances or deviations, and counts of
-            batches.
+            batches. parameters: of tensors that are parameters, which are stacked by themselves.
     """
 
     def __init__(
@@ -87,8 +105,10 @@ class Screen:
         least_loss: float = 0.0,
         spreads: Collection[str] = (),
         counts: Collection[str] = (),
+        parameters: Collection[str] = (),
     ) -> None:
         self._sent = sent
+        self._layout = Layout(sent, parameters)
         self._declared = declared
         self._train = train
         self._max_norm = max_norm
@@ -100,6 +120,17 @@ class Screen:
     def check(self, message: Message) -> Update:
         """Return the update in `message`.
 
+        Raises:
+            RefusedUpdate: naming what does not fit.
+        """
+        (found,) = self.accepted([self.read(message)])
+        if isinstance(found, RefusedUpdate):
+            raise found
+        return found
+
+    def read(self, message: Message) -> Claim:
+        """Return what `message` claims.
+
         Nothing is allocated before the declared sizes are known to fit.
 
         Raises:
@@ -108,24 +139,56 @@ class Screen:
         if not message.has_content():
             raise RefusedUpdate("no content")
         try:
-            return self._update(message.content)
+            return self._read(message.content)
         except RefusedUpdate:
             raise
         except Exception as error:  # what a client sends may break any parser, but not the round
             raise RefusedUpdate(f"unreadable: {type(error).__name__}: {error}") from error
 
-    def _update(self, content: RecordDict) -> Update:
+    def taken(self, metrics: Mapping[str, Any], tensors: Flat | ArrayRecord) -> Claim:
+        """Return what a client of this machine claims, which sent no message.
+
+        Raises:
+            RefusedUpdate: as `read`.
+        """
+        numbers = self._metrics(metrics)
+        if isinstance(tensors, Flat) and tensors.layout == self._layout:
+            return Claim(numbers, tensors)
+        assert isinstance(tensors, ArrayRecord)
+        return Claim(numbers, self._arrays(tensors))
+
+    def accepted(self, claims: Sequence[Claim]) -> list[Update | RefusedUpdate]:
+        """Return the updates of `claims`, or why one is refused, in their order.
+
+        Their tensors are copied into one `Stack`.
+        """
+        if not claims:
+            return []
+        stack = Stack.of(self._layout, [claim.tensors for claim in claims])
+        reasons = self._not_finite(stack)
+        batches = [claim.metrics[EXAMPLES] * self._train.local_epochs for claim in claims]
+        for place, reason in self._odd_statistics(stack, batches).items():
+            reasons.setdefault(place, reason)
+        if self._max_norm:
+            for place, norm in enumerate(distances(stack.rows(), self._sent, self._sent)):
+                if norm > self._max_norm:
+                    text = f"moves the weights by {norm:.3g}, more than {self._max_norm:.3g}"
+                    reasons.setdefault(place, text)
+        return [
+            RefusedUpdate(reasons[place])
+            if place in reasons
+            else Update(int(claims[place].metrics[PARTITION]), row, claims[place].metrics)
+            for place, row in enumerate(stack.rows())
+        ]
+
+    def _read(self, content: RecordDict) -> Claim:
         if content.config_records:
             raise RefusedUpdate(f"records not expected: {named(content.config_records)}")
         metrics = self._metrics(_only(content.metric_records, METRICS))
         record = _only(content.array_records, ARRAYS)
         if is_packed(record):
             self._check_packed(record)
-        arrays = self._arrays(unpacked(record))
-        self._check_statistics(arrays, metrics[EXAMPLES] * self._train.local_epochs)
-        if self._max_norm:
-            self._check_norm(arrays)
-        return Update(int(metrics[PARTITION]), arrays, metrics)
+        return Claim(metrics, self._arrays(unpacked(record)))
 
     @cached_property
     def _packed_as_sent(self) -> tuple[int, int]:
@@ -142,7 +205,7 @@ class Screen:
             if size > expected + _SLACK:
                 raise RefusedUpdate(f"{what} of {size} bytes, where {expected} are expected")
 
-    def _metrics(self, record: MetricRecord) -> dict[str, float]:
+    def _metrics(self, record: Mapping[str, Any]) -> dict[str, float]:
         partition = record.get(PARTITION)
         if type(partition) is not int or partition not in self._declared:
             raise RefusedUpdate(f"partition {partition} was not asked to train")
@@ -174,29 +237,54 @@ class Screen:
             raise RefusedUpdate(f"tensors missing or not expected: {odd}")
         arrays: dict[str, np.ndarray] = {}
         for name, sent in self._sent.items():
-            arrays[name] = _checked(name, record[name], sent)
+            try:
+                arrays[name] = _of_form(name, record[name], sent)
+            except Exception:  # whatever breaks a parser
+                # Of several things that are wrong, the first tensor's is named.
+                before = [n for n, value in arrays.items() if not np.isfinite(value).all()]
+                if not before:
+                    raise
+                raise RefusedUpdate(_NOT_FINITE.format(before[0])) from None
         return arrays
 
-    def _check_statistics(self, arrays: Mapping[str, np.ndarray], batches: float) -> None:
-        """Refuse what would be no variance, and counts of more `batches` than there can be."""
-        for name in self._spreads | self._counts:
-            value = arrays[name]
-            if value.size and value.min() < 0:
-                raise RefusedUpdate(f"'{name}' is negative, which no variance or count can be")
-        for name in self._counts:
-            # Float32 rounds what it counts.
-            most = 1.001 * (self._sent[name] + batches) + 1
-            if (arrays[name] > most).any():
-                raise RefusedUpdate(f"'{name}' counts more than {batches:.0f} batches in a round")
+    def _not_finite(self, stack: Stack) -> dict[int, str]:
+        """Return by place in the `stack` which tensor is not finite."""
+        # A sum of finite numbers may overflow, but one with NaN or infinity in it is never finite.
+        kinds = (part for part in stack.parts if part.is_floating_point() or part.is_complex())
+        sums = [part.sum(1) for part in kinds]
+        if not sums:
+            return {}
+        odd = ~torch.stack([found.isfinite() for found in sums]).all(0)
+        reasons: dict[int, str] = {}
+        for place in odd.nonzero().flatten().tolist():
+            row = stack.rows()[place]
+            if odd_ones := [name for name in self._sent if not np.isfinite(row[name]).all()]:
+                reasons[place] = _NOT_FINITE.format(odd_ones[0])
+        return reasons
 
-    def _check_norm(self, arrays: Mapping[str, np.ndarray]) -> None:
-        squares = (
-            float(np.square(array.astype(np.float64) - self._sent[name]).sum())
-            for name, array in arrays.items()
-        )
-        norm = math.sqrt(sum(squares))
-        if norm > self._max_norm:
-            raise RefusedUpdate(f"moves the weights by {norm:.3g}, more than {self._max_norm:.3g}")
+    def _odd_statistics(self, stack: Stack, batches: Sequence[float]) -> dict[int, str]:
+        """Return whose variances cannot be, or who counts more batches than it can have had.
+
+        In the order of the `stack`; each of its clients had at most so many `batches`.
+        """
+        reasons: dict[int, str] = {}
+        kinds = [name for name in self._sent if name in self._spreads | self._counts]
+        for name in kinds:
+            values = stack.host(name).reshape(len(stack), -1)
+            for place in np.flatnonzero((values < 0).any(axis=1)).tolist():
+                text = f"'{name}' is negative, which no variance or count can be"
+                reasons.setdefault(place, text)
+        for name in kinds:
+            if name not in self._counts:
+                continue
+            sent, values = self._sent[name].reshape(1, -1), stack.host(name).reshape(len(stack), -1)
+            # Float32 rounds what it counts.
+            dtype = sent.dtype if sent.dtype.kind == "f" else np.dtype(np.float64)
+            most = 1.001 * (sent + np.asarray(batches, dtype).reshape(-1, 1)) + 1
+            for place in np.flatnonzero((values > most).any(axis=1)).tolist():
+                text = f"'{name}' counts more than {batches[place]:.0f} batches in a round"
+                reasons.setdefault(place, text)
+        return reasons
 
 
 def _only(records: Mapping[str, RecordT], key: str) -> RecordT:
@@ -205,7 +293,10 @@ def _only(records: Mapping[str, RecordT], key: str) -> RecordT:
     return records[key]
 
 
-def _checked(name: str, array: Array, sent: np.ndarray) -> np.ndarray:
+_NOT_FINITE = "'{}' is not finite (training diverged, or garbage)"
+
+
+def _of_form(name: str, array: Array, sent: np.ndarray) -> np.ndarray:
     """Return the value of `array`, read-only, which must be of the shape and dtype of `sent`."""
     header = npy_header(sent.dtype, sent.shape)
     as_expected = (
@@ -215,14 +306,9 @@ def _checked(name: str, array: Array, sent: np.ndarray) -> np.ndarray:
         and len(array.data) == len(header) + sent.nbytes
         and array.data.startswith(header)
     )
-    value = (
-        np.frombuffer(array.data, sent.dtype, offset=len(header)).reshape(sent.shape)
-        if as_expected
-        else _parsed(name, array, sent)
-    )
-    if not np.isfinite(value).all():
-        raise RefusedUpdate(f"'{name}' is not finite (training diverged, or garbage)")
-    return value
+    if as_expected:
+        return np.frombuffer(array.data, sent.dtype, offset=len(header)).reshape(sent.shape)
+    return _parsed(name, array, sent)
 
 
 def _parsed(name: str, array: Array, sent: np.ndarray) -> np.ndarray:

@@ -9,26 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import FedknError, UserError
 from fedkn.experiment import data_summary
-from fedkn.federation import (
-    ARRAYS,
-    CONFIG,
-    CONTROL,
-    DATA,
-    FIXED,
-    LEARNING_RATE,
-    ROUND,
-    data_record,
-    record_bytes,
-)
+from fedkn.federation import FIXED, LEARNING_RATE, ROUND
 from fedkn.training import learning_rate
 from server.gate.distances import too_far
-from server.gate.replies import Replies, collect
+from server.gate.replies import Replies, collect, collect_directly
 from server.gate.screening import Screen, Update
 from server.global_model import GlobalModel
 from server.rounds.aggregation import Aggregator, NoAggregate
@@ -36,7 +26,7 @@ from server.rounds.cohorts import draw_cohort
 from server.rounds.membership import Member, Membership
 from server.rounds.participation import Participation
 from server.rounds.waiting import Waiting
-from server.wire import sent_through
+from server.wire import DirectGrid, Order
 
 __all__ = ["Federation", "NoValidUpdates", "RoundReport", "run_round"]
 
@@ -167,15 +157,14 @@ def run_round(
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """Who was drawn, and what was sent to those of them that are there, by partition.
+    """Who was drawn, and what is asked of those of them that are there, by partition.
 
-    `bytes_each`: of the arrays in one message. `learning_rate`: the clients'.
+    `learning_rate`: the clients'.
     """
 
     cohort: list[int]
     members: Mapping[int, Member]
-    messages: Mapping[int, Message]
-    bytes_each: int
+    order: Order
     learning_rate: float
 
 
@@ -185,7 +174,7 @@ def _ask(
     participation: Participation,
     federation: Federation,
 ) -> _Asked:
-    config, grid, aggregator = federation.config, federation.grid, federation.aggregator
+    config, aggregator, model = federation.config, federation.aggregator, federation.model
     cohort = draw_cohort(
         range(config.partition.clients), config.cohort, seed=config.seed, round_=round_
     )
@@ -195,32 +184,17 @@ def _ask(
     instructions = aggregator.training_config(
         round_, tensors, ConfigRecord({ROUND: round_, LEARNING_RATE: rate})
     )
-    fixed = {FIXED: federation.model.fixed_sha256} if federation.model.fixed_sha256 else {}
-    record = sent_through(grid, tensors)
-    control = sent_through(grid, aggregator.control(tensors))
-    content: dict[str, ArrayRecord | ConfigRecord] = {
-        ARRAYS: record,
-        DATA: data_record(data_summary(config)),
-    }
-    if control:
-        content[CONTROL] = control
-    messages = {
-        partition: Message(
-            RecordDict(
-                {
-                    **content,
-                    CONFIG: ConfigRecord(
-                        {**instructions, **fixed, **participation.told(partition)}
-                    ),
-                }
-            ),
-            dst_node_id=member.node_id,
-            message_type=MessageType.TRAIN,
-        )
-        for partition, member in members.items()
-    }
-    each = record_bytes(record) + record_bytes(control)
-    return _Asked(cohort, members, messages, each, rate)
+    fixed = {FIXED: model.fixed_sha256} if model.fixed_sha256 else {}
+    order = Order(
+        tensors=tensors,
+        control=aggregator.control(tensors),
+        parameters=model.parameters,
+        data=data_summary(config),
+        told={**instructions, **fixed},
+        own={partition: participation.told(partition) for partition in members},
+        nodes={partition: member.node_id for partition, member in members.items()},
+    )
+    return _Asked(cohort, members, order, rate)
 
 
 def _collected(
@@ -238,9 +212,14 @@ def _collected(
         least_loss=model.task.least_loss,
         spreads=model.spreads,
         counts=model.counts,
+        parameters=model.parameters,
     )
     waiting.begin(round_)
-    replies = collect(federation.grid, asked.messages, gate, config.server, waiting.look)
+    grid, order = federation.grid, asked.order
+    if isinstance(grid, DirectGrid):
+        replies = collect_directly(grid, order, gate, config.server, waiting.look)
+    else:
+        replies = collect(grid, order.messages(grid), gate, config.server, waiting.look)
     waiting.end(replies.slowest)
     replies.refuse(too_far(replies.updates, tensors, model.parameters, config, round_))
     replies.failed.extend(
@@ -289,7 +268,7 @@ def _reported(
         failed=replies.failed,
         late=replies.late,
         strategy=federation.aggregator.fields() if replies.updates else {},
-        bytes_down=asked.bytes_each * len(asked.members),
+        bytes_down=asked.order.bytes_down * len(asked.members),
         bytes_up=replies.bytes,
         learning_rate=asked.learning_rate,
         seconds=seconds,

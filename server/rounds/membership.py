@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from flwr.app import Message, MessageType, MetricRecord
+from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedkn.data.summary import DataSummary
@@ -131,15 +131,18 @@ class Membership:
         """
         wanted = list(partitions)
         began = time.monotonic()
-        if set(wanted) - self._present().keys():
-            self._ask(self._strangers() - self._asked, self._timeout)
-        self._given_up -= self._present().keys()
-        awaited = set(wanted) - self._given_up - self._present().keys()
-        missing, _ = self._wait_for(set(wanted) - self._given_up, waiting)
-        self._given_up.update(missing)
         present = self._present()
-        self.waited_for = sorted(awaited - self._refused().keys())
-        self.waited = time.monotonic() - began if self.waited_for else 0.0
+        if set(wanted) - present.keys():
+            self._ask(self._strangers() - self._asked, self._timeout)
+            present = self._present()
+        self._given_up -= present.keys()
+        self.waited, self.waited_for = 0.0, []
+        if awaited := set(wanted) - self._given_up - present.keys():
+            missing, _ = self._wait_for(set(wanted) - self._given_up, waiting)
+            self._given_up.update(missing)
+            present = self._present()
+            if found := sorted(awaited - self._refused().keys()):
+                self.waited, self.waited_for = time.monotonic() - began, found
         return {partition: present[partition] for partition in wanted if partition in present}
 
     def newcomers(self) -> list[Member]:
@@ -231,8 +234,9 @@ class Membership:
         self, nodes: set[int], own: Mapping[int, int | None], timeout: float
     ) -> dict[int, Member]:
         """Return by node who answers to be a client; `own` has what the nodes' keys say."""
+        told = dict(join_request(self._data).items())
         questions = [
-            Message(join_request(self._data), dst_node_id=node, message_type=MessageType.QUERY)
+            Message(RecordDict(told), dst_node_id=node, message_type=MessageType.QUERY)
             for node in sorted(nodes)
         ]
         arriving = exchange(self._grid, questions, timeout)

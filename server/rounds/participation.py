@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ConfigRecord
 
 from fedkn.federation import RUN_TOKEN, STATE_ROUND
 
@@ -29,9 +28,9 @@ class Participation:
     token: str
     last: np.ndarray
 
-    def told(self, partition: int) -> ConfigRecord:
-        """Return what a message tells client `partition` of its own state."""
-        return ConfigRecord({RUN_TOKEN: self.token, STATE_ROUND: int(self.last[partition])})
+    def told(self, partition: int) -> dict[str, str | int]:
+        """Return what client `partition` is told of its own state."""
+        return {RUN_TOKEN: self.token, STATE_ROUND: int(self.last[partition])}
 
     def after(self, round_: int, accepted: Iterable[int]) -> Participation:
         """Return the participation after `round_`, in which the updates of `accepted` counted."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedkn.averaging import weighted_sum
+from fedkn.averaging import summed, weighted_sum
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.training import learning_rate
@@ -35,15 +35,19 @@ class Scaffold(Strategy):
     and nothing is sent for it: an update costs as much as FedAvg's, and no client can set c but
     through its update. K_i is the number of local steps in the update's metrics.
 
+    With local momentum they are means of velocities instead of gradients, as in Flower's baseline
+    niid_bench; the client half says of which.
+
     Raises:
-        UserError: with local momentum, for which option II's K lr is not the sum of the steps.
+        UserError: with ``train.keep_momentum``: the velocity that it would keep holds c - c_i. With
+            DP-SGD.
     """
 
     def __init__(self, config: ExperimentConfig) -> None:
-        if config.train.momentum:
+        if config.train.keep_momentum:
             raise UserError(
-                f"scaffold needs train.momentum = 0, got {config.train.momentum:g}: its control "
-                "variates are means of plain gradients"
+                "scaffold needs train.keep_momentum = false: its control variates are means of "
+                "velocities that begin at zero in every round"
             )
         if config.privacy.mechanism == "example":
             raise UserError(
@@ -69,16 +73,16 @@ class Scaffold(Strategy):
         local = learning_rate(self._config.train, round_, self._config.rounds)
         share = len(updates) / self._config.partition.clients
         uniform = [1 / len(updates)] * len(updates)
-        mean = weighted_sum([update.arrays for update in updates], uniform, sent)
+        ends = [update.arrays for update in updates]
+        mean = weighted_sum(ends, uniform, sent)
+        lengths = [update.metrics["steps"] * local for update in updates]
+        gradients = summed(ends, sent, lambda i, end, x: (x - end.double()) / lengths[i], sent)
         control = self.control(sent)
         following: dict[str, np.ndarray] = {}
         for name, x in sent.items():
-            gradients = [
-                (x.astype(np.float64) - u.arrays[name]) / (u.metrics["steps"] * local)
-                for u in updates
-            ]
             following[name] = (1 - self._rate) * x + self._rate * mean[name]
-            moved = (1 - share) * control[name] + share * np.mean(gradients, axis=0)
+            gradient = gradients[name] / len(updates)
+            moved = (1 - share) * control[name] + share * gradient
             self._control[name] = np.asarray(moved, dtype=x.dtype)
         return following
 

@@ -48,8 +48,7 @@ def created(
             "searches on validation images, by itself: leave it out"
         )
     grid = _with_whole_paths(grid)
-    if weights := pinned_weights(grid.model):
-        grid = grid.resolve(grid.flat(), weights)
+    grid = grid.resolve(grid.flat(), _pins(grid))
     name = grid.compare.name or f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     path = out or _RUNS / name
     if not RunFolder.may_begin(path):
@@ -167,6 +166,21 @@ def _with_whole_paths(grid: GridConfig) -> GridConfig:
     if roots := grid.compare.axes.get("data.root"):
         changes["compare.axes.data.root"] = [whole(root) for root in roots]
     return GridConfig.resolve(grid.flat(), changes)
+
+
+def _pins(grid: GridConfig) -> dict[str, object]:
+    """Return what holds `grid` to the bytes of the files of weights that it begins with.
+
+    Raises UserError for one that cannot be read, or has another hash than was given.
+    """
+    files = grid.compare.axes.get("model.weights")
+    if files is None:
+        return dict(pinned_weights(grid.model))
+    pins = [pinned_weights(grid.model.model_copy(update={"weights": file})) for file in files]
+    return {
+        "compare.axes.model.weights": [pin.get("model.weights", "") for pin in pins],
+        "compare.weights_sha256": [pin.get("model.weights_sha256", "") for pin in pins],
+    }
 
 
 def _record(grid: GridConfig, name: str, command: str) -> GridRecord:

@@ -28,6 +28,7 @@ class Task:
     images: int
     rounds: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    test_images: int = 50
 
 
 _SMALL = {"model.width": 8}
@@ -70,7 +71,7 @@ TASKS: dict[str, Task] = {
 
 def prepared(task: Task, folder: Path) -> ExperimentConfig:
     """Write the images of `task` into `folder` and return its configuration."""
-    path = folder / f"{task.clients}x{task.images}.npz"
+    path = folder / f"{task.clients}x{task.images}+{task.test_images}.npz"
     if not path.exists():
         draw = numpy_generator(0, "benchmark")
         count = task.clients * task.images
@@ -78,8 +79,8 @@ def prepared(task: Task, folder: Path) -> ExperimentConfig:
             path,
             images=draw.integers(256, size=(count, 3, 32, 32), dtype=np.uint8),
             labels=draw.integers(10, size=count),
-            test_images=draw.integers(256, size=(50, 3, 32, 32), dtype=np.uint8),
-            test_labels=np.arange(50) % 10,
+            test_images=draw.integers(256, size=(task.test_images, 3, 32, 32), dtype=np.uint8),
+            test_labels=np.arange(task.test_images) % 10,
         )
     return ExperimentConfig.resolve(
         {

@@ -75,16 +75,21 @@ def engine_rows(
     workers: int,
     pfl_folder: Path | None,
     progress: Callable[[str], None],
+    device: str = "cpu",
 ) -> list[EngineRow]:
     """Measure `contenders` on `tasks`: A B C, B C A, C A B, …; ratios are to the first of them.
 
     With `allocator_for_all` every contender gets the allocator setting that fedkn's engines give
-    themselves. `pfl_folder` is where pfl-research's environment is, or is to be made.
+    themselves. `pfl_folder` is where pfl-research's environment is, or is to be made. All compute
+    on `device`, pfl on the CPU alone.
 
     Raises:
-        UserError: pfl is asked for and there is no folder for it, or a contender failed.
+        UserError: pfl is asked for and there is no folder for it, or another device; or a contender
+            failed.
     """
     python = sys.executable
+    if device != "cpu" and any(name.startswith("pfl") for name in contenders):
+        raise UserError("pfl-research is measured on the CPU: leave --device out, or pfl-N")
     if any(name.startswith("pfl") for name in contenders):
         if pfl_folder is None:
             raise UserError("pfl-research needs an environment of its own: give --pfl FOLDER")
@@ -92,7 +97,7 @@ def engine_rows(
     rows: list[EngineRow] = []
     with tempfile.TemporaryDirectory() as folder:
         for task in tasks:
-            config = prepared(TASKS[task], Path(folder)).overlay(workers=workers)
+            config = prepared(TASKS[task], Path(folder)).overlay(workers=workers, device=device)
             path = Path(folder) / f"{task}.json"
             path.write_text(json.dumps(config.flat()), encoding="utf-8")
             runs: dict[str, list[_Run]] = {name: [] for name in contenders}

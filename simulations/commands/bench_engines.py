@@ -40,6 +40,9 @@ def engines(
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Processes of an engine, actors of Ray.")
     ] = 2,
+    device: Annotated[
+        str, typer.Option("--device", help="cpu, cuda or cuda:N, for all contenders.")
+    ] = "cpu",
     allocator: Annotated[
         bool,
         typer.Option("--allocator", help="Give everybody the allocator setting of our engines."),
@@ -57,6 +60,8 @@ def engines(
     debug: Debug = False,
 ) -> None:
     """Time rounds of whole runs: fedkn's engines, a loop by hand, Flower on Ray, pfl-research."""
+    from fedkn.config import ExperimentConfig
+    from fedkn.experiment import device_of
     from simulations.benchmarks.engine_tasks import TASKS
     from simulations.benchmarks.engines import (
         CONTENDERS,
@@ -76,6 +81,7 @@ def engines(
             raise unknown_name("contender", name, CONTENDERS)
     if any(name.startswith("pfl") for name in contenders) and pfl is None:
         raise UserError("pfl-research needs an environment of its own: give --pfl FOLDER")
+    device_of(ExperimentConfig.resolve({"device": device}))
     progress = terminal(stderr=True, quiet=as_json)
     rows = engine_rows(
         tasks,
@@ -85,8 +91,14 @@ def engines(
         workers=workers,
         pfl_folder=pfl,
         progress=progress.print,
+        device=device,
     )
-    settings = {"repetitions": repetitions, "workers": workers, "allocator": allocator}
+    settings = {
+        "repetitions": repetitions,
+        "workers": workers,
+        "allocator": allocator,
+        "device": device,
+    }
     text = engines_json(rows, settings)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

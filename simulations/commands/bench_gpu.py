@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fedkn.errors import UserError, unknown_name
+from fedkn.files import write_atomically
 from simulations.commands.options import Debug, Json
 
 __all__ = ["gpu"]
@@ -23,13 +24,16 @@ def gpu(
             "--part",
             metavar="NAME,…",
             help="checks: same bits, no waiting, agreement with the CPU. steps: local steps of 1 "
-            "to 256 clients. convolutions: of all clients' layers. networks: whole networks. "
-            "rounds: whole federated rounds.",
+            "to 256 clients. rounds: whole federated rounds. networks: whole networks. layers: "
+            "single ones, and how near their kernels come to a copy. convolutions: of all clients' "
+            "layers. tests: those of a checkout that need a GPU.",
         ),
-    ] = "checks,steps,convolutions,networks,rounds",
-    quick: Annotated[bool, typer.Option("--quick", help="A few cases of each part.")] = False,
+    ] = "checks,steps,rounds,networks,layers,convolutions,tests",
     seconds: Annotated[
-        float, typer.Option("--seconds", min=1, help="Begin no case after so many seconds.")
+        float,
+        typer.Option(
+            "--seconds", min=1, help="It ends by then; the most important cases come first."
+        ),
     ] = 420.0,
     device: Annotated[str, typer.Option("--device", help="cuda or cuda:N.")] = "cuda",
     out: Annotated[
@@ -39,29 +43,28 @@ def gpu(
     debug: Debug = False,
 ) -> None:
     """Check and time training on a GPU: one JSON file and one page, written after every case."""
-    import torch
-
     from fedkn.config import ExperimentConfig
     from fedkn.experiment import device_of
-    from simulations.benchmarks.gpu.everything import PARTS, measure_everything
+    from simulations.benchmarks.gpu.cases import PARTS
+    from simulations.benchmarks.gpu.device import Gpu
+    from simulations.benchmarks.gpu.everything import measure_everything
     from simulations.benchmarks.gpu.page import Results
-    from simulations.engines.device_queues import open_queues
 
     parts = [name.strip() for name in part.split(",")]
     for name in parts:
         if name not in PARTS:
             raise unknown_name("part of this benchmark", name, PARTS)
-    open_queues()
     where = device_of(ExperimentConfig.resolve({"device": device}))
     if where.type != "cuda":
         raise UserError(f"--device {device}: this benchmark is of a GPU, give cuda or cuda:N")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into '{out}': {error.strerror}") from None
 
     def write(results: Results) -> None:
-        (out / "gpu.json").write_text(results.as_json() + "\n", encoding="utf-8")
-        (out / "gpu.md").write_text(results.page(), encoding="utf-8")
+        write_atomically(out / "gpu.json", (results.as_json() + "\n").encode())
+        write_atomically(out / "gpu.md", results.page().encode())
 
-    torch.set_num_threads(1)
-    results = measure_everything(where, parts=parts, quick=quick, seconds=seconds, done=write)
-    write(results)
+    results = measure_everything(Gpu(str(where)), parts=parts, seconds=seconds, done=write)
     typer.echo(results.as_json() if as_json else results.page())

@@ -195,7 +195,7 @@ def experiments(grid: GridConfig) -> dict[Point, ExperimentConfig]:
     own = grid.experiment
     try:
         return {
-            point_at(settings): ExperimentConfig.resolve(own.flat(), nest(dict(settings)))
+            point_at(settings): ExperimentConfig.resolve(own.flat(), _varied(grid, settings))
             if settings
             else own
             for settings in combinations(grid.compare.axes)
@@ -340,12 +340,24 @@ def _partition(own: PartitionConfig, spec: str) -> PartitionConfig:
         raise UserError(f"partition '{spec}': {error}") from None
 
 
+def _varied(grid: GridConfig, settings: Settings) -> dict[str, Any]:
+    """Return one value of every axis as settings: of a file of weights, with its pinned hash."""
+    varied = dict(settings)
+    pins = dict(zip(grid.compare.axes.get(_WEIGHTS, ()), grid.compare.weights_sha256, strict=False))
+    if pins:
+        varied[f"{_WEIGHTS}_sha256"] = pins.get(varied[_WEIGHTS], "")
+    return nest(varied)
+
+
+_WEIGHTS = "model.weights"
+
+
 def _cell(
     grid: GridConfig, group: Group, name: str, purpose: Purpose, own: dict[str, Scalar]
 ) -> Cell:
     layers: list[dict[str, Any]] = [
         grid.experiment.flat(),
-        nest(dict(group.settings)),
+        _varied(grid, group.settings),
         {"partition": group.partition.model_dump()},
         {
             "normalizer.name": group.normalizer,

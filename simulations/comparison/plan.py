@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,20 +19,22 @@ from clients.session import open_session
 from clients.trainer import SequentialTrainer
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import federated_data
-from fedkn.machine import usable_cores
 from fedkn.training import LocalTask, evaluate
 from simulations.comparison.duration import duration
 from simulations.comparison.grid import (
     GridConfig,
     Group,
+    experiments,
     groups,
     result_cells,
     search_cells,
     searches,
     untrainable,
 )
+from simulations.comparison.pool import cells_at_once
 from simulations.comparison.scheduler import expected_cost
 from simulations.comparison.search import MOST_EXTENSIONS
+from simulations.runs.power import ALPHA, FEWEST_SEEDS, detectable_difference
 from simulations.runs.records import PartitionRecord, partition_label
 
 __all__ = ["Plan", "planned", "steps_of", "told"]
@@ -69,6 +72,8 @@ class Plan:
             here, of how many.
         bytes: that this process has in memory, with data and model, as each worker will.
         longest: steps of a client in a round, of the kind that takes most.
+        seeds, pairs: of a group, and pairs of normalizers and of values of axes that are tested.
+        at_most: whether cells may end before their last round (evaluation.patience).
     """
 
     results: int
@@ -81,6 +86,9 @@ class Plan:
     kinds: int
     bytes: int
     longest: int
+    seeds: int = 0
+    pairs: int = 0
+    at_most: bool = False
 
     @property
     def is_long(self) -> bool:
@@ -116,7 +124,7 @@ def planned(grid: GridConfig, tables: Sequence[PartitionRecord]) -> Plan:
             turns = config.rounds * config.cohort * speed.turn
             seconds += count * (of_cell * speed.step + turns + evaluated * _examples(config, speed))
     results, searched = len(trained) * grid.compare.seeds, len(trained) * tried
-    workers = min(grid.compare.workers or usable_cores(), max(1, results + searched))
+    workers = min(cells_at_once(grid), max(1, results + searched))
     more = 2 * MOST_EXTENSIONS * grid.compare.search_seeds * len(trained) if searches(grid) else 0
     return Plan(
         results=results,
@@ -129,6 +137,9 @@ def planned(grid: GridConfig, tables: Sequence[PartitionRecord]) -> Plan:
         kinds=len(kinds),
         bytes=psutil.Process(os.getpid()).memory_info().rss,
         longest=longest,
+        seeds=grid.compare.seeds,
+        pairs=_pairs(trained),
+        at_most=any(point.evaluation.patience for point in experiments(grid).values()),
     )
 
 
@@ -137,7 +148,10 @@ def told(plan: Plan) -> list[str]:
     cells = f"{plan.results:,} result cells"
     if plan.searched:
         cells += f" and {plan.searched:,} that try learning rates (up to {plan.more:,} more)"
-    sentences = [f"{cells}: about {plan.steps:,} local steps of clients."]
+    at_most = "at most " if plan.at_most else ""
+    sentences = [f"{cells}: {at_most}about {plan.steps:,} local steps of clients."]
+    if plan.pairs:
+        sentences.append(_power(plan))
     memory = f"about {plan.bytes / 1e6:,.0f} MB of memory each"
     if math.isnan(plan.seconds):
         sentences.append(f"{plan.workers} at a time, {memory}; how long a step takes is not known.")
@@ -155,6 +169,31 @@ def told(plan: Plan) -> list[str]:
             f"train.local_steps=N; a client now takes up to {plan.longest:,} in a round)."
         )
     return sentences
+
+
+def _power(plan: Plan) -> str:
+    """What so many seeds will show, before any spread is known."""
+    pairs = f"{plan.pairs:,} pair{'' if plan.pairs == 1 else 's'}"
+    if plan.seeds < FEWEST_SEEDS:
+        return f"With fewer than {FEWEST_SEEDS} seeds none of {pairs} can be tested."
+    found = detectable_difference(1.0, plan.seeds, ALPHA / plan.pairs)
+    return (
+        f"{plan.seeds} seeds, {pairs} tested together: a true difference of {found:.2g} times its "
+        "spread between seeds would be found 4 times in 5 (docs/compare.md)."
+    )
+
+
+def _pairs(trained: Sequence[Group]) -> int:
+    """Pairs of normalizers, all else equal, and of values of each further axis."""
+    fields: Counter[object] = Counter()
+    for group in trained:
+        settings = dict(group.settings)
+        place = partition_label(group.partition), group.batch_size
+        fields["normalizer", place, group.point] += 1
+        for axis in settings:
+            others = tuple((key, value) for key, value in group.point if key != axis)
+            fields[axis, place, group.normalizer, others] += 1
+    return sum(math.comb(count, 2) for count in fields.values())
 
 
 def steps_of(config: ExperimentConfig, size: int) -> int:

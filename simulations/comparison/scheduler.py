@@ -2,31 +2,28 @@
 
 What remains to do follows from metrics.jsonl alone, so starting and resuming are the same thing.
 A cell that raises is recorded as failed and the others go on; a worker that dies fails only its
-cell, which is tried once more from its checkpoint. When this process dies, its workers end too.
+cell, which is tried once more from its checkpoint; a cell that found the GPU full which it shared
+with others is run again with one for itself. When this process dies, its workers end too.
 """
 
 from __future__ import annotations
 
-import os
-import selectors
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
-import torch
-
 from fedkn.config import ExperimentConfig
 from fedkn.locks import held
-from fedkn.machine import usable_cores
 from server.metrics_log import MetricsLog
 from simulations.comparison.grid import Cell, GridConfig, Group, groups, result_cells, untrainable
+from simulations.comparison.pool import Ended, Target, WorkerPool, cells_at_once
 from simulations.comparison.search import search
-from simulations.comparison.worker import Worker, WorkerDiedError
+from simulations.comparison.worker import Worker
 from simulations.runs.folder import RunFolder
 from simulations.runs.history import History
 
@@ -37,6 +34,8 @@ RUNNER = "simulations.engines.run:run_experiment"
 
 _TICK = 0.25
 _RETRIES = 1
+_ROUNDS_SEEN = 2
+"""After which a cell has taken every kind of step, and the initial model was evaluated."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def run_grid(grid: GridConfig, run: RunFolder, watcher: Watcher, *, runner: str 
     search failed: else it goes on, or its choice stands, as in the run that was stopped.
 
     Raises:
-        UserError: another process runs this run folder.
+        UserError: another process runs this run folder; or there are GPUs, and none can be used.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the workers are gone by then.
     """
     with ExitStack() as stack:
@@ -122,15 +121,16 @@ class _Scheduler:
         self._runner = runner
         self._lock = lock
         self._history = History(run.metrics_path)
-        self._selector = selectors.DefaultSelector()
-        cores = usable_cores()
-        self._workers: list[Worker | None] = [None] * (grid.compare.workers or cores)
-        # A cell may train its clients in several processes: together no more than there are cores.
-        self._cell_workers = grid.workers or max(1, cores // len(self._workers))
-        self._running: dict[int, Cell] = {}
-        """By the worker's place in the list."""
+        self._size = cells_at_once(grid)
+        self._pool = WorkerPool(self._worker, grid.device, self._size)
+        self._running: dict[str, Cell] = {}
+        """By their ids."""
         self._started: dict[str, float] = {}
+        self._began_at: dict[str, int] = {}
+        """The rounds that a running cell had behind it."""
         self._deaths: dict[str, int] = {}
+        self._alone: set[str] = set()
+        """Cells that need a GPU for themselves."""
         self._warned: dict[str, int] = {}
         """How many of a cell's warnings were shown."""
         self._groups: dict[Group, _GroupState] = {}
@@ -138,24 +138,24 @@ class _Scheduler:
     def run(self) -> Totals:
         self._begin()
         ready = self._ready()
-        count = len(self._workers)
+        if ready:
+            for text in self._pool.open():
+                self._watcher.notice(text)
         while ready or self._running:
-            for place in range(count):
-                if place not in self._running and ready:
-                    self._start(place, ready.pop(0))
-            ended = [self._receive(key.data) for key, _ in self._selector.select(_TICK)]
+            ready = self._start(ready)
+            ended = self._pool.ended(_TICK)
             self._history.poll()
             self._pass_on_warnings(*self._running.values())
-            if any(ended):
+            self._settle()
+            for end in ended:
+                self._receive(self._running.pop(end.cell), end)
+            if ended:
                 ready = self._ready()
             self._watcher.update(self._board())
         return self._totals()
 
     def close(self) -> None:
-        self._selector.close()
-        for worker in self._workers:
-            if worker is not None:
-                worker.stop()
+        self._pool.close()
 
     # -- what is to be done -----------------------------------------------------------------------
 
@@ -214,12 +214,11 @@ class _Scheduler:
 
         A search cell counts with the result cell that can only begin after it.
         """
-        running = {cell.id for cell in self._running.values()}
         ranked = []
         for state in self._groups.values():
             result = expected_cost(state.left[-1].config) if state.left else 0.0
             for cell in state.ready:
-                if cell.id not in running:
+                if cell.id not in self._running:
                     follows = result if cell.purpose == "search" else 0.0
                     ranked.append((expected_cost(cell.config) + follows, cell))
         return [cell for _, cell in sorted(ranked, key=lambda pair: -pair[0])]
@@ -233,46 +232,54 @@ class _Scheduler:
 
     # -- workers ----------------------------------------------------------------------------------
 
-    def _start(self, place: int, cell: Cell) -> None:
-        worker = self._workers[place]
-        if worker is None:
-            worker = Worker(
-                self._runner,
-                self._run.path / "log.txt",
-                held=(self._run.path, self._lock),
-                gpu=_gpu(self._grid.device, place) if len(self._workers) > 1 else "",
-            )
-            self._workers[place] = worker
-            self._selector.register(worker, selectors.EVENT_READ, place)
-        self._running[place] = cell
-        self._started[cell.id] = time.monotonic()
-        worker.submit(self._placed(cell))
+    def _worker(self, target: Target) -> Worker:
+        return Worker(
+            self._runner,
+            self._run.path / "log.txt",
+            held=(self._run.path, self._lock),
+            gpu=target.gpu,
+            device=target.device,
+        )
+
+    def _start(self, ready: list[Cell]) -> list[Cell]:
+        """Begin those of the cells `ready` that can; return the others."""
+        waiting = [(cell.id, _memory_kind(cell), self._placed(cell)) for cell in ready]
+        begun = self._pool.begin(waiting, alone=frozenset(self._alone))
+        for cell in ready:
+            if cell.id in begun:
+                self._running[cell.id] = cell
+                self._started[cell.id] = time.monotonic()
+                self._began_at[cell.id] = self._history[cell.id].round
+        return [cell for cell in ready if cell.id not in begun]
 
     def _placed(self, cell: Cell) -> ExperimentConfig:
         # Cells that run at once share the cores; a cell by itself may have them all.
-        workers = cell.config.workers or (1 if len(self._workers) > 1 else 0)
+        workers = cell.config.workers or (1 if self._size > 1 else 0)
         return cell.config.overlay(
             checkpoint__folder=str(self._run.path.resolve()), workers=workers
         )
 
-    def _receive(self, place: int) -> bool:
-        """Take what a worker has to say; return whether a cell ended or its worker died."""
-        worker = self._workers[place]
-        assert worker is not None
-        try:
-            outcome = worker.outcome()
-        except WorkerDiedError as death:
-            self._selector.unregister(worker)
-            worker.stop()
-            self._workers[place] = None
-            if place not in self._running:
-                return False
-            self._mourn(self._running.pop(place), str(death))
-            return True
-        if outcome is None:
-            return False
-        self._finish(self._running.pop(place), outcome["error"])
-        return True
+    def _settle(self) -> None:
+        for cell in self._running:
+            if self._history[cell].round >= self._began_at[cell] + _ROUNDS_SEEN:
+                self._pool.settle(cell)
+
+    def _receive(self, cell: Cell, end: Ended) -> None:
+        if end.died:
+            self._mourn(cell, end.error)
+        elif end.full and end.beside:
+            self._alone.add(cell.id)
+            text = (
+                f"its GPU was full beside {end.beside} other cell{'s' * (end.beside > 1)}: it is "
+                "run again from its checkpoint, with a GPU for itself"
+            )
+            MetricsLog(self._run.path, cell.id).write("warning", text=text)
+            self._history.poll()
+            self._pass_on_warnings(cell)
+            self._history.forget_end(cell.id)
+            self._refresh(cell.group)
+        else:
+            self._finish(cell, end.error)
 
     def _mourn(self, cell: Cell, cause: str) -> None:
         self._deaths[cell.id] = self._deaths.get(cell.id, 0) + 1
@@ -318,14 +325,13 @@ class _Scheduler:
     def _board(self) -> Board:
         left = [cell for state in self._groups.values() for cell in state.left]
         running = tuple(self._running.values())
-        ids = {cell.id for cell in running}
         total = sum(state.total for state in self._groups.values())
         return Board(
             total=total,
             ended=total - len(left),
             running=running,
-            waiting=tuple(cell for cell in left if cell.id not in ids),
-            workers=len(self._workers),
+            waiting=tuple(cell for cell in left if cell.id not in self._running),
+            workers=self._size,
             history=self._history,
         )
 
@@ -342,16 +348,9 @@ class _Scheduler:
         )
 
 
-def _gpu(device: str, place: int) -> str:
-    """Return the CUDA device of the worker at `place`: they take turns; empty where there is none.
-
-    The worker sees no other, so that a cell's configuration does not depend on where it ran.
-    """
-    if device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return ""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    return devices[place % len(devices)]
+def _memory_kind(cell: Cell) -> Hashable:
+    """Return what cells have in common that take as much memory."""
+    return cell.group.normalizer, cell.group.batch_size, cell.group.point
 
 
 @contextmanager

@@ -63,4 +63,9 @@ class CompareConfig(Section):
     axes: dict[str, tuple[Scalar, ...]] = Field(
         {}, description="further settings to vary, and the values of each"
     )
-    workers: int = Field(0, ge=0, description="cells that run at the same time (0: one per core)")
+    weights_sha256: tuple[str, ...] = Field(
+        (), description="SHA-256 of each file of an axis model.weights (a run fills it in)"
+    )
+    workers: int = Field(
+        0, ge=0, description="cells that run at the same time at most (0: one per core or GPU)"
+    )

@@ -1,10 +1,11 @@
 """A worker: a process that runs one cell after another, so that its imports are paid for once.
 
 `Worker` is the parent's side; ``python -m simulations.comparison.worker`` is the process itself.
-The two talk in JSON lines: a cell's configuration goes in by standard input, its outcome comes back
-by a pipe of its own, because standard output belongs to whatever the cell prints (it goes to the
-run's log). The process ends by itself when its standard input closes, that is, when its parent dies
-by whatever cause.
+The two talk in JSON lines: a cell's configuration goes in by standard input, what there is to tell
+comes back by a pipe of its own, because standard output belongs to whatever the cell prints (it
+goes to the run's log). The process ends by itself when its standard input closes, that is, when its
+parent dies by whatever cause. One on a GPU tells what that is before its first cell, and while a
+cell runs how much memory it has reserved there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Worker:
         *,
         held: tuple[Path, int | None] | None = None,
         gpu: str = "",
+        device: str = "",
     ) -> None:
         """Start the process.
 
@@ -52,6 +54,7 @@ class Worker:
             held: a folder that the process may write, and the descriptor of its lock, which the
                 process keeps as long as it lives.
             gpu: the only CUDA device that the process sees (empty: all that this one sees).
+            device: the CUDA device whose memory it tells of (empty: none).
         """
         self._results, child = os.pipe()
         folder, lock = held or (None, None)
@@ -65,6 +68,7 @@ class Worker:
                         "simulations.comparison.worker",
                         runner,
                         str(child),
+                        device,
                     ],
                     stdin=subprocess.PIPE,
                     stdout=output,
@@ -96,8 +100,12 @@ class Worker:
             self._process.stdin.write(json.dumps(config.flat()).encode() + b"\n")
             self._process.stdin.flush()
 
-    def outcome(self) -> dict[str, Any] | None:
-        """Return ``{"error": one line or ""}`` of the cell that ended, None while it runs.
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Yield what the process has told since the last call.
+
+        ``error`` (one line or "") says that the cell has ended, with ``full`` whether it found its
+        GPU's memory full; ``gpu`` is its GPU's state (`GpuState`) or why there is none;
+        ``reserved`` the most bytes there that the cell has taken.
 
         Raises:
             WorkerDiedError: the process is gone, and how.
@@ -107,13 +115,10 @@ class Worker:
             while data := os.read(self._results, 65536):
                 self._received += data
             alive = False
-        line, newline, rest = self._received.partition(b"\n")
-        if newline:
-            self._received = rest
-            return dict(json.loads(line))
-        if alive:
-            return None
-        raise WorkerDiedError(_cause(self._process.wait()))
+        *lines, self._received = self._received.split(b"\n")
+        yield from (dict(json.loads(line)) for line in lines)
+        if not alive:
+            raise WorkerDiedError(_cause(self._process.wait()))
 
     def stop(self) -> None:
         """End the process now, whatever it is doing, and wait until it is gone."""
@@ -162,16 +167,31 @@ def _cause(code: int) -> str:
     return f"its process was ended by {name}{hint}"
 
 
-def _main(runner: str, results: int) -> None:
+def _main(runner: str, results: int, device: str) -> None:
     os.set_inheritable(results, False)
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(requests,), daemon=True).start()
     run = _resolved(runner)
+    memory: DeviceMemory | None = None
+    if device:
+        from simulations.comparison.device_memory import (  # noqa: PLC0415 - needs PyTorch
+            DeviceMemory,
+            state_of,
+        )
+
+        _tell(results, gpu=state_of(device))
+        memory = DeviceMemory(device, lambda bytes_: _tell(results, reserved=bytes_))
     while True:
         config = ExperimentConfig.resolve(json.loads(requests.get()))
-        outcome = json.dumps({"error": _run(run, config)}) + "\n"
+        with memory.watched(max(1, config.workers)) if memory else contextlib.nullcontext():
+            error, full = _run(run, config)
         sys.stdout.flush()
-        os.write(results, outcome.encode())
+        _tell(results, error=error, full=full)
+
+
+def _tell(results: int, **message: Any) -> None:
+    # In one piece: several threads write.
+    os.write(results, json.dumps(message).encode() + b"\n")
 
 
 def _receive(requests: queue.SimpleQueue[bytes]) -> None:
@@ -187,19 +207,29 @@ def _resolved(runner: str) -> Callable[[ExperimentConfig], object]:
     return found
 
 
-def _run(run: Callable[[ExperimentConfig], object], config: ExperimentConfig) -> str:
-    """Run a cell; return its error in one line, empty where there was none."""
+def _run(run: Callable[[ExperimentConfig], object], config: ExperimentConfig) -> tuple[str, bool]:
+    """Run a cell; return its error in one line, empty where there was none, and whether it is that
+    a GPU was full.
+    """
     name_cell(config.checkpoint.cell)
     try:
         run(config)
     except FedknError as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        return " ".join(str(error).split()) or type(error).__name__, _full(error)
     except Exception as error:
         sys.stderr.write(f"cell {config.checkpoint.cell}:\n{traceback.format_exc()}")
         sys.stderr.flush()
-        return " ".join(f"{type(error).__name__}: {error}".split())
-    return ""
+        return " ".join(f"{type(error).__name__}: {error}".split()), _full(error)
+    return "", False
+
+
+def _full(error: Exception) -> bool:
+    if "torch" not in sys.modules:  # then it did not come from there
+        return False
+    from fedkn.gpus import full_gpu  # noqa: PLC0415 - needs PyTorch
+
+    return full_gpu(error)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], int(sys.argv[2]))
+    _main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

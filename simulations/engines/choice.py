@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Literal
 
 import torch
@@ -11,10 +10,11 @@ import torch
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import device_of, federated_data, normalizer_of, own_stacking, why_alone
+from fedkn.gpus import visible_gpus
 from fedkn.machine import usable_cores
 from fedkn.models.catalog import ARCHITECTURES
 
-__all__ = ["Together", "engine_of", "gpus_of", "processes_of", "together_of"]
+__all__ = ["Together", "engine_of", "gpus_of", "processes_of", "sharers_of", "together_of"]
 
 Together = Literal["stacked", "concurrent"]
 """How clients train together: in one pass of the model, or each by its own on its own stream."""
@@ -72,18 +72,21 @@ def processes_of(config: ExperimentConfig) -> int:
 
 
 def gpus_of(config: ExperimentConfig) -> list[str]:
-    """Return the CUDA devices to spread the processes over; none if there is one, or one is named.
+    """Return for each process the GPU to train on; none if there is one GPU, or one is named.
 
     The first process sees all of them and uses the first.
     """
-    if config.device not in ("auto", "cuda") or not torch.cuda.is_available():
+    gpus = visible_gpus() if config.device in ("auto", "cuda") else []
+    if len(gpus) < 2:
         return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    if len(devices) < 2:
-        return []
-    count = config.workers or len(devices)
-    return [devices[place % len(devices)] for place in range(count)]
+    count = config.workers or len(gpus)
+    return [gpus[place % len(gpus)] for place in range(count)]
+
+
+def sharers_of(config: ExperimentConfig) -> int:
+    """Return how many of the processes have to share one device, or the memory of the machine."""
+    gpus = len(set(gpus_of(config))) if device_of(config).type == "cuda" else 0
+    return math.ceil(processes_of(config) / max(1, gpus))
 
 
 def _never_together(config: ExperimentConfig) -> str:

@@ -15,11 +15,12 @@ from typing import Any
 
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import data_summary
+from fedkn.gpus import GpuFull
 from server.run_data import refuse_changes
 from simulations.engines.channel import ClosedError, Letter, receive
 from simulations.engines.host import Answer, ClientHost, Request
-from simulations.engines.records import Bytes, pack, unpack
-from simulations.engines.worker import IDLE, READY, WorkerProcess, WorkQueue
+from simulations.engines.records import Bytes, pack, unpack, unpacked_records
+from simulations.engines.worker import FULL, IDLE, OTHER, READY, WorkerProcess, WorkQueue
 
 __all__ = ["PATIENCE", "Crew"]
 
@@ -76,6 +77,7 @@ class Crew:
 
         Raises:
             DataChanged: a worker found other data than this process.
+            GpuFull: the memory of a GPU did not suffice.
         """
         answers: list[list[Answer]] = []
         for start in range(0, len(groups), WorkQueue.CAPACITY):
@@ -96,27 +98,33 @@ class Crew:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._wave += 1
         self._round = current = _Round(groups)
-        self._queue.fill(self._wave, len(groups))
-        if self._started:
-            self._post(self._workers)
         try:
-            while current.left:
-                index = self._queue.take(self._wave)
-                if index is not None:
+            if self._size == 1:
+                for index in range(len(groups)):
                     self._train(index)
-                    self._collect(0.0)
-                elif self._lost():
-                    break
-                elif deadline is not None and time.monotonic() > deadline:
-                    self._end_stragglers()
-                else:
-                    self._collect(
-                        0.5 if deadline is None else min(0.5, deadline - time.monotonic())
-                    )
+            else:
+                self._share_out(current, deadline)
         finally:
             current.close()
             self._round = None
         return current.results()
+
+    def _share_out(self, current: _Round, deadline: float | None) -> None:
+        """Train groups here while workers train others, until all are trained or lost."""
+        self._queue.fill(self._wave, len(current.groups))
+        if self._started:
+            self._post(self._workers)
+        while current.left:
+            index = self._queue.take(self._wave)
+            if index is not None:
+                self._train(index)
+                self._collect(0.0)
+            elif self._lost():
+                break
+            elif deadline is not None and time.monotonic() > deadline:
+                self._end_stragglers()
+            else:
+                self._collect(0.5 if deadline is None else min(0.5, deadline - time.monotonic()))
 
     # -- this process's own share -----------------------------------------------------------------
 
@@ -166,6 +174,11 @@ class Crew:
             # It has read them anew: who trains a client must change nothing.
             refuse_changes(data_summary(self._task[0]), value, "this run")
             worker.ready = True
+        elif number == OTHER:
+            # Another kind of GPU gives other bits, and which clients it trains is chance.
+            worker.kill(f"its GPU ({value}) is not of the kind that this run began on")
+        elif number == FULL:
+            raise GpuFull(value)
         elif number == IDLE:
             worker.idle_since = value
         elif self._round is not None:
@@ -239,4 +252,5 @@ class _Round:
 
 def _unpacked(packed: tuple[Any, str, Any], read: Callable[[int, int], bytes]) -> Answer:
     content, error, state = packed
-    return Answer(None if content is None else unpack(content, read), error, unpack(state, read))
+    answer = None if content is None else unpack(content, read)
+    return Answer(answer, error, unpacked_records(state, read))

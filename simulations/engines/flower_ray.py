@@ -1,7 +1,8 @@
 """The Ray engine: Flower's own simulation runtime, for several GPUs or several machines.
 
 The same ServerApp and ClientApp objects as everywhere. Flower's runtime gives neither of them a
-run config when it is started from Python, so both are wrapped to find theirs.
+run config when it is started from Python, so both are wrapped to find theirs. Where RAY_ADDRESS
+names a cluster, clients train on its machines; else a runtime is started here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import build_model, device_of, federated_data, inputs_of, task_of
 from fedkn.machine import usable_cores
+from fedkn.text import printable
 from fedkn.training.memory import step_memory
 from server.app import app as server_app
 from simulations.engines.outcome import Outcome, outcome_in, server_context
@@ -39,17 +41,27 @@ def run_experiment(config: ExperimentConfig) -> Outcome:
     """Run `config` to its end on Ray; resumes from its checkpoints if there are any.
 
     Raises:
-        UserError: Ray is not installed.
+        UserError: Ray is not installed, or the configuration names one GPU; or there is no cluster
+            at RAY_ADDRESS.
         FedknError: what the ServerApp raises.
     """
     if importlib.util.find_spec("ray") is None:
         raise UserError(
             "engine 'ray' needs Ray: pip install 'fedkn[ray]', or set engine = 'inprocess'"
         )
+    if config.device.startswith("cuda:"):
+        raise UserError(
+            f"device = '{config.device}': Ray gives each client its part of a GPU. Set device = "
+            "'cuda', and CUDA_VISIBLE_DEVICES to choose among them"
+        )
     from flwr.simulation import run_simulation  # noqa: PLC0415 - slow, and only for this engine
 
     server = _ConfiguredServer(config)
-    with tempfile.TemporaryDirectory(prefix="fk", dir="/tmp") as folder, _surroundings(folder):
+    with (
+        tempfile.TemporaryDirectory(prefix="fk", dir="/tmp") as folder,
+        _surroundings(folder) as values,
+        _cluster(values),
+    ):
         run_simulation(
             server_app=server,
             client_app=_ConfiguredClient(config),
@@ -75,7 +87,7 @@ def gpu_share(config: ExperimentConfig) -> float:
     step = step_memory(model, x, some.targets, task_of(config))
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     images = train.inputs.numel() * train.inputs.element_size()
-    needed = _CUDA_ITSELF + images + _COPIES * parameters + 2 * step
+    needed = _CUDA_ITSELF + images + _COPIES * parameters + _RECORDED * step
     _, total = torch.cuda.mem_get_info(device)
     # In hundredths, rounded up: Ray fits as many clients as the fractions allow.
     return min(1.0, math.ceil(100 * needed / total) / 100)
@@ -87,10 +99,13 @@ _CUDA_ITSELF = 700 * 1024 * 1024
 _COPIES = 4
 """Of the parameters: values, initial values, gradients, momentum."""
 
+_RECORDED = 3
+"""Steps are recorded, and each batch size's graph keeps memory of its own."""
+
 
 def _backend(config: ExperimentConfig, folder: str) -> dict[str, Any]:
-    share = gpu_share(config)
     return {
+        # Not looked at where a cluster is there already.
         "init_args": {
             "num_cpus": config.workers or usable_cores(),
             "include_dashboard": False,
@@ -98,8 +113,20 @@ def _backend(config: ExperimentConfig, folder: str) -> dict[str, Any]:
             "log_to_driver": False,
             "_temp_dir": folder,
         },
-        "client_resources": {"num_cpus": 1, "num_gpus": share},
+        "client_resources": {"num_cpus": 1, "num_gpus": _share(config)},
     }
+
+
+def _share(config: ExperimentConfig) -> float:
+    """Return `gpu_share` as it is where the clients train."""
+    import ray  # noqa: PLC0415 - slow, and only for this engine
+
+    if not ray.is_initialized():
+        return gpu_share(config)
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray has it so
+    if config.device == "cpu" or not resources.get("GPU"):
+        return 0.0
+    return float(ray.get(ray.remote(num_gpus=1)(gpu_share).remote(config)))
 
 
 class _ConfiguredServer(ServerApp):
@@ -141,8 +168,40 @@ class _ConfiguredClient(ClientApp):
 
 
 @contextmanager
-def _surroundings(folder: str) -> Iterator[None]:
-    """Set what Flower and Ray read from the environment, and undo it."""
+def _cluster(values: Mapping[str, str]) -> Iterator[None]:
+    """Take part, inside the block, in the cluster that RAY_ADDRESS names, if it names one.
+
+    Its machines were started by somebody else: what clients need of the environment goes along.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        yield
+        return
+    import ray  # noqa: PLC0415 - slow, and only for this engine
+
+    given = {key: value for key, value in values.items() if not key.startswith(("RAY_", "FLWR_H"))}
+    try:
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": given},
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = printable((str(error).strip().splitlines() or [""])[0], 200)
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS = '{printable(address, 80)}' ({reason}): start "
+            "it with 'ray start --head', or unset RAY_ADDRESS to train on this machine"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _surroundings(folder: str) -> Iterator[Mapping[str, str]]:
+    """Set what Flower and Ray read from the environment, yield it, and undo it."""
     values = {
         "FLWR_HOME": folder,
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -163,7 +222,7 @@ def _surroundings(folder: str) -> Iterator[None]:
     torch.set_num_threads(1)
     logger.addFilter(_wanted)
     try:
-        yield
+        yield values
     finally:
         logger.removeFilter(_wanted)
         torch.set_num_threads(threads)

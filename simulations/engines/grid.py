@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
+import torch
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fedkn.direct import Asked, Trained
+from fedkn.stack import Flat, Layout
+from server.wire import DirectGrid, Order
 from simulations.engines.crew import Crew
 from simulations.engines.host import FIRST_NODE, Answer, ClientHost, Request
 from simulations.engines.identity import RUN_ID
@@ -17,22 +20,32 @@ from simulations.engines.identity import RUN_ID
 __all__ = ["InProcessGrid"]
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(DirectGrid):
     """The grid of the `inprocess` and `batched` engines.
 
     Nodes have consecutive ids in the order of their partitions. A client gets its own copy of what
-    it is sent, and its state is kept between messages; an exception becomes an error reply.
+    it is sent, and its state is kept between messages; an exception becomes an error reply. Clients
+    train without messages: what they are sent lies on the device that they train on, and so do
+    their updates.
 
     Args:
         host: runs clients in this process. crew: does so in worker processes as well.
         sizes: number of examples of every client: large ones are started first.
+        device: what this process's clients train on.
         group: how many clients train together. Who trains with whom follows from `sizes` and the
             cohort alone, not from the number of processes.
     """
 
     def __init__(
-        self, host: ClientHost, crew: Crew, sizes: Sequence[int], *, group: int = 1
+        self,
+        host: ClientHost,
+        crew: Crew,
+        sizes: Sequence[int],
+        device: torch.device,
+        *,
+        group: int = 1,
     ) -> None:
+        self._device = device
         self._host = host
         self._crew = crew
         self._sizes = sizes
@@ -91,50 +104,82 @@ class InProcessGrid(Grid):
         """
         return self.pull_messages(self._deliver(list(messages), timeout))
 
+    def train(self, order: Order, timeout: float | None) -> dict[int, Trained | str]:
+        """Let the clients of `order` train, as `send_and_receive` does."""
+        sent = Flat.sent(Layout(order.tensors, order.parameters), order.tensors).to(self._device)
+        control = None
+        if order.control:
+            control = Flat.sent(Layout(order.control), order.control).to(self._device)
+        nodes = {node: partition for partition, node in order.nodes.items()}
+        groups = [
+            [
+                Request(
+                    node,
+                    MessageType.TRAIN,
+                    Asked({**order.told, **order.own[nodes[node]]}, order.data, sent, control),
+                    self._state(node),
+                )
+                for node in group
+            ]
+            for group in self._groups(nodes)
+        ]
+        found: dict[int, Trained | str] = {}
+        for requests, answers in zip(groups, self._crew.answer(groups, timeout), strict=True):
+            for request, answer in zip(requests, answers, strict=True):
+                self._keep(request.node, answer)
+                content = answer.content
+                assert content is None or isinstance(content, Trained)
+                found[nodes[request.node]] = answer.error if content is None else content
+        return {partition: found[partition] for partition in order.nodes}
+
     def _deliver(self, messages: Sequence[Message], timeout: float | None) -> list[str]:
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"{next(self._ids):x}"
-        heavy = [m for m in messages if m.metadata.message_type.startswith(_HEAVY)]
+        heavy: dict[int, list[Message]] = {}
         for message in messages:
-            if not message.metadata.message_type.startswith(_HEAVY):
+            if message.metadata.message_type.startswith(_HEAVY):
+                heavy.setdefault(message.metadata.dst_node_id, []).append(message)
+            else:
                 self._reply(message, self._host.answer_one(self._request(message).copied()))
-        heavy.sort(key=self._rank)
-        groups = [heavy[i : i + self._group] for i in range(0, len(heavy), self._group)]
+        groups = [[m for node in group for m in heavy[node]] for group in self._groups(heavy)]
         requests = [[self._request(message) for message in group] for group in groups]
         for group, answers in zip(groups, self._crew.answer(requests, timeout), strict=True):
             for message, answer in zip(group, answers, strict=True):
                 self._reply(message, answer)
         return [message.metadata.message_id for message in messages]
 
-    def _rank(self, message: Message) -> tuple[int, int]:
-        """Order clients by falling size, so that none of the long ones is begun last."""
-        node = message.metadata.dst_node_id
+    def _groups(self, nodes: Iterable[int]) -> list[list[int]]:
+        """Return who trains with whom, clients by falling size: no long one is begun last."""
+        ordered = sorted(nodes, key=self._rank)
+        return [ordered[i : i + self._group] for i in range(0, len(ordered), self._group)]
+
+    def _rank(self, node: int) -> tuple[int, int]:
         partition = node - FIRST_NODE
         known = 0 <= partition < len(self._sizes)
         return (-self._sizes[partition] if known else 0, node)
 
+    def _state(self, node: int) -> RecordDict:
+        return self._states.get(node) or RecordDict()
+
     def _request(self, message: Message) -> Request:
         node = message.metadata.dst_node_id
-        state = self._states.get(node)
-        return Request(
-            node,
-            message.metadata.message_type,
-            message.content,
-            RecordDict() if state is None else state,
-        )
+        return Request(node, message.metadata.message_type, message.content, self._state(node))
 
     def _reply(self, message: Message, answer: Answer) -> None:
-        node = message.metadata.dst_node_id
-        if len(answer.state):
-            self._states[node] = answer.state
-        else:
-            self._states.pop(node, None)
+        self._keep(message.metadata.dst_node_id, answer)
         if answer.content is None:
             error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, answer.error)
             reply = Message(error, reply_to=message)
         else:
+            assert isinstance(answer.content, RecordDict)
             reply = Message(answer.content, reply_to=message)
         self._replies[message.metadata.message_id] = reply
+
+    def _keep(self, node: int, answer: Answer) -> None:
+        if len(answer.state):
+            self._states[node] = answer.state
+        else:
+            self._states.pop(node, None)
 
 
 _HEAVY = (MessageType.TRAIN, MessageType.EVALUATE)

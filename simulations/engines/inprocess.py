@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from fedkn.config import ExperimentConfig
-from fedkn.experiment import federated_data
+from fedkn.experiment import device_of, federated_data
 from server.app import app as server_app
 from simulations.engines.choice import gpus_of, processes_of
 from simulations.engines.crew import Crew
@@ -41,7 +41,7 @@ def run_experiment(config: ExperimentConfig, *, together: bool = False) -> Outco
         crew = Crew(host, (config, together), processes_of(config), gpus=gpus_of(config))
         try:
             sizes = [len(part) for part in federated_data(config).parts]
-            server_app(InProcessGrid(host, crew, sizes, group=group), context)
+            server_app(InProcessGrid(host, crew, sizes, device_of(config), group=group), context)
         finally:
             crew.close()
     return outcome_in(context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from clients.app import app as client_app
+from clients.app import train_directly
 from clients.local_state import folder_in_run
 from fedkn.config import ExperimentConfig
 from simulations.engines.allocator import keep_freed_memory
@@ -31,5 +32,6 @@ def host_of(config: ExperimentConfig, *, together: bool) -> ClientHost:
         config.partition.clients,
         config.flat(),
         train,
+        directly=train_directly,
         state_folder=folder_in_run(config),
     )

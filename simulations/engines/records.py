@@ -1,16 +1,50 @@
-"""A message's records as plain values and bytes, for the way between two processes of a machine."""
+"""What clients are asked and answer, as plain values and bytes, between processes of a machine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
 
-__all__ = ["Bytes", "copied", "pack", "unpack"]
+from fedkn.data.summary import DataSummary
+from fedkn.direct import Asked, Trained
+from fedkn.stack import Flat, Layout
 
-Packed = list[tuple[str, str, Any]]
+__all__ = ["Bytes", "Content", "Packed", "copied", "pack", "unpack", "unpacked_records"]
+
+Content = RecordDict | Asked | Trained
+"""A message's, or the same without one."""
+
+Read = Callable[[int, int], bytes]
+
+
+class _PackedFlat(NamedTuple):
+    layout: Layout
+    places: list[tuple[int, int]]
+
+
+class _PackedAsked(NamedTuple):
+    told: dict[str, Any]
+    data: DataSummary
+    sent: _PackedFlat
+    control: _PackedFlat | None
+
+
+class _PackedTrained(NamedTuple):
+    metrics: dict[str, int | float]
+    tensors: _PackedFlat | dict[str, Tensor]
+
+
+class _PackedRecords(NamedTuple):
+    records: list[tuple[str, str, Any]]
+
+
+Packed = _PackedRecords | _PackedAsked | _PackedTrained
 
 
 class Bytes:
@@ -32,9 +66,16 @@ class Bytes:
         return self._places[key]
 
 
-def pack(content: RecordDict, data: Bytes) -> Packed:
+def pack(content: Content, data: Bytes) -> Packed:
     """Return `content` as plain values; the bytes of its arrays go into `data`."""
-    packed: Packed = []
+    if isinstance(content, Asked):
+        control = None if content.control is None else _flat(content.control, data)
+        return _PackedAsked(content.told, content.data, _flat(content.sent, data), control)
+    if isinstance(content, Trained):
+        tensors = content.tensors
+        flat = _flat(tensors, data) if isinstance(tensors, Flat) else dict(tensors)
+        return _PackedTrained(content.metrics, flat)
+    packed: list[tuple[str, str, Any]] = []
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
             arrays = [
@@ -46,13 +87,32 @@ def pack(content: RecordDict, data: Bytes) -> Packed:
             packed.append((name, "metrics", dict(record)))
         else:
             packed.append((name, "config", dict(record)))
-    return packed
+    return _PackedRecords(packed)
 
 
-def unpack(packed: Packed, read: Callable[[int, int], bytes]) -> RecordDict:
-    """Return what `pack` was given; ``read(offset, length)`` returns bytes of the data."""
+def unpack(packed: Packed, read: Read, device: torch.device | None = None) -> Content:
+    """Return what `pack` was given; ``read(offset, length)`` returns bytes of the data.
+
+    What clients are asked without a message is put on their `device` if one is given, once for all
+    that are asked the same.
+    """
+    if isinstance(packed, _PackedAsked):
+        sent = _shared(*_data(packed.sent, read), device)
+        control = None if packed.control is None else _shared(*_data(packed.control, read), device)
+        return Asked(dict(packed.told), packed.data, sent, control)
+    if isinstance(packed, _PackedTrained):
+        tensors = packed.tensors
+        if isinstance(tensors, _PackedFlat):
+            return Trained(packed.metrics, Flat.read(*_data(tensors, read)))
+        return Trained(packed.metrics, tensors)
+    return unpacked_records(packed, read)
+
+
+def unpacked_records(packed: Packed, read: Read) -> RecordDict:
+    """Return the records of a message, or of a client's state, that `pack` was given."""
+    assert isinstance(packed, _PackedRecords)
     content = RecordDict()
-    for name, kind, values in packed:
+    for name, kind, values in packed.records:
         if kind == "arrays":
             content[name] = _arrays(
                 (key, dtype, shape, stype, read(offset, length))
@@ -63,11 +123,14 @@ def unpack(packed: Packed, read: Callable[[int, int], bytes]) -> RecordDict:
     return content
 
 
-def copied(content: RecordDict) -> RecordDict:
+def copied(content: Content) -> Content:
     """Return a copy of a message's content, as the other end of a wire would get it.
 
     The bytes of arrays are immutable and shared; everything that can be changed is new.
     """
+    if isinstance(content, Asked):
+        return content.copied()
+    assert isinstance(content, RecordDict)
     own = content.copy()
     for name, record in content.items():
         # By copy(), which does not check again what a record would not hold if it were wrong.
@@ -77,6 +140,20 @@ def copied(content: RecordDict) -> RecordDict:
                 one[key] = copy(value)
         own[name] = one
     return own
+
+
+def _flat(flat: Flat, data: Bytes) -> _PackedFlat:
+    return _PackedFlat(flat.layout, [(data.place(part), len(part)) for part in flat.data])
+
+
+def _data(packed: _PackedFlat, read: Read) -> tuple[Layout, tuple[bytes, ...]]:
+    return packed.layout, tuple(read(offset, length) for offset, length in packed.places)
+
+
+@lru_cache(maxsize=2)
+def _shared(layout: Layout, data: tuple[bytes, ...], device: torch.device | None) -> Flat:
+    flat = Flat.read(layout, data)
+    return flat if device is None else flat.to(device)
 
 
 def _arrays(arrays: Iterable[tuple[str, str, tuple[int, ...], str, bytes]]) -> ArrayRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import psutil
 import torch
 
 from clients.session import Session
+from clients.trainer import Trained, Wanted
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import build_model, device_of, federated_data, inputs_of, task_of
 from fedkn.training.concurrent import ConcurrentWorkspaces, train_concurrently
@@ -17,10 +19,11 @@ from fedkn.training.memory import step_memory
 from fedkn.training.stacked import train_stacked
 from fedkn.training.stacked_batches import StackedClient
 from fedkn.training.stacked_workspace import StackedWorkspace
-from simulations.engines.choice import Together, processes_of, together_of
-from simulations.engines.gathering import Trained, Wanted
+from simulations.engines.choice import Together, processes_of, sharers_of, together_of
 
 __all__ = ["group_size", "train_together"]
+
+_LOG = logging.getLogger("flwr")
 
 
 def train_together(wanted: Sequence[Wanted]) -> Sequence[Trained]:
@@ -46,24 +49,40 @@ def group_size(config: ExperimentConfig) -> int:
 
     Enough to share the work of a step's launches, and few enough for the cohort to make at least
     two groups on the CPU, for two cores; and for what a step holds in memory to take at most a
-    quarter of what is free now. Where memory is not short it follows from the configuration alone,
-    because the size of its group shows in the last bits of a client's update.
+    quarter of what is free now, or of all that a GPU has: what other programs and cells hold there
+    must not change results. Where memory is not short it follows from the configuration alone, not
+    from the number of GPUs either, because the size of its group shows in the last bits of a
+    client's update. Concurrent clients get the same bits in any group: every GPU gets its own.
 
     Raises:
         UserError: the configuration's clients cannot train together.
     """
     way = together_of(config)
     device = device_of(config)
-    most, least = (_MOST_ON_GPU[way], 1) if device.type == "cuda" else (_MOST_ON_CPU, 2)
+    on_gpu = device.type == "cuda"
+    most = _MOST_ON_GPU[way] if on_gpu else _MOST_ON_CPU
+    least = 2 if not on_gpu else processes_of(config) if way == "concurrent" else 1
     groups = max(least, math.ceil(config.cohort / most))
     each = _bytes_of_a_client(config, device, way)
-    room = _free_bytes(device) // (4 * processes_of(config) * each)
-    return max(1, min(math.ceil(config.cohort / groups), room))
+    free, counted = _memory(device)
+    wanted = max(
+        1, min(math.ceil(config.cohort / groups), counted // (4 * sharers_of(config) * each))
+    )
+    fits = max(1, free // each)
+    if fits < wanted and way == "stacked":
+        _LOG.warning(
+            "%d clients train together in place of %d: other programs hold the GPU's memory. In "
+            "the last bits results are others",
+            fits,
+            wanted,
+        )
+    return min(wanted, fits)
 
 
 _MOST_ON_CPU = 10
 """Beyond that little is gained (docs/performance.md), and a cohort makes fewer groups."""
-_MOST_ON_GPU: dict[Together, int] = {"stacked": 256, "concurrent": 64}
+_MOST_ON_GPU: dict[Together, int] = {"stacked": 128, "concurrent": 64}
+"""Twice as many stacked gain 2% a client (docs/gpu.md), and leave nothing to a second GPU."""
 
 _STACKED = 2
 """Under vmap layers are made of plain operations, which keep about twice as many maps."""
@@ -105,7 +124,9 @@ def _bytes_of_a_client(config: ExperimentConfig, device: torch.device, way: Toge
     return max(1, (_STACKED if way == "stacked" else _RECORDED) * step + _COPIES * parameters)
 
 
-def _free_bytes(device: torch.device) -> int:
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Return the bytes that are free on `device`, and those of which groups may take a part."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+        return torch.cuda.mem_get_info(device)
+    free = int(psutil.virtual_memory().available)
+    return free, free

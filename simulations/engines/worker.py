@@ -17,18 +17,20 @@ import sys
 from typing import NoReturn
 
 from fedkn.config import ExperimentConfig
-from fedkn.experiment import data_summary
+from fedkn.experiment import data_summary, device_of
+from fedkn.gpus import GpuFull, gpu_kind
 from simulations.engines.channel import ClosedError, receive, send
 from simulations.engines.host import Request
 from simulations.engines.local_host import host_of
-from simulations.engines.records import Bytes, pack, unpack
+from simulations.engines.records import Bytes, pack, unpack, unpacked_records
 from simulations.terminal import name_cell
 
-__all__ = ["IDLE", "READY", "WorkQueue", "WorkerProcess"]
+__all__ = ["FULL", "IDLE", "OTHER", "READY", "WorkQueue", "WorkerProcess"]
 
-READY, IDLE = -1, -2
+READY, IDLE, OTHER, FULL = -1, -2, -3, -4
 """Numbers of a worker's messages that are not the index of a group: it has come up, with these data
-(a DataSummary); it found nothing more to do."""
+(a DataSummary); it found nothing more to do; its GPU is of another kind than its parent's, and of
+which; its GPU was full, and why."""
 
 _ITEM = struct.Struct("<II")
 
@@ -113,7 +115,8 @@ class WorkerProcess:
             )
         with contextlib.suppress(ClosedError):
             config, together = task
-            send(self.socket, 0, (config.flat(), together, os.getpid()))
+            kind = gpu_kind(device_of(config))
+            send(self.socket, 0, (config.flat(), together, os.getpid(), kind))
 
     @property
     def pid(self) -> int:
@@ -154,11 +157,17 @@ def _environment(gpu: str) -> dict[str, str]:
 
 
 def _main(parent: socket.socket, queue: WorkQueue) -> NoReturn:
-    _, (run_config, together, parent_id), _ = receive(parent)
+    _, (run_config, together, parent_id, kind), _ = receive(parent)
     _die_with(parent_id)
     config = ExperimentConfig.resolve(run_config)
     name_cell(config.checkpoint.cell)
+    own = gpu_kind(device_of(config))
+    if own != kind:
+        send(parent, OTHER, own or "none")
+        while True:  # until its parent ends it
+            receive(parent)
     host, found = host_of(config, together=together), data_summary(config)
+    device = device_of(config)
     gc.freeze()  # as in the parent, but for good
     send(parent, READY, found)
     wave, groups, read = receive(parent)
@@ -173,17 +182,22 @@ def _main(parent: socket.socket, queue: WorkQueue) -> NoReturn:
         if wave > item[0]:
             continue  # left over from a wave that was broken off
         requests = [
-            Request(node, kind, unpack(content, read), unpack(state, read))
+            Request(node, kind, unpack(content, read, device), unpacked_records(state, read))
             for node, kind, content, state in groups[item[1]]
         ]
         data = Bytes()
+        try:
+            answered = host.answer(requests)
+        except GpuFull as error:
+            send(parent, FULL, str(error))
+            continue
         answers = [
             (
                 None if answer.content is None else pack(answer.content, data),
                 answer.error,
                 pack(answer.state, data),
             )
-            for answer in host.answer(requests)
+            for answer in answered
         ]
         send(parent, item[1], (wave, answers), data)
 

@@ -46,7 +46,10 @@ def class_results(entry: Entry) -> ClassResults | None:
         for name in per_seed[0]
         if all(name in of for of in per_seed)
     }
-    metrics = {name: _class_metric(name, of, entry.metric) for name, of in values.items()}
+    metrics = {
+        name: _further(name, [value for seed in of for value in seed], entry.metric)
+        for name, of in values.items()
+    }
     confusions = [np.array(of.confusion) for of in finals if of.confusion]
     alike = len({table.shape for table in confusions}) == 1
     return ClassResults(
@@ -59,15 +62,22 @@ def class_results(entry: Entry) -> ClassResults | None:
     )
 
 
-def other_metrics(entry: Entry) -> dict[str, Interval]:
-    """Return every further metric of the final evaluation, those that are numbers, over seeds."""
+def other_metrics(entry: Entry) -> dict[str, tuple[Interval, Metric]]:
+    """Return every further metric of the final evaluation, those that are numbers, over seeds.
+
+    With each comes what is known of it, as of the metrics by class, so that both have one unit.
+    """
     values: dict[str, list[float]] = {}
     for cell in entry.cells:
         found = final_evaluation(cell)
         for name, value in found.metrics.items() if found else ():
             if name != cell.metric.name and math.isfinite(value):
                 values.setdefault(name, []).append(value)
-    return {name: mean_interval(of_seeds) for name, of_seeds in values.items()}
+    metrics = {name: _further(name, of_seeds, entry.metric) for name, of_seeds in values.items()}
+    return {
+        name: (mean_interval(values[name], metric.lowest, metric.highest), metric)
+        for name, metric in metrics.items()
+    }
 
 
 def final_evaluation(cell: CellRecord) -> Evaluation | None:
@@ -87,10 +97,10 @@ def _by_class(evaluation: Evaluation) -> dict[str, Sequence[float]]:
     return {"accuracy": [right / of_class if of_class else math.nan for right, of_class in rows]}
 
 
-def _class_metric(name: str, seeds: Sequence[Sequence[float]], decides: Metric) -> Metric:
-    """What is known of a metric by class: a share, where what decides is one and values allow."""
-    values = [value for of in seeds for value in of if math.isfinite(value)]
-    if decides.unit == "%" and all(0 <= value <= 1 for value in values):
+def _further(name: str, values: Sequence[float], decides: Metric) -> Metric:
+    """What is known of a metric that does not decide: a share, where what decides is one and its
+    values allow."""
+    if decides.unit == "%" and all(0 <= value <= 1 for value in values if math.isfinite(value)):
         return Metric(name, lowest=0.0, highest=1.0, unit="%")
     return Metric(name)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedkn.config import ExperimentConfig
 from fedkn.models.catalog import ARCHITECTURES
+from simulations.report.endings import until
 from simulations.report.summary import RunSummary
 from simulations.runs.records import CellRecord
 
@@ -33,9 +34,10 @@ def facts(summary: RunSummary) -> list[Fact]:
         Fact("parameters", _parameters(cells), _untrained(cells)),
         Fact("clients", _listed(config.partition.clients for config in configs), _schemes(summary)),
         Fact("cohort", f"{_listed(config.cohort for config in configs)} a round"),
-        Fact("rounds", _listed(config.rounds for config in configs), _local_work(configs)),
+        _rounds(configs),
         Fact("seeds", f"{len(summary.grid.seeds)}", _spelled(summary.grid.seeds)),
         Fact("engine", _engines(cells)),
+        Fact("computed on", *_devices(summary)),
     ]
     return [fact for fact in found if fact.text]
 
@@ -102,6 +104,14 @@ def _schemes(summary: RunSummary) -> str:
     return "; ".join(label.partition(", ")[0] if len(ends) == 1 else label for label in labels)
 
 
+def _rounds(configs: Sequence[ExperimentConfig]) -> Fact:
+    rounds, work = _listed(config.rounds for config in configs), _local_work(configs)
+    criterion = until(config.evaluation.patience for config in configs)
+    if not criterion:
+        return Fact("rounds", rounds, work)
+    return Fact("rounds", f"at most {rounds}", f"{work}; until {criterion}")
+
+
 def _local_work(configs: Sequence[ExperimentConfig]) -> str:
     steps = {config.train.local_steps for config in configs}
     epochs = {config.train.local_epochs for config in configs}
@@ -112,6 +122,15 @@ def _local_work(configs: Sequence[ExperimentConfig]) -> str:
 
 def _engines(cells: Sequence[CellRecord]) -> str:
     return _listed(c.config.engine for c in cells if c.status != "untrainable")
+
+
+def _devices(summary: RunSummary) -> tuple[str, str]:
+    """The models of the devices that the cells of a simulation ran on, and which of them."""
+    cells = [] if summary.grid.deployed else summary.results or summary.cells
+    names = dict.fromkeys(name for cell in cells for name in cell.devices)
+    models = _listed(name.partition(", GPU ")[0] for name in names)
+    which = sorted({name.partition(", GPU ")[2] for name in names} - {""})
+    return models, f"GPU {', '.join(which)}" if which else ""
 
 
 def _spelled(seeds: Sequence[int]) -> str:

@@ -6,45 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-import fedkn
 from fedkn.errors import UserError
 from fedkn.files import write_atomically
-from fedkn.tasks.metric import Metric
-from fedkn.text import printable
-from simulations.report import formats
 from simulations.report.csv_tables import losses_link
+from simulations.report.endings import convergence, not_converged
 from simulations.report.facts import facts, judged_by
 from simulations.report.losses import HARMLESS, LossLine, losses
 from simulations.report.origins import origins
+from simulations.report.power import what_own_models_show, what_the_seeds_show
 from simulations.report.section import section_view
 from simulations.report.settings import held_equal, normalizer_notes, unequal
 from simulations.report.standings import fields
 from simulations.report.summary import Digest, RunSummary, digest
-from simulations.report.verdict import what_own_models_show, what_the_seeds_show
+from simulations.report.templates import environment
 from simulations.runs.folder import RunFolder
-from simulations.runs.statistics import FEWEST_SEEDS
 
 __all__ = ["build_report"]
-
-# More than any sentence of ours, and all of most commands.
-_LONGEST = 10_000
-# The functions of `formats` that are filters of the templates.
-_FORMATS = (
-    "difference",
-    "difference_unit",
-    "epsilon",
-    "half_width",
-    "interval",
-    "milliseconds",
-    "p_value",
-    "rounds",
-    "size",
-    "target",
-    "value",
-)
 
 
 def build_report(runs: RunFolder | Sequence[RunFolder], to: Path | None = None) -> Path:
@@ -60,40 +37,12 @@ def build_report(runs: RunFolder | Sequence[RunFolder], to: Path | None = None) 
         to = runs[0].path / "report.html"
     elif to is None:
         to = runs[0].path.parent / f"report-{'-'.join(run.path.name for run in runs)}.html"
-    page = _environment().get_template("report.html.jinja").render(_context(digested))
+    page = environment().get_template("report.html.jinja").render(_context(digested))
     try:
         write_atomically(to, page.encode())
     except OSError as error:
         raise UserError(f"cannot write the report '{to}': {error.strerror}") from None
     return to
-
-
-def _environment() -> Environment:
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(here),
-        autoescape=True,
-        finalize=_visible,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["css"] = Markup((here / "report.css").read_text(encoding="utf-8"))
-    environment.globals["version"] = fedkn.__version__
-    # Of metrics that decide nothing no more is known than that they are numbers.
-    environment.globals["number"] = Metric("number")
-    environment.globals["fewest_seeds"] = FEWEST_SEEDS
-    environment.globals["keeps_tensors"] = f"{formats.KEEPS} {formats.KEEPS_TENSORS}"
-    for name in _FORMATS:
-        environment.filters[name] = getattr(formats, name)
-    environment.filters["setting"] = _setting
-    return environment
-
-
-def _visible(value: object) -> str:
-    """Return what a template writes of `value`: text of outside has no characters of control."""
-    text = value if isinstance(value, Markup) else str(value)
-    return text if isinstance(text, Markup) or text.isprintable() else printable(text, _LONGEST)
 
 
 def _context(digested: Digest) -> dict[str, Any]:
@@ -137,6 +86,8 @@ def _run(summary: RunSummary, unknown: Sequence[str]) -> dict[str, Any]:
         "judged_by": judged_by(summary.results),
         "fingerprints": [entry.summary.identity for entry in summary.folder.data()],
         "search": _flat(summary.grid.search),
+        "convergence": convergence(summary),
+        "not_converged": not_converged(summary),
         "power": what_the_seeds_show(summary.comparisons, contests),
         "own_power": what_own_models_show(summary.own_comparisons, own),
     }
@@ -176,13 +127,3 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _setting(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_setting(entry) for entry in value)
-    return "–" if value is None or value == "" else str(value)

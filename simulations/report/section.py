@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -16,7 +16,7 @@ from simulations.report.chart import COLOURS
 from simulations.report.classes import ClassResults, class_results, other_metrics
 from simulations.report.csv_tables import section_links
 from simulations.report.curves import loss_limits, losses_by_round, value_limits
-from simulations.report.entries import Entry
+from simulations.report.endings import endings
 from simulations.report.settings import display_name
 from simulations.report.shades import shades
 from simulations.report.standings import standing
@@ -45,6 +45,7 @@ def section_view(run: RunSummary, section: Section, unknown: Sequence[str]) -> d
     names = [name for name in section.normalizers if _any_curve(section, name)]
     found = [of for e in section.entries.values() if (of := class_results(e)) is not None]
     class_names = _class_names(run, section, found)
+    ended = endings(section)
     return {
         "label": section.label,
         "long_label": label,
@@ -67,7 +68,8 @@ def section_view(run: RunSummary, section: Section, unknown: Sequence[str]) -> d
         "curves": _curves(section, metric, label, unknown),
         "loss_curves": _loss_curves(section, label, unknown),
         "few": len(names) <= figures.FEW,
-        "ends": _ends(section),
+        "endings": ended,
+        "not_flat": {(of.entry.normalizer, of.entry.batch_size) for of in ended if of.ran_out},
         "best_round": any(
             c.config.checkpoint.best for e in section.entries.values() for c in e.cells
         ),
@@ -209,28 +211,6 @@ def _loss_curves(
         for size, (training, evaluation) in sorted(by_size.items())
         if training or evaluation
     ]
-
-
-def _ends(section: Section) -> list[tuple[Entry, str, str]]:
-    """By entry the rounds after which its cells ended, and the best ones; where any tells."""
-    told = [
-        (entry, [c for c in entry.cells if c.status == "completed" and c.last_round is not None])
-        for size in section.batch_sizes
-        for entry in section.ranked(size)
-    ]
-    return [
-        (
-            entry,
-            _listed(cell.last_round for cell in cells),
-            _listed(cell.best_round for cell in cells),
-        )
-        for entry, cells in told
-        if cells
-    ]
-
-
-def _listed(numbers: Iterable[int | None]) -> str:
-    return ", ".join("–" if number is None else str(number) for number in numbers)
 
 
 def _other_metrics(section: Section) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedkn.tasks.metric import Metric
 from simulations.report.axes import AxisContest
+from simulations.report.endings import convergence, ending_of
 from simulations.report.entries import Entry, OwnModels, PrivacySpent
+from simulations.report.power import own_powers_of, powers_of
 from simulations.report.summary import RunSummary, Section, digest, summarize
 from simulations.report.verdict import Contest
 from simulations.runs.folder import RunFolder
@@ -20,11 +22,14 @@ __all__ = ["digest_dict", "group_counts", "summary_dict"]
 def summary_dict(run: RunFolder) -> dict[str, Any]:
     """Return the summary of a run as JSON can hold it: NaN and infinity become None.
 
-    `accuracy` is the value of the section's `metric`, whatever that is, shares as fractions; times
-    are milliseconds, sizes bytes. `differences` are those to the best mean of the same section and
+    The values of an entry stand under the name of the section's metric (`accuracy` and
+    `accuracy_by_seed`, `rmse` and `rmse_by_seed`), shares as fractions; times are milliseconds,
+    sizes bytes. `differences` are those to the best mean of the same section and
     batch size, and others that are shown, without the normalizers that keep tensors on the clients;
     `own_differences` are the same for the clients' own models, of all normalizers. A section is a
     partition at one point of the further `axes`, along which `axis_differences` are all pairs.
+    `power` is what the tests against the best means could find 4 times in 5 (`detectable`, by
+    pair), and the seeds that it takes to find the difference `asked` for so often.
     """
     (summary,) = summarize([run])
     return _run_dict(summary)
@@ -64,6 +69,9 @@ def _run_dict(summary: RunSummary) -> dict[str, Any]:
         "cells": {"planned": summary.planned, "ended": summary.ended},
         "axes": summary.grid.axes,
         "partitions": [_section_dict(section) for section in summary.sections],
+        "convergence": convergence(summary),
+        "power": [of.to_dict() for of in powers_of(summary)],
+        "own_power": [of.to_dict() for of in own_powers_of(summary)],
         "axis_verdicts": summary.axis_verdicts,
         "axis_differences": _axis_differences(summary.axis_contests),
         "own_axis_differences": _axis_differences(summary.own_axis_contests),
@@ -81,7 +89,7 @@ def _section_dict(section: Section) -> dict[str, Any]:
         "axes": dict(section.point),
         "metric": _metric_dict(section.metric),
         "verdict": section.verdict,
-        "target_accuracy": _finite(section.target),
+        f"target_{section.metric.name}": _finite(section.target),
         "entries": [_entry_dict(entry) for entry in section.entries.values()],
         "keep_tensors": section.keepers,
         "differences": _differences(section.contests),
@@ -126,6 +134,7 @@ def _comparison_dict(comparison: Comparison) -> dict[str, Any]:
         "p": _finite(comparison.p),
         "p_holm": _finite(comparison.p_holm),
         "detectable": _finite(comparison.detectable),
+        "deviation": _finite(comparison.deviation),
     }
 
 
@@ -139,38 +148,61 @@ def _differences(contests: Sequence[Contest]) -> list[dict[str, Any]]:
 
 def _entry_dict(entry: Entry) -> dict[str, Any]:
     return {
+        **_named(entry.metric, entry.accuracy.mean, entry.final),
         "normalizer": entry.normalizer,
         "groups": group_counts(entry),
         "batch_size": entry.batch_size,
-        "accuracy": _finite(entry.accuracy.mean),
         "half_width": _finite(entry.accuracy.half_width),
         "low": _finite(entry.accuracy.low),
         "high": _finite(entry.accuracy.high),
-        "accuracy_by_seed": {str(seed): value for seed, value in sorted(entry.final.items())},
         "seeds": entry.accuracy.n,
         "planned": entry.planned,
         "lost": entry.lost,
         "untrainable": entry.untrainable,
+        "ending": _ending_dict(entry),
         "learning_rates": sorted({cell.config.train.learning_rate for cell in entry.cells}),
         "rounds_to_target": _finite(entry.rounds.median),
         "reached_target": entry.rounds.reached,
         "engine": entry.engine or None,
+        "devices": {cell.id: cell.devices for cell in entry.cells if cell.devices},
         "ms_per_step": _finite(entry.ms_per_step),
         "bytes_down_per_round": _finite(entry.bytes_down),
         "bytes_up_per_round": _finite(entry.bytes_up),
         "peak_bytes": _finite(entry.peak_bytes),
         "parameters": entry.parameters,
         "local_tensors": entry.local_tensors,
-        "own_models": _own_dict(entry.own) if entry.own else None,
+        "own_models": _own_dict(entry.own, entry.metric) if entry.own else None,
         "privacy": _privacy_dict(entry.privacy) if entry.privacy else None,
     }
 
 
-def _own_dict(own: OwnModels) -> dict[str, Any]:
+def _ending_dict(entry: Entry) -> dict[str, Any] | None:
+    """How its cells ended; None where validation examples chose nothing."""
+    of = ending_of(entry)
+    if of is None:
+        return None
     return {
-        "accuracy": _finite(own.accuracy.mean),
+        "flat": of.flat,
+        "ran_out": of.ran_out,
+        "last_round": of.last,
+        "best_round": of.best,
+        "at_best_round": _finite(of.at_best.mean),
+        "at_last_round": _finite(of.at_last.mean),
+    }
+
+
+def _named(metric: Metric, mean: float, by_seed: Mapping[int, float]) -> dict[str, Any]:
+    """Return the values under the name of their metric; what else there is has its name first."""
+    return {
+        metric.name: _finite(mean),
+        f"{metric.name}_by_seed": {str(seed): value for seed, value in sorted(by_seed.items())},
+    }
+
+
+def _own_dict(own: OwnModels, metric: Metric) -> dict[str, Any]:
+    return {
+        **_named(metric, own.accuracy.mean, own.final),
         "half_width": _finite(own.accuracy.half_width),
-        "accuracy_by_seed": {str(seed): value for seed, value in sorted(own.final.items())},
         "seeds": own.accuracy.n,
         "worst_tenth": _finite(own.worst_tenth),
         "spread": _finite(own.spread),

@@ -14,8 +14,10 @@ from rich.text import Text
 from fedkn.tasks.metric import Metric
 from fedkn.text import printable
 from simulations.report import formats
+from simulations.report.endings import not_converged
 from simulations.report.entries import Entry
 from simulations.report.facts import facts
+from simulations.report.power import Power, own_powers_of, powers_of
 from simulations.report.settings import display_name
 from simulations.report.summary import RunSummary, Section, summarize
 from simulations.report.tables import group_counts
@@ -51,7 +53,9 @@ def _facts(summary: RunSummary) -> str:
 
 def _section(summary: RunSummary, section: Section) -> Iterator[Text | Padding]:
     metric = section.metric
-    title = f"{metric.name} after the last round, mean and 95% interval"
+    best = any(c.config.checkpoint.best for e in section.entries.values() for c in e.cells)
+    after = "the round best on validation examples" if best else "the last round"
+    title = f"{metric.name} after {after}, mean and 95% interval"
     if len(summary.sections) > 1:
         title = f"{printable(section.label)}: {title}"
     table = Table(
@@ -106,7 +110,29 @@ def _caption(summary: RunSummary) -> list[str]:
         )
     if any(section.keepers for section in summary.sections):
         lines.append(f"{formats.KEEPS} {formats.KEEPS_TENSORS}")
-    return [*lines, summary.partial] if summary.partial else lines
+    lines += [f"Power: {of.short()}{_to_have(summary, of)}." for of in powers_of(summary)]
+    lines += [f"Power, own models: {of.short()}." for of in own_powers_of(summary)]
+    late = not_converged(summary)
+    return [
+        *lines,
+        *([f"{late}."] if late else []),
+        *([summary.partial] if summary.partial else []),
+    ]
+
+
+# Nobody is advised to run more than these.
+_SEEDS_ADVISED = 50
+
+
+def _to_have(summary: RunSummary, power: Power) -> str:
+    """The command that adds the seeds, where a run can be given more of them and needs some."""
+    seeds = power.seeds_needed
+    there = len(summary.grid.seeds)
+    if not there < seeds <= _SEEDS_ADVISED or summary.grid.deployed:
+        return ""
+    if not (summary.folder.path / "grid.json").exists():
+        return ""
+    return f": fedkn resume {summary.folder.path} --seeds {seeds:.0f}"
 
 
 def _figures(entry: Entry, metric: Metric) -> dict[str, str]:

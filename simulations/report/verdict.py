@@ -9,21 +9,19 @@ mean that they are equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
 
 from fedkn.tasks.metric import ACCURACY, Metric
 from simulations.report import formats
-from simulations.runs.statistics import FEWEST_SEEDS, Comparison, smallest_exact_p
+from simulations.runs.statistics import FEWEST_SEEDS, Comparison
 
 __all__ = [
     "Contest",
     "enumerated",
+    "shortened",
     "verdict",
     "verdicts",
-    "what_own_models_show",
-    "what_the_seeds_show",
 ]
 
 
@@ -129,8 +127,8 @@ def verdicts(
     if keepers:
         keep = "keeps tensors" if len(keepers) == 1 else "keep tensors"
         sentences.append(
-            f"{enumerated(keepers)} {keep} on the clients, which the global model lacks: see "
-            "the clients' own models."
+            f"{shortened(keepers, keepers.index)} {keep} on the clients, which the global model "
+            "lacks: see the clients' own models."
         )
     if any(contest.means for contest in own_contests):
         named = {(c.batch_size, name) for c in contests for name in c.untrained}
@@ -143,92 +141,24 @@ def verdicts(
     return sentences
 
 
-def what_the_seeds_show(comparisons: Sequence[Comparison], contests: Sequence[Contest]) -> str:
-    """Return what the tests of a run can and cannot show, in plain words.
-
-    `comparisons` are all pairs of the run; `contests` those whose spread the statement is about.
-    """
-    tested = [c for c in comparisons if not math.isnan(c.p)]
-    if not tested:
-        return (
-            "No test was possible: it needs two that compete, with results of at least "
-            f"{FEWEST_SEEDS} common seeds. One seed says nothing about how much the next one would "
-            "differ, and two hardly more."
-        )
-    fewest, most = min(c.n for c in tested), max(c.n for c in tested)
-    seeds = f"{fewest} seeds" if fewest == most else f"{fewest} to {most} seeds"
-    pairs = "1 pair" if len(tested) == 1 else f"all {len(tested)} pairs"
-    floor = smallest_exact_p(most)
-    metric = enumerated(list(dict.fromkeys(c.metric.name for c in contests))) or ACCURACY.name
-    text = (
-        f"Paired t-tests on the final test {metric} of {seeds}, corrected by Holm's method over "
-        f"{pairs} of this report: the best mean is picked after seeing the results, and that has "
-        "to be paid for. The t-test takes the differences between seeds as roughly normal, which "
-        f"so few seeds cannot verify; the exact sign-flip test, which need not, gives no p-value "
-        f"below {floor:.2g} with {most} seeds, before any correction. "
-    )
-    return text + _detectable(contests)
-
-
-def what_own_models_show(comparisons: Sequence[Comparison], contests: Sequence[Contest]) -> str:
-    """Return what the tests on the clients' own models add; empty where there are none.
-
-    Arguments as of `what_the_seeds_show`.
-    """
-    tested = sum(not math.isnan(c.p) for c in comparisons)
-    if not tested:
-        return ""
-    pairs = "1 pair" if tested == 1 else f"all {tested} pairs"
-    metric = enumerated(list(dict.fromkeys(c.metric.name for c in contests))) or ACCURACY.name
-    return (
-        f"The clients' own models are tested in the same way on their mean {metric} over the "
-        "clients: a seed counts once, however many clients it has, for they share a global model. "
-        f"These tests are a family of their own, corrected over {pairs} of it and not together "
-        "with those on the global model: the chance of a false difference is held to 5% for each "
-        f"of the two questions, not for both at once. {_detectable(contests)}"
-    ).rstrip()
-
-
 def enumerated(items: Sequence[object], last: str = "and") -> str:
     """Return "a", "a and b", "a, b and c"; `last` is the word before the last."""
     texts = [str(item) for item in items]
     return f" {last} ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
 
 
-def _detectable(contests: Sequence[Contest]) -> str:
-    metrics = dict.fromkeys(contest.metric for contest in contests)
-    texts = (
-        _detectable_by(metric, [c for c in contests if c.metric == metric]) for metric in metrics
-    )
-    return " ".join(filter(None, texts))
+def shortened(names: Sequence[str], first: Callable[[str], float]) -> str:
+    """Return the names enumerated, of many the four that come `first` and a count.
+
+    `first` is the smaller the earlier a name is to be told.
+    """
+    if len(names) <= _NAMED + 1:  # "1 other" is no shorter than its name
+        return enumerated(names)
+    return enumerated([*sorted(names, key=first)[:_NAMED], f"{len(names) - _NAMED} others"])
 
 
-def _detectable_by(metric: Metric, contests: Sequence[Contest]) -> str:
-    every = [
-        c.detectable
-        for contest in contests
-        for c in contest.against_winner()
-        if not math.isnan(c.detectable)
-    ]
-    best = contests[0].best
-    possible = [value for value in every if math.isfinite(value)]
-    none = (
-        "no difference that is possible would be found 4 times in 5: “cannot be told apart” says "
-        "nothing there"
-    )
-    if not possible:
-        return f"With the spread seen here, {none}." if every else ""
-    spread = formats.difference_with_unit(median(possible), metric)
-    if len(possible) > 1:
-        least, most = (formats.difference(of(possible), metric) for of in (min, max))
-        spread += f" (from {least} to {most}, by pair)"
-    rest = len(every) - len(possible)
-    return (
-        f"With the spread seen here, a true difference of {spread} from the {best} mean "
-        "would be missed 1 time in 5, smaller ones more often: “cannot be told apart” does "
-        f"not mean equal.{f' For {rest} of {len(every)} pairs {none}.' if rest else ''}"
-    )
-
+_NAMED = 4
+"""Names or pairs in a sentence, beyond which they are counted: of 19 nobody reads on."""
 
 # What sets those in a contest apart from the normalizers that are left out of it.
 _SHARING = "that shares all its tensors"
@@ -287,7 +217,7 @@ def _outcome(alike: Sequence[Contest], everywhere: bool, rest: str) -> str:
         rest = f", and is ahead of {rivals}" if behind else _while(first)
         return (
             f"{winner} has the {first.best} mean ({mean}) {where} but cannot be told apart from "
-            f"{enumerated(level)}{rest}"
+            f"{shortened(level, lambda name: -first.metric.sign * first.means[name])}{rest}"
         )
     margins = [c.difference for contest in alike for c in contest.against_winner()]
     least = "by" if len(margins) == 1 else "by at least"
@@ -326,8 +256,13 @@ def _exceptions(contests: Sequence[Contest]) -> list[str]:
                 f"{contest.winner}'s mean at batch size {contest.batch_size} leaves out clients "
                 f"whose model could not be evaluated ({of_winner}×, others {min(failed)}×)"
             )
+    alike: dict[tuple[int, ...], list[str]] = {}
     for name, sizes in untrained.items():
-        clauses.append(f"{name} has no result {_where(sizes, everywhere=False)}")
+        alike.setdefault(tuple(sizes), []).append(name)
+    for at, names in alike.items():
+        have = "has" if len(names) == 1 else "have"
+        told = shortened(names, names.index)
+        clauses.append(f"{told} {have} no result {_where(at, everywhere=False)}")
     return clauses
 
 
@@ -361,7 +296,12 @@ def _named(value: str, metric: Metric) -> str:
 
 def _while(contest: Contest) -> str:
     """The end of a clause: who else is told apart. The highest mean may be the least certain."""
-    pairs = [f"{c.first} is ahead of {c.second}" for c in contest.apart()]
+    apart = contest.apart()
+    pairs = [f"{c.first} is ahead of {c.second}" for c in apart]
+    if len(pairs) > _NAMED + 1:
+        least = sorted(range(len(pairs)), key=lambda place: -abs(apart[place].difference))
+        pairs = [pairs[place] for place in least[:_NAMED]]
+        pairs.append(f"{len(apart) - _NAMED} other pairs are told apart")
     return f", while {enumerated(pairs)}" if pairs else ""
 
 

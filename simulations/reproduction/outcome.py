@@ -20,7 +20,19 @@ from simulations.runs.folder import RunFolder
 from simulations.runs.records import CellRecord
 from simulations.runs.statistics import Interval, mean_interval
 
-__all__ = ["Outcome", "markdown", "outcome", "rich_table", "to_json"]
+__all__ = [
+    "Outcome",
+    "differences",
+    "is_of_other_images",
+    "markdown",
+    "nothing_of",
+    "outcome",
+    "outcome_of",
+    "published_figure",
+    "rich_table",
+    "table_lines",
+    "to_json",
+]
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class Outcome:
         rounds: that a cell has; None where nothing was begun.
         planned: cells that there are to be in its folder. minutes: that all of its cells took,
             finished or not, by the clock.
-        source: of the data.
+        source: of the data. classes: that these have, 0 where that is not known.
     """
 
     row: Row
@@ -44,15 +56,25 @@ class Outcome:
     planned: int
     minutes: float
     source: str
+    classes: int = 0
 
 
 def outcome(of: PublishedTable, scale: str, row: Row, out: Path) -> Outcome:
     """Read what there is of a row."""
     folder = folder_of(of.name, scale, row.name, out)
-    nothing = mean_interval([])
     if RunFolder.may_begin(folder):
-        return Outcome(row, ACCURACY, nothing, nothing, None, 0, 0.0, "")
-    run = RunFolder.open(folder)
+        return nothing_of(row)
+    return outcome_of(row, RunFolder.open(folder))
+
+
+def nothing_of(row: Row) -> Outcome:
+    """Return what there is of a row that was not begun."""
+    nothing = mean_interval([])
+    return Outcome(row, ACCURACY, nothing, nothing, None, 0, 0.0, "")
+
+
+def outcome_of(row: Row, run: RunFolder) -> Outcome:
+    """Return what the run folder of a row has so far."""
     grid, cells = run.grid, [cell for cell in run.cells() if cell.purpose == "result"]
     done = [cell for cell in cells if cell.status == "completed"]
     metric = cells[0].metric if cells else ACCURACY
@@ -65,6 +87,7 @@ def outcome(of: PublishedTable, scale: str, row: Row, out: Path) -> Outcome:
         planned=len(grid.seeds),
         minutes=sum(_seconds(cell) for cell in cells) / 60,
         source=str(grid.experiment.get("data.source", "")),
+        classes=max((len(entry.summary.classes) for entry in run.data()), default=0),
     )
 
 
@@ -82,14 +105,14 @@ def rich_table(of: PublishedTable, scale: str, outcomes: Sequence[Outcome]) -> T
     shown.add_column("row")
     for column in short:
         shown.add_column(column, justify="right")
-    for line in _lines(of, outcomes):
+    for line in _lines(outcomes):
         shown.add_row(*(printable(cell, 300) for cell in line))
     return shown
 
 
 def markdown(of: PublishedTable, scale: str, outcomes: Sequence[Outcome], command: str) -> str:
     """Return the table as a page that can be kept."""
-    columns, part = _columns(of), of.part(scale)
+    part = of.part(scale)
     head = [
         f"# {of.title}, scale {scale}",
         "",
@@ -98,15 +121,12 @@ def markdown(of: PublishedTable, scale: str, outcomes: Sequence[Outcome], comman
         *("```", command, "```", ""),
         f"{part.note} {of.reading_note}",
         "",
-        _row(columns),
-        _row(["---", *["--:"] * (len(columns) - 1)]),
     ]
-    body = [_row(line) for line in _lines(of, outcomes)]
-    differences = [f"- {sentence}" for sentence in [*of.differences, *_of_data(of, outcomes)]]
+    listed = [f"- {sentence}" for sentence in differences(of, outcomes)]
     reasons = [f"- {o.row.label}: {o.row.reason}." for o in outcomes if o.row.reason]
     notes = ["", "± is the 95% t-interval of the mean over seeds. Differences from the paper:", ""]
     absent = ["", "No published figure:", "", *reasons] if reasons else []
-    return "\n".join([*head, *body, *notes, *differences, *absent]) + "\n"
+    return "\n".join([*head, *table_lines(of, outcomes), *notes, *listed, *absent]) + "\n"
 
 
 def to_json(of: PublishedTable, scale: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -117,7 +137,7 @@ def to_json(of: PublishedTable, scale: str, outcomes: Sequence[Outcome]) -> dict
         "paper": of.paper,
         "scale": scale,
         "reading": of.reading,
-        "differences": [*of.differences, *_of_data(of, outcomes)],
+        "differences": differences(of, outcomes),
         "rows": [
             {
                 "row": o.row.name,
@@ -137,6 +157,18 @@ def to_json(of: PublishedTable, scale: str, outcomes: Sequence[Outcome]) -> dict
     }
 
 
+def table_lines(of: PublishedTable, outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the table itself, as lines of markdown."""
+    columns = _columns(of)
+    rule = ["---", *["--:"] * (len(columns) - 1)]
+    return [_row(columns), _row(rule), *(_row(line) for line in _lines(outcomes))]
+
+
+def differences(of: PublishedTable, outcomes: Iterable[Outcome]) -> list[str]:
+    """Return in what the runs differ from the paper's, in sentences."""
+    return [*of.differences, *_of_data(of, outcomes)]
+
+
 def _columns(of: PublishedTable) -> list[str]:
     marks = {of.reading: " (as the paper)"}
     return [
@@ -150,12 +182,11 @@ def _columns(of: PublishedTable) -> list[str]:
     ]
 
 
-def _lines(of: PublishedTable, outcomes: Iterable[Outcome]) -> list[list[str]]:
-    del of
+def _lines(outcomes: Iterable[Outcome]) -> list[list[str]]:
     return [
         [
             o.row.label,
-            _published(o.row),
+            published_figure(o.row),
             formats.interval(o.best, o.metric),
             formats.interval(o.last, o.metric),
             f"{o.best.n} of {o.planned}" if o.planned else formats.NOTHING,
@@ -166,7 +197,8 @@ def _lines(of: PublishedTable, outcomes: Iterable[Outcome]) -> list[list[str]]:
     ]
 
 
-def _published(row: Row) -> str:
+def published_figure(row: Row) -> str:
+    """Return what the paper tells of a row, or "none"."""
     if row.published is None:
         return "none"
     spread = "" if row.spread is None else f" ± {row.spread:g}"
@@ -177,15 +209,38 @@ def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def is_of_other_images(of: PublishedTable, outcome: Outcome) -> bool:
+    """Whether the images have another number of classes than the paper's, as far as is known."""
+    expected = _CLASSES.get(_named(of))
+    return bool(expected and outcome.classes and outcome.classes != expected)
+
+
+_CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10}
+
+
+def _named(of: PublishedTable) -> str:
+    return str(of.protocol.get("data", {}).get("source", ""))
+
+
 def _of_data(of: PublishedTable, outcomes: Iterable[Outcome]) -> list[str]:
-    """Say where rows were run on the same images from elsewhere, which may be copies."""
-    named = of.protocol.get("data", {}).get("source", "")
-    others = sorted({o.source for o in outcomes if o.source and o.source != named})
-    return [
-        f"Read from source '{other}' in place of '{named}': as good as the copies that lie there "
-        "(JPEG copies of CIFAR-10 are a little lossy)."
-        for other in others
-    ]
+    """Say where rows were run on the same images from elsewhere, which may be copies, or others."""
+    named = _named(of)
+    begun = [o for o in outcomes if o.source and o.source != named]
+    told = []
+    for other in sorted({o.source for o in begun}):
+        strange = {o.classes for o in begun if o.source == other and is_of_other_images(of, o)}
+        told += [
+            f"Read from source '{other}', whose images have {classes} classes, those of '{named}' "
+            f"{_CLASSES[named]}: these are not the paper's images, and its figures are of another "
+            "task."
+            for classes in sorted(strange)
+        ]
+        if not strange:
+            told.append(
+                f"Read from source '{other}' in place of '{named}': as good as the copies that lie "
+                "there (JPEG copies of CIFAR-10 are a little lossy)."
+            )
+    return told
 
 
 def _best(cell: CellRecord) -> float:

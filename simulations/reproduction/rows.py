@@ -15,7 +15,7 @@ from simulations.comparison.preflight import check
 from simulations.reproduction.published import PublishedTable, Row, settings_of
 from simulations.runs.folder import RunFolder
 
-__all__ = ["Planned", "carry_out", "folder_of", "plan_row"]
+__all__ = ["Planned", "carry_out", "folder_of", "hold_to_row", "plan_row"]
 
 # Of this machine, or of how it is run: what comes out is the same.
 _OF_THE_MACHINE = {
@@ -61,6 +61,17 @@ class Planned:
 def folder_of(table: str, scale: str, row: str, out: Path) -> Path:
     """Return the run folder of a row."""
     return out / f"{table}-{scale}-{row}"
+
+
+def hold_to_row(of: PublishedTable, scale: str, row: Row, folder: Path) -> None:
+    """Raise UserError unless the run in `folder` has the row's settings, those of a machine aside.
+
+    The images may come from another source: that is told beside the figures.
+    """
+    grid, _ = begun(folder)
+    changes = {"data.source": grid.data.source}
+    settings = settings_of(of, scale, row, seeds=grid.compare.seeds, changes=changes)
+    _refuse_others(grid, GridConfig.resolve(settings), folder)
 
 
 def plan_row(

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from fedkn import __version__
+from fedkn.gpus import device_name
 from fedkn.installation import installed_version
 from fedkn.machine import processor, usable_cores
 
@@ -35,7 +36,7 @@ def describe_environment() -> dict[str, object]:
             "processor": processor(),
             "cores": usable_cores(),
             "memory_bytes": psutil.virtual_memory().total,
-            "gpus": ", ".join(_gpus()) or "none",
+            "gpus": "; ".join(_gpus()) or "none",
         },
     }
 
@@ -59,6 +60,5 @@ def _commit() -> str:
 
 
 def _gpus() -> list[str]:
-    if not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [device_name(torch.device("cuda", index)) for index in range(count)]

@@ -160,8 +160,15 @@ class RunFolder:
         return recorded_data(self.path)
 
     def data_of(self, config: DataConfig) -> DataSummary | None:
-        """Return what the run recorded of the images that `config` selects, None if nothing."""
-        return next((entry.summary for entry in self.data() if entry.is_of(config)), None)
+        """Return what the run recorded of the images that `config` selects, None if nothing.
+
+        A run that went on elsewhere has moved its record there, and keeps the lines of cells that
+        were trained before: where the data lie tells records apart only if there are several.
+        """
+        recorded = self.data()
+        exactly = [entry.summary for entry in recorded if entry.is_of(config)]
+        moved = [entry.summary for entry in recorded if entry.is_of(config, anywhere=True)]
+        return exactly[0] if exactly else moved[0] if len(moved) == 1 else None
 
     def write_cell_config(self, cell: str, config: ExperimentConfig) -> Path:
         """Write cells/CELL/config.json and return the cell's folder."""
@@ -238,8 +245,10 @@ class RunFolder:
                 case "resume":
                     record.resumes += 1
                     record.status = "unfinished"
+                    record.devices += [line["device"]] if "device" in line else []
                 case "start":
                     record.status = "unfinished"
+                    record.devices = [line["device"]] if "device" in line else []
                 case "end":
                     record.status = line["status"]
                     record.seconds = line.get("seconds")

@@ -245,6 +245,7 @@ _KINDS: dict[str, tuple[_Checks, _Checks]] = {
             **dict.fromkeys(("parameters", "tensors", "local_tensors"), _is_count),
             "task": _is_task,
             "model": is_model,
+            "device": _is_name,
         },
     ),
     "joined": ({"clients": _list_of(_is_holding)}, {"round": _is_count}),
@@ -297,7 +298,7 @@ _KINDS: dict[str, tuple[_Checks, _Checks]] = {
     ),
     "warning": ({"text": _is_text}, {}),
     "memory": ({"peak_bytes": _is_count}, {}),
-    "resume": ({"round": _is_count}, {"task": _is_task}),
+    "resume": ({"round": _is_count}, {"task": _is_task, "device": _is_name}),
     "end": (
         {"status": _one_of("completed", "failed", "untrainable")},
         {

@@ -78,7 +78,8 @@ class CellRecord:
     `client_evaluation` is that of the clients' own models, if there was one; `holdings` has by
     client what it said last, on joining, that it holds. Where validation images decided,
     `last_round` is the one after which it ended and `best_round` the best on them; `warnings` are
-    of what went wrong beside the run.
+    of what went wrong beside the run; `devices` are those that it began and went on on, in order,
+    empty where no line tells.
     """
 
     id: str
@@ -102,6 +103,7 @@ class CellRecord:
     last_round: int | None = None
     best_round: int | None = None
     warnings: list[str] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
 
     @property
     def result_round(self) -> int:
@@ -111,9 +113,18 @@ class CellRecord:
         return self.last_round or self.config.rounds
 
     @property
-    def stopped_early(self) -> bool:
-        """Whether it ended before its last round because none was better for long."""
-        return self.last_round is not None and self.last_round < self.config.rounds
+    def flat(self) -> bool | None:
+        """Whether it completed with a flat curve, as `evaluation.patience` has it.
+
+        That is: so many evaluations on validation examples without a better one. False where the
+        rounds ran out before; None where nothing judged it.
+        """
+        patience = self.config.evaluation.patience
+        if self.status != "completed" or not patience or self.last_round is None:
+            return None
+        judged = self.values("validation")
+        waited = sum((self.best_round or 0) < number <= self.last_round for number in judged)
+        return self.last_round < self.config.rounds or waited >= patience
 
     @property
     def partition(self) -> str:

@@ -29,21 +29,20 @@ from itertools import combinations
 from typing import TypeVar
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 
 from fedkn.tasks.metric import ACCURACY, Metric
+from simulations.runs.power import ALPHA, FEWEST_SEEDS, detectable_difference, seeds_needed
 
 __all__ = [
     "ALPHA",
     "FEWEST_SEEDS",
-    "POWER",
     "Comparison",
     "Group",
     "Interval",
     "RoundsToTarget",
     "Scores",
     "compare_all_pairs",
-    "detectable_difference",
     "holm",
     "mean_interval",
     "paired_p",
@@ -51,11 +50,6 @@ __all__ = [
     "smallest_exact_p",
     "summarize_rounds",
 ]
-
-ALPHA = 0.05
-POWER = 0.8
-# With two, the spread would be judged by a single number.
-FEWEST_SEEDS = 3
 
 # Where names compete with one another: all that is equal for them.
 Group = Hashable
@@ -107,7 +101,8 @@ class Comparison:
     `p_holm` is corrected over the whole family. `detectable` is the true difference that this test
     would miss one time in five, judged at the strictest level that Holm's method may ask for; it
     is infinite where no difference that the range allows would be found so often. The p-values
-    and `detectable` are NaN below `FEWEST_SEEDS` common seeds.
+    and `detectable` are NaN below `FEWEST_SEEDS` common seeds. `deviation` is the standard
+    deviation of the paired differences, NaN below two seeds, and `level` that strictest level.
     """
 
     group: Group
@@ -121,6 +116,8 @@ class Comparison:
     detectable: float
     low: float = math.nan
     high: float = math.nan
+    deviation: float = math.nan
+    level: float = ALPHA
 
     @property
     def cut(self) -> bool:
@@ -132,6 +129,10 @@ class Comparison:
     def significant(self) -> bool:
         """Whether the difference is told apart from zero at 5% after the correction."""
         return self.p_holm < ALPHA
+
+    def seeds_for(self, difference: float) -> float:
+        """Return how many seeds find a true `difference` 4 times in 5, as `seeds_needed` does."""
+        return seeds_needed(difference, self.deviation, self.level)
 
     def has(self, one: str, other: str) -> bool:
         """Whether this is the comparison of these two names, in either order."""
@@ -206,24 +207,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def detectable_difference(deviation: float, n: int, alpha: float = ALPHA) -> float:
-    """Return the true difference that a paired t-test finds with a probability of 80%.
-
-    `deviation` is the standard deviation of the paired differences, `n` their number and `alpha`
-    the two-sided level. The power is that of the noncentral t distribution. NaN below two pairs.
-    """
-    if n < 2 or not deviation > 0:
-        return math.nan
-    critical = float(stats.t.ppf(1 - alpha / 2, n - 1))
-
-    def shortfall(noncentrality: float) -> float:
-        return float(stats.nct.sf(critical, n - 1, noncentrality)) - POWER
-
-    # The power is far above 80% at ten times the critical value, for one degree of freedom too.
-    noncentrality = optimize.brentq(shortfall, 0.0, 10 * critical + 10)
-    return float(noncentrality) * deviation / math.sqrt(n)
-
-
 def compare_all_pairs(
     groups: Mapping[GroupT, Scores], metrics: Mapping[GroupT, Metric] | None = None
 ) -> list[Comparison]:
@@ -296,7 +279,9 @@ def _comparison(
     advantages = [metric.sign * value for value in differences]
     width = metric.highest - metric.lowest
     interval = mean_interval(advantages, -width, width)
-    detectable = detectable_difference(_deviation(advantages, scale), interval.n, level)
+    deviation = _deviation(advantages, scale)
+    tested = interval.n >= FEWEST_SEEDS
+    detectable = detectable_difference(deviation, interval.n, level) if tested else math.nan
     return Comparison(
         group=group,
         first=first,
@@ -309,4 +294,6 @@ def _comparison(
         detectable=math.inf if detectable > width else detectable,
         low=interval.low,
         high=interval.high,
+        deviation=deviation,
+        level=level,
     )

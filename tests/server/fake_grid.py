@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
@@ -47,6 +48,28 @@ def small(**changes: Any) -> ExperimentConfig:
 def run(config: ExperimentConfig, tamper: Tamper | None = None) -> Outcome:
     """Run `config` with honest clients, whose training replies pass through `tamper`."""
     return run_server(FakeGrid(config, tamper), config)
+
+
+class Crash(BaseException):
+    """The server's process ends in the middle of a round."""
+
+
+def crashed(config: ExperimentConfig, in_round: int) -> FakeGrid:
+    """Return the grid of a run whose server crashed when a round's first reply came.
+
+    Its clients live on with what they keep, and are honest from then on.
+    """
+
+    def crash(round_: int, p: int, message: Message, reply: Message) -> Iterable[Message]:
+        if round_ == in_round:
+            raise Crash
+        return [reply]
+
+    grid = FakeGrid(config, crash)
+    with pytest.raises(Crash):
+        run_server(grid, config)
+    grid._tamper = None
+    return grid
 
 
 class ScriptedGrid(Grid):

@@ -18,8 +18,7 @@ SETTINGS = {
 @pytest.mark.parametrize("strategy", ["fedprox", "scaffold", "fednova"])
 def test_a_run_is_that_of_larger_batches(strategy):
     """Where server and clients counted local batches, SCAFFOLD and FedNova would go elsewhere."""
-    momentum = 0.0 if strategy == "scaffold" else 0.5
-    config = small(strategy__name=strategy, train__momentum=momentum, **SETTINGS)
+    config = small(strategy__name=strategy, train__momentum=0.5, **SETTINGS)
     large = run(config.overlay(train__batch_size=12)).tensors
     divided = run(config.overlay(train__batch_size=3, train__accumulate=4)).tensors
     steps = run(config.overlay(train__batch_size=3)).tensors

@@ -44,10 +44,10 @@ def make_run(path: Path, **settings: object) -> tuple[GridConfig, RunFolder]:
     return grid, run
 
 
-def run_cells(path: Path, watcher: Recorder | None = None) -> Totals:
+def run_cells(path: Path, watcher: Recorder | None = None, *, runner: str = RUNNER) -> Totals:
     """Run, or resume, the grid of `make_run`."""
     grid = GridConfig.resolve(json.loads((path / "grid.json").read_text()))
-    return run_grid(grid, RunFolder.open(path), watcher or Recorder(), runner=RUNNER)
+    return run_grid(grid, RunFolder.open(path), watcher or Recorder(), runner=runner)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ class Saved(NamedTuple):
     """The filters' sums, where `backward` would take them again."""
     bits: Tensor | None = None
     """The mask, where `backward` would draw it again (`dropout.mask_of_bits`)."""
+    filters: Tensor | None = None
+    """The filters as they convolved, where `backward` would make them again."""
 
 
 class ByHand(Protocol):
@@ -78,15 +80,13 @@ class _NormalizedConvolution(torch.autograd.Function):
         y, saved = backend.forward(x, weight, bias, settings, keep=True)
         assert saved is not None
         ctx.backend, ctx.settings, ctx.far = backend, settings, saved.far
-        ctx.save_for_backward(
-            x, weight, bias, saved.output, saved.mean, saved.scale, saved.sums, saved.bits
-        )
+        ctx.save_for_backward(x, weight, bias, *saved[:3], saved.sums, saved.bits, saved.filters)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, output, mean, scale, sums, bits = ctx.saved_tensors
-        saved = Saved(output, mean, scale, ctx.far, sums, bits)
+        x, weight, bias, output, mean, scale, *others = ctx.saved_tensors
+        saved = Saved(output, mean, scale, ctx.far, *others)
         tensors, wanted = (x, weight, bias), ctx.needs_input_grad[:3]
         run = functools.partial(
             ctx.backend.backward, saved=saved, settings=ctx.settings, wanted=wanted
@@ -121,7 +121,7 @@ class _Gradients(torch.autograd.Function):
             # Aliases: g may depend on x, but the way from g to x is not this function's.
             tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
             g, x, weight, bias = tensors
-            y = definition.convolution(x, weight, bias, ctx.settings)
+            y = _defined(x, weight, bias, ctx.settings)
             sources = [t for t, wanted in zip(tensors[1:], ctx.wanted, strict=True) if wanted]
             outer = [u for u, wanted in zip(upstream, ctx.wanted, strict=True) if wanted]
             first = torch.autograd.grad(y, sources, g, create_graph=True)
@@ -138,3 +138,12 @@ class _Gradients(torch.autograd.Function):
         for i, gradient in zip(asked, second, strict=True):
             found[i] = gradient
         return tuple(found)
+
+
+def _defined(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
+    """Return the definition's output; of clients, which are a first dimension, each one's own."""
+    if x.dim() == 4:
+        return definition.convolution(x, weight, bias, settings)
+    biases = [None] * len(x) if bias is None else bias
+    parts = zip(x, weight, biases, settings.of_clients(len(x)), strict=True)
+    return torch.stack([definition.convolution(*part) for part in parts])

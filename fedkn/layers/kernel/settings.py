@@ -47,6 +47,13 @@ class Settings(NamedTuple):
     keeps_output: bool = False
     """Whether the output itself is kept for the backward pass even without ReLU."""
 
+    def of_clients(self, clients: int) -> list[Settings]:
+        """Return each client's own, whose keys are ``self.key`` (K,), or one for all."""
+        key = self.key
+        if not isinstance(key, Tensor) or not key.dim():
+            return [self] * clients
+        return [self._replace(key=own) for own in key]
+
     @property
     def one_map(self) -> bool:
         """Whether the only map of filters that is kept is the output."""

@@ -1,6 +1,7 @@
 """KernelNorm of units laid side by side, and its gradient by hand.
 
-Kept for the backward pass are the units, which are the layer's own input where the kernel is 1x1,
+On a GPU units of single pixels are the convolution's Triton kernels without a convolution. Else
+kept for the backward pass are the units, which are the layer's own input where the kernel is 1x1,
 and two maps of one value per unit; the dropout mask is drawn again from its key. With n elements u
 in a unit, m their mask, r = 1/(1-p), the equations are
 
@@ -17,13 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
+from fedkn.layers import circumstances, side_by_side
 from fedkn.layers.kernel import definition
-from fedkn.layers.kernel.backends import plain
+from fedkn.layers.kernel.backends import plain, triton
 from fedkn.layers.kernel.definition import spread, undisturbed
 from fedkn.layers.kernel.dtypes import wide
 from fedkn.layers.kernel.settings import Settings
 from fedkn.layers.kernel.statistics import box
+from fedkn.layers.map_layout import in_one_piece
 
 __all__ = ["normalized"]
 
@@ -34,6 +38,8 @@ def normalized(units: Tensor, settings: Settings, eager: bool) -> Tensor:
     `units` is (N, C, OH * KH, OW * KW); `settings.geometry` has windows as far apart as they are
     large. `eager` as in `fedkn.layers.circumstances`. Returns the input's shape and dtype.
     """
+    if not settings.averages_over_drops and _by_triton(units, settings, eager):
+        return _of_pixels(units, settings, eager)
     if not eager or settings.averages_over_drops:
         return definition.norm(units, settings)
     if torch.is_grad_enabled() and units.requires_grad:
@@ -41,6 +47,49 @@ def normalized(units: Tensor, settings: Settings, eager: bool) -> Tensor:
         return y
     with undisturbed(units):
         return _forward(units, settings)[0]
+
+
+def _by_triton(units: Tensor, settings: Settings, eager: bool) -> bool:
+    """Whether units are single pixels on a GPU, eager or of clients under one vmap."""
+    return (
+        settings.geometry.kernel == (1, 1)
+        and (eager or circumstances.one_vmap_over(units))
+        and bool(triton.takes(units, units))
+    )
+
+
+def _of_pixels(units: Tensor, settings: Settings, eager: bool) -> Tensor:
+    if eager:
+        y: Tensor = _NormalizedPixels.apply(units, settings)  # type: ignore[no-untyped-call] # torch's
+        return y
+    clients, key = side_by_side.clients_of(units), settings.key
+    level = _functorch.peek_interpreter_stack().level()
+    with side_by_side.outside():
+        maps = side_by_side.taken_out(units, 0, clients)
+        if isinstance(key, Tensor):
+            settings = settings._replace(key=side_by_side.taken_out(key, 0, clients))
+        y = _NormalizedPixels.apply(maps, settings)  # type: ignore[no-untyped-call] # torch's
+    own: Tensor = _functorch._add_batch_dim(y, 0, level)
+    return own
+
+
+class _NormalizedPixels(torch.autograd.Function):
+    """Of (N, C, H, W), or of clients' (K, N, C, H, W) with a key each."""
+
+    @staticmethod
+    def forward(ctx: Any, units: Tensor, settings: Settings) -> Tensor:
+        units = in_one_piece(units)
+        y, kept = triton.norm(units, settings)
+        ctx.settings = settings
+        ctx.save_for_backward(units, y, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
+        units, y, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _through_definition(g, units, ctx.settings), None
+        return triton.norm_gradient(g, units, y, tuple(kept), ctx.settings), None
 
 
 def _forward(units: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -67,12 +116,20 @@ class _NormalizedUnits(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         units, mean, scale = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # Derivatives of gradients are rare, so left to autograd, through the definition. An
-            # alias: g may depend on the units, but that way is not this function's.
-            alias = units.view_as(units)
-            y = definition.norm(alias, ctx.settings)
-            return (*torch.autograd.grad(y, alias, g, create_graph=True), None)
+            return _through_definition(g, units, ctx.settings), None
         return _gradient(g, units, mean, scale, ctx.settings, ctx.far), None
+
+
+def _through_definition(g: Tensor, units: Tensor, settings: Settings) -> Tensor:
+    """Return the gradient with derivatives of its own: rare, so left to autograd."""
+    # An alias: g may depend on the units, but that way is not this function's.
+    alias = units.view_as(units)
+    if units.dim() == 4:
+        y = definition.norm(alias, settings)
+    else:
+        parts = zip(alias, settings.of_clients(len(units)), strict=True)
+        y = torch.stack([definition.norm(*part) for part in parts])
+    return torch.autograd.grad(y, alias, g, create_graph=True)[0]
 
 
 def _gradient(  # noqa: PLR0917 - what the forward pass kept, in its order

@@ -179,6 +179,8 @@ def _library() -> Path | None:
     """The built library; None where there is neither an earlier build nor a compiler."""
     command = compiler()
     flags = [*_FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
+    if not torch.compiled_with_cxx11_abi():  # as the package index's torch 2.6 for Linux is not
+        flags.append("-D_GLIBCXX_USE_CXX11_ABI=0")
     texts = [part for named in sources().items() for part in named]
     built_from = [*texts, torch.__version__, platform.machine(), *flags]
     digest = hashlib.blake2b("\0".join(built_from).encode(), digest_size=8).hexdigest()

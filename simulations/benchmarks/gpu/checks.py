@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,23 @@ from fedkn.training.concurrent import ConcurrentWorkspaces, train_concurrently
 from fedkn.training.draws import Draws
 from fedkn.training.local import LocalRound
 from fedkn.training.stacked_batches import StackedClient
+from simulations.benchmarks.gpu.device import Gpu
 
-__all__ = ["Check", "check_normalizer"]
+__all__ = ["Check", "CheckCase", "check_cases", "check_normalizer"]
 
 _CLIENTS, _IMAGES = 5, 21
+
+
+@dataclass(frozen=True)
+class CheckCase:
+    """A normalizer in ResNet-8 of `width` on images of `side` pixels to a side."""
+
+    normalizer: str
+    width: int = 16
+    side: int = 16
+
+    def __str__(self) -> str:
+        return self.normalizer
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,7 @@ class Check:
             the largest parameter of its tensor.
     """
 
-    normalizer: str
+    case: CheckCase
     recorded: bool
     why_not: str
     repeats: bool
@@ -43,18 +57,25 @@ class Check:
     difference: float
 
 
-def check_normalizer(name: str, device: torch.device, *, width: int = 16, side: int = 16) -> Check:
-    """Train a few clients with normalizer `name` in every way, and compare."""
+def check_cases() -> Iterator[CheckCase]:
+    """Yield every normalizer, those of the other tables first."""
+    names = dict.fromkeys(("kernel", "group", "batch", "none", *normalizers.names()))
+    yield from map(CheckCase, names)
+
+
+def check_normalizer(case: CheckCase, device: Gpu) -> Check:
+    """Train a few clients with the normalizer in every way, and compare."""
+    name, width, side, place = case.normalizer, case.width, case.side, device.place
     normalizer = normalizers.create(name)
-    inputs = Inputs("unit", memory_format=layout_on(device, normalizer))
-    model = _model(name, width, device)
+    inputs = Inputs("unit", memory_format=layout_on(place, normalizer))
+    model = _model(name, width, place)
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (_IMAGES, 3, side, side), dtype=torch.uint8, generator=draw)
     labels = torch.randint(10, (_IMAGES,), generator=draw)
     train = TrainConfig(batch_size=2, momentum=0.9, precision="float32")
     clients = [
-        StackedClient(LocalTask(1, 2, place, train, 0.01), {}, images.to(device), labels.to(device))
-        for place in range(_CLIENTS)
+        StackedClient(LocalTask(1, 2, number, train, 0.01), {}, images.to(place), labels.to(place))
+        for number in range(_CLIENTS)
     ]
     workspace = Workspace(model)
 
@@ -82,13 +103,13 @@ def check_normalizer(name: str, device: torch.device, *, width: int = 16, side: 
     ]
     recorder = workspace.recorder
     return Check(
-        normalizer=name,
+        case,
         recorded=recorder is not None and not recorder.refusal,
         why_not="" if recorder is None else recorder.refusal,
         repeats=_equal(first, again),
         concurrent=_equal(first, together),
-        waits=_waits(workspace, clients[0], inputs, normalizer),
-        difference=_difference(name, width, device, clients[0]),
+        waits=_waits(workspace, clients[0], inputs, normalizer, device),
+        difference=_difference(name, width, place, clients[0]),
     )
 
 
@@ -120,6 +141,7 @@ def _waits(
     client: StackedClient,
     inputs: Inputs,
     normalizer: normalizers.Normalizer,
+    device: Gpu,
 ) -> str:
     workspace.load()
     local = LocalRound(
@@ -131,17 +153,12 @@ def _waits(
         normalizer=normalizer,
     )
     draws = Draws(workspace.device) if local.alone else None
-    cuda = workspace.device.type == "cuda"
-    if cuda:
-        torch.cuda.set_sync_debug_mode("error")
     try:
-        for number in range(local.steps):
-            local.take_step(number, draws)
+        with device.no_waiting():
+            for number in range(local.steps):
+                local.take_step(number, draws)
     except RuntimeError as error:
-        return str(error).strip().splitlines()[0]
-    finally:
-        if cuda:
-            torch.cuda.set_sync_debug_mode("default")
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from fedkn.layers.kernel.settings import Geometry
 from fedkn.layers.stacked_convolution import convolve_stacked
-from fedkn.training.captured import Captured
 from fedkn.training.precision import computing_in
+from simulations.benchmarks.gpu.device import Gpu
 
 __all__ = ["ConvolutionCase", "ConvolutionTime", "convolution_cases", "measure_convolution"]
 
@@ -30,6 +29,12 @@ class ConvolutionCase:
     channels: int
     filters: int
     side: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.clients} clients, {self.batch}x{self.channels}x{self.side}x{self.side}, "
+            f"{self.filters} filters"
+        )
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,12 @@ def convolution_cases() -> Iterator[ConvolutionCase]:
         yield ConvolutionCase(64, 2, channels, filters, side)
 
 
-def measure_convolution(case: ConvolutionCase, device: torch.device) -> ConvolutionTime:
+def measure_convolution(case: ConvolutionCase, device: Gpu) -> ConvolutionTime:
     """Time the case in all three ways."""
     draw = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw).to(device).requires_grad_()
+        return torch.randn(shape, generator=draw).to(device.place).requires_grad_()
 
     x = drawn(case.clients, case.batch, case.channels, case.side, case.side)
     weight = drawn(case.clients, case.filters, case.channels, 3, 3)
@@ -83,23 +88,11 @@ def _step_of(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Calla
     return step
 
 
-def _milliseconds(step: Callable[[], None], precision: str, device: torch.device) -> float:
-    with computing_in(precision, device):
-        if device.type != "cuda":
-            started = time.perf_counter()
+def _milliseconds(step: Callable[[], None], precision: str, device: Gpu) -> float:
+    def several() -> None:
+        for _ in range(_CALLS):
             step()
-            return 1000 * (time.perf_counter() - started)
 
-        def several() -> None:
-            for _ in range(_CALLS):
-                step()
-
-        graph = Captured(several, (), ())
-    times = []
-    for _ in range(5):
-        torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        graph.replay(())
-        torch.cuda.synchronize(device)
-        times.append(1000 * (time.perf_counter() - started) / _CALLS)
-    return min(times)
+    with computing_in(precision, device.place):
+        graph = device.capture(several)
+    return device.milliseconds(graph.replay, seconds=0.05, calls=1) / _CALLS

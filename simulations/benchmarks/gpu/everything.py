@@ -1,78 +1,71 @@
-"""Measures all parts of ``fedkn bench gpu`` one after another, and loses nothing to one of them."""
+"""Measures the parts of ``fedkn bench gpu`` in a given time, and loses nothing to one of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import torch
+from simulations.benchmarks.gpu.cases import PARTS, Part
+from simulations.benchmarks.gpu.device import Gpu
+from simulations.benchmarks.gpu.page import Failure, Results
+from simulations.benchmarks.gpu.process import CaseFailedError, MeasuringProcess
 
-from fedkn import normalizers
-from simulations.benchmarks.gpu.checks import check_normalizer
-from simulations.benchmarks.gpu.convolutions import convolution_cases, measure_convolution
-from simulations.benchmarks.gpu.local_steps import measure_steps, step_cases
-from simulations.benchmarks.gpu.networks import measure_network, network_cases
-from simulations.benchmarks.gpu.page import Results
-from simulations.benchmarks.gpu.rounds import measure_rounds, round_cases
+__all__ = ["measure_everything"]
 
-__all__ = ["PARTS", "measure_everything"]
-
-ValueT = TypeVar("ValueT")
-PARTS = ("checks", "steps", "convolutions", "networks", "rounds")
+_LONGEST_CASE = 90.0
+"""Seconds: far more than any takes."""
 
 
 def measure_everything(
-    device: torch.device,
+    device: Gpu,
     *,
-    parts: Sequence[str] = PARTS,
-    quick: bool = False,
+    parts: Sequence[str] = tuple(PARTS),
     seconds: float = 420.0,
     done: Callable[[Results], None] = lambda _: None,
+    table: Mapping[str, Part] = PARTS,
 ) -> Results:
-    """Measure `parts` on `device`, call `done` after each figure, and return all of them.
+    """Measure `parts` on `device`, call `done` after each case, and return all figures.
 
-    No case is begun when `seconds` are over: what is missing then is named among the failed.
+    It ends within `seconds`: a case that is under way then is broken off. What is missing is named
+    among the failed. `table` says which cases the parts have.
     """
-    results, end = Results(), time.monotonic() + seconds
+    begun = time.monotonic()
+    end = begun + seconds
+    results = Results(seconds=seconds)
+    process = MeasuringProcess(device, end=end, longest=_LONGEST_CASE)
 
-    def take(name: str, into: list[ValueT], measure: Callable[[], ValueT]) -> None:
-        if time.monotonic() > end:
-            results.failed.append((name, f"not begun within {seconds:.0f} s"))
-            return
+    def take(part: str, case: Any) -> None:
+        started = time.monotonic()
         try:
-            into.append(measure())
-        except Exception as error:  # one case that fails must not take the others' figures along
-            reason = (str(error).strip().splitlines() or [""])[0]
-            results.failed.append((name, f"{type(error).__name__}: {reason}"))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+            results.add(part, process.measure(table[part].measure, case))
+        except CaseFailedError as failure:
+            results.failed.append(Failure(part, str(case), str(failure)))
+        results.took[part] = results.took.get(part, 0.0) + time.monotonic() - started
         done(results)
 
-    measures: dict[str, Any] = {
-        "checks": lambda: [
-            (f"check of {name}", results.checks, partial(check_normalizer, name, device))
-            for name in normalizers.names()
-        ],
-        "steps": lambda: [
-            (str(case), results.steps, partial(measure_steps, case, device))
-            for case in step_cases(quick)
-        ],
-        "convolutions": lambda: [
-            (str(case), results.convolutions, partial(measure_convolution, case, device))
-            for case in convolution_cases()
-        ],
-        "networks": lambda: [
-            (str(case), results.networks, partial(measure_network, case, device, seconds=0.3))
-            for case in network_cases(quick)
-        ],
-        "rounds": lambda: [
-            (case.title, results.rounds, partial(measure_rounds, case, str(device)))
-            for case in round_cases(quick)
-        ],
-    }
-    for part in parts:
-        for name, into, measure in measures[part]():
-            take(name, into, measure)
+    try:
+        try:
+            results.machine = process.machine()
+        except CaseFailedError as failure:
+            results.failed.append(Failure("machine", device.name, str(failure)))
+        late: list[tuple[str, Any]] = []
+        for place, part in enumerate(parts):
+            shares = [table[name].share for name in parts[place:]]
+            now = time.monotonic()
+            until = now + (end - now) * shares[0] / sum(shares)
+            for case in table[part].cases():
+                if time.monotonic() < until:
+                    take(part, case)
+                else:
+                    late.append((part, case))
+        for part, case in late:
+            if time.monotonic() < end:
+                take(part, case)
+            else:
+                reason = f"there was no time left for it in {seconds:.0f} s"
+                results.failed.append(Failure(part, str(case), reason))
+    finally:
+        process.close()
+    done(results)
     return results

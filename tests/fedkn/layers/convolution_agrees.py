@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from fedkn.layers.kernel.settings import Geometry
 from fedkn.layers.stacked_convolution import StackedConvolutions, convolve_stacked
+from tests.fedkn.layers import interpreter  # noqa: F401
 
 CASES = (
     ((3, 2, 3, 8, 8), 5, (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -36,11 +37,11 @@ for shape, outputs, kernel, stride, padding, dilation in CASES:
         torch.func.vmap(by_torch)(x, weight, bias),
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    with StackedConvolutions(interpreted=True):
+    with StackedConvolutions():
         found = torch.func.vmap(by_torch)(x, weight, bias)
     assert torch.equal(found, convolve_stacked(x, weight, bias, geometry))
     torch.backends.cudnn.allow_tf32 = True  # on the CPU it only chooses the way
-    with StackedConvolutions(interpreted=True):
+    with StackedConvolutions():
         grouped = torch.func.vmap(by_torch)(x, weight, bias)
     torch.backends.cudnn.allow_tf32 = False
     torch.testing.assert_close(grouped, wanted, rtol=1e-4, atol=1e-4)
@@ -52,7 +53,7 @@ for shape, outputs, kernel, stride, padding, dilation in CASES:
 # What the kernels do not serve is PyTorch's: groups, maps outside a vmap, padding by name.
 grouped = torch.randn(2, 4, 1, 3, 3)
 maps = torch.randn(2, 1, 4, 6, 6)
-with StackedConvolutions(interpreted=True):
+with StackedConvolutions():
     found = torch.func.vmap(lambda x, w: F.conv2d(x, w, padding="same", groups=4))(maps, grouped)
     alone = F.conv2d(maps[0], grouped[0], groups=4)
 torch.testing.assert_close(found[0], F.conv2d(maps[0], grouped[0], padding="same", groups=4))

@@ -18,6 +18,8 @@ PATHS = ("plain", "native", "composite")
 def path(name: str) -> Iterator[None]:
     """Run the block on the named implementation; skip the test where it cannot be had."""
     if name == "native" and not library.load():
+        possible = library.wished() != "0" and library.compiler() is not None
+        assert not possible, "the fused CPU kernels were not built, or not loaded: see the warning"
         pytest.skip(
             "the fused CPU kernels cannot be built here (no C++ compiler, or FEDKN_NATIVE=0)"
         )

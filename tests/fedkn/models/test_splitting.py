@@ -106,6 +106,18 @@ def test_groups_with_an_activation_are_exchanged_too():
     assert OnNorm not in kinds
 
 
+def test_a_norm_that_stays_when_it_is_taken_apart_is_told_of_once():
+    _, report = fedkn.convert(net(NormAct(4, nn.ReLU())), normalizers.create("batch"))
+    (change,) = report.changed
+    assert (change.name, change.before) == ("1", "NormAct")
+    assert change.note == "its norm stays: it is the 'batch' normalizer's already"
+    assert not report.kept
+    # One that stands by itself is kept, as ever.
+    _, plain = fedkn.convert(net(nn.BatchNorm2d(4)), normalizers.create("batch"))
+    assert [kept.name for kept in plain.kept] == ["1"]
+    assert not plain.changed
+
+
 def test_what_does_more_than_its_parts_is_kept():
     _, report = fedkn.convert(net(Scaled(4, nn.ReLU())), normalizers.create("group"))
     assert [kept.name for kept in report.kept] == ["1"]

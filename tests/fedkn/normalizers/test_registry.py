@@ -40,7 +40,7 @@ def test_settings_go_to_those_that_have_an_option_for_them():
 def test_needs_are_stated():
     needs = {n: normalizers.create(n).minimum_batch for n in normalizers.names()}
     needy = {n: smallest for n, smallest in needs.items() if smallest > 1}
-    assert needy == dict.fromkeys(("batch", "brn", "ghost", "fedbn", "silobn", "fixbn"), 2)
+    assert needy == dict.fromkeys(("batch", "brn", "ghost", "fedbn", "silobn", "fixbn", "mabn"), 2)
     unit = {n for n in normalizers.names() if normalizers.create(n).published_scaling == "unit"}
     assert unit == {"kernel", "ws_kernel"}
 
@@ -96,6 +96,11 @@ def test_bad_input_is_one_line_that_names_the_fix(name, settings, words):
             "kernel",
             {"dropout_p": 0.1, "eval_mode": "plain"},
             "KernelNorm (dropout 0.1, plain evaluation)",
+        ),
+        (
+            "ws_kernel",
+            {"dropout_p": 0.0, "gain": True},
+            "weight standardization + KernelNorm (dropout 0.0, with a gain)",
         ),
     ],
 )

@@ -29,19 +29,17 @@ class Double(Captured):
 
     made = 0
 
-    def __init__(
-        self, function: Callable[..., None], tensors: Sequence[Tensor], changed: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, function: Callable[[], None], changed: Sequence[Tensor]) -> None:
         before = [tensor.clone() for tensor in changed]
         for _ in range(2):
-            function(*tensors)
+            function()
             for tensor, value in zip(changed, before, strict=True):
                 tensor.copy_(value)
         self._function = function
         Double.made += 1
 
-    def replay(self, tensors: Sequence[Tensor]) -> None:
-        self._function(*tensors)
+    def replay(self) -> None:
+        self._function()
 
 
 def build(name: str, width: int = 4) -> nn.Module:

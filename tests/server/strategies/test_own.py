@@ -14,11 +14,9 @@ from fedkn import algorithms, references
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.experiment import why_alone
-from server.run import run_server
 from server.strategies.registry import create_strategy
 from simulations.engines.run import run_experiment
-from tests.server.fake_grid import FakeGrid, run, small
-from tests.server.strategies.test_personal import Crash
+from tests.server.fake_grid import crashed, run, small
 from tests.server.test_run import log_of
 
 MODULE = '''
@@ -193,15 +191,7 @@ def test_a_server_half_is_what_aggregates(name):
 def test_it_is_logged_and_goes_on_from_a_checkpoint(here):
     folder = here / "run"
     config = own("Halfway", rounds=4, checkpoint__folder=str(folder))
-
-    def crash(round_, p, message, reply):
-        if round_ == 3:
-            raise Crash
-        return [reply]
-
-    grid = FakeGrid(config, crash)
-    with pytest.raises(Crash):
-        run_server(grid, config)
+    crashed(config, in_round=3)
     resumed = run(config)
     whole = run(config.overlay(checkpoint__folder=""))
     assert resumed.weights_sha256 == whole.weights_sha256

@@ -21,7 +21,7 @@ from fedkn.training.batches import plan_batches
 from server.rounds.cohorts import draw_cohort
 from server.run import run_server
 from server.strategies.registry import create_strategy
-from tests.server.fake_grid import FIRST_NODE, FakeGrid, run, small
+from tests.server.fake_grid import FIRST_NODE, FakeGrid, crashed, run, small
 
 Parameters = dict[str, Tensor]
 HEAD = ("head.fc.weight", "head.fc.bias")
@@ -190,23 +190,10 @@ def test_ditto_keeps_running_statistics_of_its_own():
     assert not np.allclose(kept[f"own/{name}"], outcome.tensors[name])
 
 
-class Crash(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_crashed_ends_in_the_same_models(name, tmp_path):
     config = personal(name, rounds=4, checkpoint__folder=str(tmp_path))
-
-    def crash(round_: int, p: int, message: Message, reply: Message) -> Iterable[Message]:
-        if round_ == 3:
-            raise Crash
-        return [reply]
-
-    grid = FakeGrid(config, crash)
-    with pytest.raises(Crash):
-        run_server(grid, config)
-    grid._tamper = None  # the clients live on, with what they keep
+    grid = crashed(config, in_round=3)
     resumed = run_server(grid, config)
     whole = FakeGrid(config.overlay(checkpoint__folder=""))
     undisturbed = run_server(whole, config.overlay(checkpoint__folder=""))

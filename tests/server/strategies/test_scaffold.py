@@ -20,7 +20,7 @@ from server.rounds.cohorts import draw_cohort
 from server.run import run_server
 from server.strategies.registry import create_strategy
 from server.strategies.scaffold import Scaffold
-from tests.server.fake_grid import FIRST_NODE, FakeGrid, run, small
+from tests.server.fake_grid import FIRST_NODE, FakeGrid, crashed, run, small
 from tests.server.test_run import log_of
 
 
@@ -128,7 +128,8 @@ def naive_run(config: ExperimentConfig) -> dict[str, torch.Tensor]:
     x = {name: p.detach().clone() for name, p in model.named_parameters()}
     c = {name: torch.zeros_like(value) for name, value in x.items()}
     own = [dict(c) for _ in range(config.partition.clients)]
-    rate, clients = config.train.learning_rate, config.partition.clients
+    rate, momentum = config.train.learning_rate, config.train.momentum
+    clients = config.partition.clients
     for round_ in range(1, config.rounds + 1):
         cohort = draw_cohort(range(clients), config.cohort, seed=config.seed, round_=round_)
         ends, changes = [], []
@@ -138,14 +139,16 @@ def naive_run(config: ExperimentConfig) -> dict[str, torch.Tensor]:
                 len(mine), config.train, 1, seed=config.seed, round_=round_, client=i
             )
             y = {name: value.clone().requires_grad_() for name, value in x.items()}
+            v = {name: torch.zeros_like(value) for name, value in x.items()}
             for batch in plan.batches:
                 images = inputs(mine.inputs[batch]).double()
                 logits = torch.func.functional_call(model, y, (images,))
                 loss = F.cross_entropy(logits, mine.targets[batch])
                 grads = torch.autograd.grad(loss, [y[name] for name in names])
+                v = {n: momentum * v[n] + g for n, g in zip(names, grads, strict=True)}
                 y = {
-                    name: (y[name] - rate * (g - own[i][name] + c[name])).detach().requires_grad_()
-                    for name, g in zip(names, grads, strict=True)
+                    n: (y[n] - rate * (v[n] - own[i][n] + c[n])).detach().requires_grad_()
+                    for n in names
                 }
             k = len(plan.batches)
             plus = {n: own[i][n] - c[n] + (x[n] - y[n].detach()) / (k * rate) for n in names}
@@ -157,8 +160,12 @@ def naive_run(config: ExperimentConfig) -> dict[str, torch.Tensor]:
     return x
 
 
-def test_a_run_follows_the_papers_algorithm():
-    config = scaffold(rounds=3, train__clip_norm=0.0)
+@pytest.mark.parametrize(("momentum", "rate"), [(0.0, 0.1), (0.9, 0.02)])
+def test_a_run_follows_the_papers_algorithm(momentum, rate):
+    """With momentum niid_bench's: a velocity of plain gradients, and c - c_i beside it."""
+    config = scaffold(rounds=3, train__clip_norm=0.0, train__momentum=momentum).overlay(
+        train__learning_rate=rate
+    )
     outcome = run(config)
     for name, value in naive_run(config).items():
         np.testing.assert_allclose(outcome.tensors[name], value.numpy(), rtol=2e-3, atol=2e-5)
@@ -180,22 +187,9 @@ def test_local_parameters_are_not_corrected():
     assert all(np.isfinite(value).all() for value in run(config).tensors.values())
 
 
-class Crash(BaseException):
-    pass
-
-
 def test_a_run_that_crashed_ends_in_the_same_weights(tmp_path):
     config = scaffold(rounds=4, checkpoint__folder=str(tmp_path))
-
-    def crash(round_: int, p: int, message: Message, reply: Message) -> Iterable[Message]:
-        if round_ == 3:
-            raise Crash
-        return [reply]
-
-    grid = FakeGrid(config, crash)
-    with pytest.raises(Crash):
-        run_server(grid, config)
-    grid._tamper = None  # the clients live on, with what they keep
+    grid = crashed(config, in_round=3)
     resumed = run_server(grid, config)
     undisturbed = run(config.overlay(checkpoint__folder=""))
     assert resumed.weights_sha256 == undisturbed.weights_sha256
@@ -221,9 +215,9 @@ def test_a_refused_update_changes_no_control_variate():
     assert run(config, spoil).weights_sha256 != run(config).weights_sha256
 
 
-def test_momentum_is_refused():
-    with pytest.raises(UserError, match=r"scaffold needs train\.momentum = 0, got 0\.9"):
-        create_strategy(scaffold(train__momentum=0.9))
+def test_a_kept_momentum_is_refused():
+    with pytest.raises(UserError, match=r"scaffold needs train\.keep_momentum = false"):
+        create_strategy(scaffold(train__momentum=0.9, train__keep_momentum=True))
 
 
 @pytest.mark.parametrize(("name", "lost"), [("fedavg", 0), ("scaffold", 1)])

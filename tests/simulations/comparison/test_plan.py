@@ -1,6 +1,9 @@
 """What a comparison is said to take, against what a real one took."""
 
 import math
+import re
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -8,11 +11,12 @@ import pytest
 from fedkn.config import ExperimentConfig
 from fedkn.training.batches import plan_batches
 from simulations.comparison import plan as planning
-from simulations.comparison.grid import GridConfig
+from simulations.comparison.grid import GridConfig, Group, groups, untrainable
 from simulations.comparison.plan import Plan, planned, steps_of, told
 from simulations.comparison.preflight import check
 from simulations.comparison.scheduler import run_grid
 from simulations.runs.folder import RunFolder
+from simulations.runs.power import power
 from tests.simulations.fake_runs import Recorder, make_run
 
 TINY = {
@@ -99,3 +103,50 @@ def test_what_a_client_does_once_a_round_is_not_counted_with_every_step():
     # Noise, or a client whose images are fewer than a batch: no less than what was measured.
     assert planning._divided((0.5, 1), (0.4, 4)) == (pytest.approx(0.1), 0.0)
     assert planning._divided((0.5, 1), (0.4, 1)) == (pytest.approx(0.4), 0.0)
+
+
+def test_the_pairs_are_those_that_a_report_tests() -> None:
+    grid = GridConfig.resolve(
+        {
+            "compare.normalizers": "kernel,group,none,batch",
+            "compare.batch_sizes": "1,4",
+            "compare.partitions": "iid,shards",
+            "compare.axes": {
+                "train.momentum": [0, 0.5, 0.9],
+                "strategy.name": ["fedavg", "fedprox"],
+            },
+        }
+    )
+    trained = [group for group in groups(grid) if not untrainable(group)]
+
+    def differs_in(one: Group, other: Group) -> list[str]:
+        first, second = dict(one.settings), dict(other.settings)
+        settings = {key: (first[key], second[key]) for key in grid.compare.axes}
+        pairs = {
+            **settings,
+            "normalizer": (one.normalizer, other.normalizer),
+            "batch": (one.batch_size, other.batch_size),
+            "partition": (one.partition, other.partition),
+        }
+        return [key for key, (a, b) in pairs.items() if a != b]
+
+    tested = {"normalizer", "train.momentum", "strategy.name"}
+    expected = 0
+    for one, other in combinations(trained, 2):
+        found = differs_in(one, other)
+        expected += len(found) == 1 and found[0] in tested
+    assert planning._pairs(trained) == expected > 100
+
+
+def test_before_it_begins_it_is_said_what_the_seeds_will_find() -> None:
+    plan = Plan(90, 0, 0, 1000, 60.0, 2, 1, 1, 10**8, 5, seeds=6, pairs=78)
+    sentence = told(plan)[1]
+    factor = float(re.search(r"difference of ([\d.]+) times its spread", sentence)[1])
+    assert "6 seeds, 78 pairs tested together" in sentence
+    assert power(factor, 1.0, 6, 0.05 / 78) == pytest.approx(0.8, abs=0.02)
+    few = told(replace(plan, seeds=2))
+    assert few[1] == "With fewer than 3 seeds none of 78 pairs can be tested."
+    assert told(replace(plan, at_most=True))[0].endswith(
+        "at most about 1,000 local steps of clients."
+    )
+    assert "pair" not in " ".join(told(replace(plan, pairs=0)))

@@ -131,7 +131,7 @@ def test_workers_end_with_their_parent() -> None:
         assert parent.stdout is not None
         worker = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
-    assert not psutil.wait_procs([worker], timeout=20)[1]
+    assert not psutil.wait_procs([worker], timeout=120)[1]
 
 
 def test_a_worker_that_finds_other_data_ends_the_run(

@@ -110,7 +110,7 @@ def test_auto_goes_one_by_one_where_a_layer_asks_for_it_and_the_record_says_whic
 
 @pytest.mark.parametrize("settings", [
     {"engine": "inprocess", "normalizer": "batch"},
-    {"engine": "inprocess", "strategy__name": "scaffold", "train__momentum": 0.0},
+    {"engine": "inprocess", "strategy__name": "scaffold"},
     {"engine": "inprocess", "strategy__name": "fedprox", "train__keep_momentum": True},
     {"engine": "inprocess", "strategy__name": "fedadam"},
     {"engine": "inprocess", "strategy__name": "fednova"},

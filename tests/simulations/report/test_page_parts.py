@@ -54,11 +54,13 @@ def test_a_metric_of_which_lower_is_better_has_its_unit_and_its_order(tmp_path: 
     run = written(tmp_path / "r", normalizers=("none", "kernel"), metric=RMSE, rates=(0.01, 0.05))
     page = read(build_report(run))
     entries = {e["normalizer"]: e for e in summary_dict(run)["partitions"][0]["entries"]}
-    assert entries["kernel"]["accuracy"] < entries["none"]["accuracy"]
+    assert entries["kernel"]["rmse"] < entries["none"]["rmse"]
+    assert "accuracy" not in entries["kernel"]
+    assert set(entries["kernel"]["rmse_by_seed"]) == {"0", "1", "2"}
     rows = [row for row in page.rows if row[0] in ("kernel", "none") and "mm" in "".join(row)]
     # The heat table, then the summary: best first.
     assert [row[0] for row in rows[:4]] == ["kernel", "none"] * 2
-    assert f"{entries['kernel']['accuracy']:.3g} mm" in rows[2][1]
+    assert f"{entries['kernel']['rmse']:.3g} mm" in rows[2][1]
     assert rows[2][2] == "best mean"
     assert re.fullmatch(r"\+[\d.]+ mm", rows[3][2])
     assert "lower is better" in page.text
@@ -184,8 +186,10 @@ def test_when_cells_ended_and_which_round_was_best(tmp_path: Path) -> None:
     run.cell("kernel", 2, 0, end=ends)
     run.cell("kernel", 2, 1, end=ends | {"best_round": 12})
     page = read(build_report(run.folder))
-    assert ["kernel", "2", "12, 12", "9, 12"] in page.rows
-    assert "The results are of the round after which the cell ended." in page.text
+    assert any(
+        row[:5] == ["kernel", "2", "all rounds were run", "12, 12", "9, 12"] for row in page.rows
+    )
+    assert "The results are of the last round." in page.text
 
 
 def test_a_single_seed_has_no_interval_and_no_nan(tmp_path: Path) -> None:

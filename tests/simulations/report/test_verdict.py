@@ -4,13 +4,13 @@ import math
 
 import pytest
 
+from fedkn.tasks.metric import Metric
+from simulations.report.power import what_own_models_show, what_the_seeds_show
 from simulations.report.verdict import (
     Contest,
     enumerated,
     verdict,
     verdicts,
-    what_own_models_show,
-    what_the_seeds_show,
 )
 from simulations.runs.statistics import Comparison
 
@@ -65,6 +65,42 @@ def test_a_difference_between_others_than_the_winner_is_not_denied() -> None:
     alone = [against("batch", "kernel", math.nan), against("kernel", "group", 1e-5)]
     text = verdict([Contest(2, means, alone)])
     assert text.endswith("no difference from it can be shown, while kernel is ahead of group.")
+
+
+def test_of_many_the_nearest_are_named_and_the_rest_are_counted() -> None:
+    names = [f"n{place:02}" for place in range(19)]
+    means = {name: 0.5 + 0.02 * place for place, name in enumerate(names)}
+    best, others = names[-1], names[:-1]
+    level = [against(best, other, 0.5) for other in others]
+    pairs = [
+        against(others[b], others[a], 1e-5, 0.02 * (b - a)) for b in range(18) for a in range(b)
+    ]
+    text = verdict([Contest(2, means, [*level, *pairs], untrained=["a", "b", "c", "d", "e", "f"])])
+    assert "cannot be told apart from n17, n16, n15, n14 and 14 others, while " in text
+    assert "n17 is ahead of n00" in text
+    assert "and 149 other pairs are told apart" in text
+    assert text.endswith("; a, b, c, d and 2 others have no result at batch size 2.")
+    assert len(text) < 400
+
+
+def test_one_more_than_are_named_is_named_too() -> None:
+    means = {"w": 0.9, "a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4, "e": 0.5}
+    level = [against("w", other, 0.5) for other in "abcde"]
+    text = verdict([Contest(2, means, [*level, against("e", "a", 0.01)])])
+    assert "cannot be told apart from a, b, c, d and e, while e is ahead of a." in text
+    text = verdict(
+        [Contest(1, {**means, "f": 0.6}, [*level, against("w", "f", 0.5), against("e", "a", 0.01)])]
+    )
+    assert "cannot be told apart from f, e, d, c and 2 others" in text
+
+
+def test_lower_is_better_names_the_lowest() -> None:
+    rmse = Metric("rmse", higher_is_better=False, lowest=0.0)
+    means = {f"n{place}": float(place) for place in range(8)}
+    level = [against("n0", name, 0.5, 1.0) for name in list(means)[1:]]
+    shown = against("n1", "n7", 0.001, 6.0)
+    text = verdict([Contest(2, means, [*level, shown], metric=rmse)])
+    assert "cannot be told apart from n1, n2, n3, n4 and 3 others, while n1 is ahead of n7" in text
 
 
 def test_batch_sizes_that_came_out_alike_share_a_clause() -> None:

@@ -244,9 +244,15 @@ def test_a_copy_is_brought_up_to_date_but_never_over_another_run(whole, tmp_path
 def test_another_source_of_the_images_is_said(whole, table):
     outcomes = outcomes_of(table, "small", whole)
     assert "in place of" not in markdown(table, "small", outcomes, "fedkn x")
-    protocol = {**table.protocol, "data": {"source": "cifar10"}}
-    told = table.model_copy(update={"protocol": protocol})
-    assert "'arrays' in place of 'cifar10'" in markdown(told, "small", outcomes, "fedkn x")
+
+    def told_of(source: str) -> str:
+        protocol = {**table.protocol, "data": {"source": source}}
+        of = table.model_copy(update={"protocol": protocol})
+        return markdown(of, "small", outcomes, "fedkn x")
+
+    assert "'arrays' in place of 'image_folder'" in told_of("image_folder")
+    # CIFAR-10 has ten classes, what these rows were run on has four.
+    assert "these are not the paper's images" in told_of("cifar10")
 
 
 def test_the_command_lists_and_refuses(capsys):

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from fedkn.config import ExperimentConfig, PartitionConfig
+from fedkn.config import DataConfig, ExperimentConfig, PartitionConfig
 from fedkn.errors import UserError
+from server.run_data import hold_to_data, move_data
 from simulations.runs.folder import RunFolder, write_json
 from simulations.runs.records import GridRecord, PartitionRecord, partition_label
 from simulations.runs.results import ClientResult
+from tests.simulations.report.made_runs import data_named
 
 GRID = GridRecord(
     "digits", "fedkn compare", ["kernel"], [2], ["iid, 2 clients"], [0], [0.1], {}, {}
@@ -390,3 +392,20 @@ def test_names_that_are_not_utf_8_are_kept(tmp_path: Path) -> None:
     odd = replace(GRID, name=os.fsdecode(b"caf\xe9"), command="fedkn compare \U0001f600")
     folder = RunFolder.create(tmp_path / odd.name, odd)
     assert RunFolder.open(folder.path).grid == odd
+
+
+def test_cells_that_were_trained_before_a_move_know_their_data(tmp_path: Path) -> None:
+    here = DataConfig(source="image_folder", root="/here")
+    there = here.model_copy(update={"root": "/there"})
+    hold_to_data(tmp_path, here, data_named("the same"))
+    move_data(tmp_path, "/there", [(there, data_named("the same"))])
+    run = RunFolder(tmp_path)
+    assert run.data_of(there) == data_named("the same")
+    assert run.data_of(here) == data_named("the same")
+    assert run.data_of(here.model_copy(update={"test_limit": 7})) is None
+    # Where several differ in their place alone, it tells them apart, and nothing is guessed.
+    other = here.model_copy(update={"root": "/other"})
+    hold_to_data(tmp_path, other, data_named("another"))
+    assert run.data_of(other) == data_named("another")
+    assert run.data_of(there) == data_named("the same")
+    assert run.data_of(here) is None

@@ -12,7 +12,6 @@ from scipy import integrate, stats
 from fedkn.seeds import numpy_generator
 from simulations.runs.statistics import (
     compare_all_pairs,
-    detectable_difference,
     holm,
     mean_interval,
     paired_p,
@@ -117,30 +116,6 @@ def test_holm_rejects_what_the_stepwise_definition_rejects(p_values: list[float]
             break
         rejected.add(index)
     assert {i for i, p in enumerate(holm(p_values)) if p < alpha} == rejected
-
-
-@pytest.mark.parametrize(("n", "comparisons"), [(2, 1), (3, 20), (5, 1), (6, 78), (10, 21)])
-def test_detectable_difference_has_the_power_it_claims(n: int, comparisons: int) -> None:
-    alpha = 0.05 / comparisons
-    delta = detectable_difference(0.02, n, alpha) / 0.02 * math.sqrt(n)
-    critical = stats.t.ppf(1 - alpha / 2, n - 1)
-
-    def found_given(variance: float) -> float:
-        beyond = stats.norm.cdf(delta - critical * math.sqrt(variance / (n - 1)))
-        return float(beyond * stats.chi2.pdf(variance, n - 1))
-
-    power = sum(integrate.quad(found_given, *part, limit=200)[0] for part in ((0, 1), (1, 80)))
-    assert power == pytest.approx(0.8, abs=1e-6)
-
-
-def test_detectable_difference_by_simulation() -> None:
-    n, deviation = 5, 0.03
-    delta = detectable_difference(deviation, n)
-    samples = numpy_generator(1, "power").normal(delta, deviation, size=(4000, n))
-    found = np.mean([paired_p(sample.tolist()) < 0.05 for sample in samples])
-    assert found == pytest.approx(0.8, abs=0.025)
-    assert math.isnan(detectable_difference(0.0, 5))
-    assert math.isnan(detectable_difference(0.03, 1))
 
 
 def test_comparisons_pair_by_seed_and_are_corrected_together() -> None:

@@ -87,5 +87,6 @@ def backward(  # noqa: PLR0917 - the operator's order
     return tuple(next(found) if w else None for w in wanted)
 
 
-# Before the library is there to declare it: PyTorch keeps it until then.
-torch.library.impl("fedkn_native::gradients", "CompositeImplicitAutograd")(backward)
+# Before the library is there to declare it: PyTorch keeps it until then. Not as a composite: the
+# exporters look up every operator that has one, and fail where it is not declared.
+torch.library.impl("fedkn_native::gradients", "Autograd")(backward)

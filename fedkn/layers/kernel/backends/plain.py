@@ -93,7 +93,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of (x, weight, bias), None where not `wanted`, for the output's `g`."""
     x, weight, bias = tensors
-    output, mean, scale, far, sums, bits = saved
+    output, mean, scale, far, sums, bits, _ = saved
     _, stride, padding, dilation, groups = settings.geometry
     dtype = wide(x.dtype)
     if settings.relu:

@@ -6,6 +6,7 @@ import torch
 
 from fedkn.layers.kernel.device_masks import drawn
 from fedkn.layers.kernel.dropout import keep_mask
+from tests.fedkn.layers import interpreter  # noqa: F401
 
 for words, level in ((1, 3277), (5, 65000), (256, 1), (700, 30000)):
     keys = torch.tensor([0, -1, 2**62 + 5, -(2**63)])

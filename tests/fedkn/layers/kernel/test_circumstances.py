@@ -7,10 +7,13 @@ import io
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 from fedkn.layers import KernelNorm2d, KNConv2d, dropout_stream
 from tests.fedkn.layers.paths import path as implementation
+
+OLD = Version(torch.__version__) < Version("2.7")
 
 
 def network() -> nn.Sequential:
@@ -86,26 +89,33 @@ def test_forward_mode_derivative() -> None:
     )
 
 
+# Torch 2.6 takes the largest int64 for its mark of a slice's end, so a batch is to be smaller.
+BATCH = torch.export.Dim("batch", max=2**31 - 1)
+
+
 def test_export_with_a_dynamic_batch() -> None:
     net = network().eval()
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(net, (inputs(),), dynamic_shapes=({0: batch},))
+    program = torch.export.export(
+        net, (inputs(),), dynamic_shapes=({0: BATCH},), strict=False
+    )  # strict: False is the default from torch 2.7 on
     torch.testing.assert_close(program.module()(inputs(7)), net(inputs(7)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(OLD, reason="torch 2.6 converts no in-place ReLU to ONNX")
 def test_onnx_export_with_a_dynamic_batch(tmp_path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     net, path = network().eval(), tmp_path / "net.onnx"
     torch.onnx.export(
         net, (inputs(),), path, dynamo=True, verbose=False,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=({0: BATCH},),
     )  # fmt: skip
     session = runtime.InferenceSession(path)
     (out,) = session.run(None, {session.get_inputs()[0].name: inputs(7).numpy()})
     torch.testing.assert_close(torch.from_numpy(out), net(inputs(7)).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(OLD, reason="torch.compile of torch 2.6 takes no dropout stream")
 def test_compile_has_one_graph_that_serves_every_batch_size_and_seed() -> None:
     torch._dynamo.reset()
     net = network()

@@ -94,6 +94,18 @@ def test_a_library_that_is_none_is_built_again(fresh, tmp_path) -> None:
         assert not library.load()
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_strings_are_those_that_torch_was_built_with(new, fresh, tmp_path) -> None:
+    compiler, told = tmp_path / "c++", tmp_path / "told"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {told}\nexit 1\n')
+    compiler.chmod(0o755)
+    fresh.setenv("CXX", str(compiler))
+    fresh.setattr(torch, "compiled_with_cxx11_abi", lambda: new)
+    with pytest.warns(UserWarning, match="cannot be used"):
+        assert not library.load()
+    assert ("-D_GLIBCXX_USE_CXX11_ABI=0" in told.read_text().split()) is not new
+
+
 def test_processes_that_start_together_build_once(tmp_path) -> None:
     # A stand-in compiler that counts its calls and is slow enough for the others to wait.
     calls, compiler = tmp_path / "calls", tmp_path / "c++"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -65,3 +69,10 @@ def test_the_number_of_threads_does_not_change_the_gradient_of_a_sample(threads)
                 torch.testing.assert_close(layer(x), alone, rtol=1e-6, atol=1e-6)
     finally:
         torch.set_num_threads(before)
+
+
+def test_without_the_library_exporters_find_nothing_undeclared():
+    program = "import torch, fedkn.layers; torch.export.default_decompositions()"
+    subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"FEDKN_NATIVE": "0"}, check=True
+    )

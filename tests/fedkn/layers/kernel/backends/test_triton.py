@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 from fedkn.errors import UserError
-from fedkn.layers import KNConv2d, dropout_stream
+from fedkn.installation import installed_version
+from fedkn.layers import KNConv2d, dropout_stream, triton_switch
 from fedkn.layers.kernel.backends import triton
 
 HERE = Path(__file__).parent
+RELEASE = Version(installed_version("triton") or "0")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="Triton is not installed: it comes with PyTorch's CUDA builds",
@@ -41,6 +44,14 @@ def test_kernels_agree_with_the_plain_path_in_the_interpreter() -> None:
     run("triton_agrees.py", TRITON_INTERPRET="1")
 
 
+@needs_triton
+def test_clients_of_a_stack_get_their_own_in_as_few_launches_as_one_in_the_interpreter() -> None:
+    run("triton_clients.py", TRITON_INTERPRET="1", FEDKN_NATIVE="0")
+
+
+@pytest.mark.skipif(
+    Version("3.3") > RELEASE, reason="Triton 3.2 is told another way what to compile"
+)
 @needs_triton
 def test_kernels_compile_for_a_device(tmp_path) -> None:
     run("triton_compiles.py", TRITON_CACHE_DIR=str(tmp_path))
@@ -71,6 +82,11 @@ def fresh(monkeypatch):
     triton.load.cache_clear()
     yield monkeypatch
     triton.load.cache_clear()
+
+
+def test_outside_the_interpreter_the_kernels_reach_gpus_alone() -> None:
+    assert not triton_switch.reaches(torch.device("cpu"))
+    assert triton_switch.reaches(torch.device("cuda"))
 
 
 def test_the_switch(fresh) -> None:

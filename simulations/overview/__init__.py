@@ -1,0 +1,1 @@
+"""Many runs on one page: published tables that were run again, and comparisons."""
