@@ -96,12 +96,12 @@ class Session:
     def client_data(self, partition: int) -> tuple[Tensor, Tensor]:
         """Return the examples (N, ...) and targets (N, ...) that `partition` trains on."""
         part = self.parts[partition]
-        return self.examples[part], self.targets[part]
+        return self.examples.index_select(0, part), self.targets.index_select(0, part)
 
     def held_data(self, partition: int) -> tuple[Tensor, Tensor]:
         """Return the examples and targets that client `partition` keeps from training."""
         part = self.held[partition]
-        return self.examples[part], self.targets[part]
+        return self.examples.index_select(0, part), self.targets.index_select(0, part)
 
     @cached_property
     def local_tensors(self) -> tuple[str, ...]:

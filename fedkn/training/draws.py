@@ -50,9 +50,12 @@ class Draws:
 
     def host_state(self) -> tuple[Any, ...]:
         """Return the part of `state` that is the host's."""
+        return bytes(torch.default_generator.get_state().numpy()), *self.python_state()
+
+    def python_state(self) -> tuple[Any, ...]:
+        """Return the part of `state` that is Python's and NumPy's."""
         name, key, *rest = np.random.get_state()
-        words = bytes(torch.default_generator.get_state().numpy())
-        return (words, random.getstate(), name, bytes(np.asarray(key)), *rest)
+        return (random.getstate(), name, bytes(np.asarray(key)), *rest)
 
     def device_state(self) -> tuple[Any, ...]:
         """Return the part of `state` that is the device's, none where it is the CPU."""

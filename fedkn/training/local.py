@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from fedkn.training.inputs import Inputs
 from fedkn.training.precision import computing_in, training_scores
 from fedkn.training.recorded import PlannedSteps
 from fedkn.training.rule import AsideStep, BegunRules, LocalRule, take_step, takes_aside
-from fedkn.training.step_batches import LocalBatch, step_batches
+from fedkn.training.step_batches import LocalBatch, step_chunks, steps_of
 from fedkn.training.workspace import Workspace
 
 __all__ = ["LocalRound", "LocalTask", "LocalUpdate", "train_locally"]
@@ -149,15 +149,28 @@ class LocalRound:
         workspace.model.train()
         normalizer.begin_training(workspace.model, task.round_)
         self._recorded = None
-        self._aside = tuple(entry for entry in self._rules.acting if takes_aside(entry[0]))
+        self._acting = self._rules.acting
+        self._aside = tuple(entry for entry in self._acting if takes_aside(entry[0]))
         if workspace.recorder is not None and not self._aside:
-            planned = PlannedSteps(task, self._plan, examples, targets, inputs, self._rules.acting)
+            planned = PlannedSteps(task, self._plan, examples, targets, inputs, self._acting)
             with computing_in(train.precision, workspace.device):
                 self._recorded = workspace.recorder.begin(planned)
-        draws = (task.seed, task.round_, task.client)
-        self._batches = iter(
-            step_batches(examples, targets, self._plan.steps, inputs, draws, moved=task.goal.moved)
+        self._host = None
+        if workspace.host_recorder is not None and self._recorded is None and not self._aside:
+            self._host = workspace.host_recorder.begin(
+                task, inputs, (examples, targets), self._acting, self._compute
+            )
+        if self._host is not None:
+            self._acting, self._total = self._host.acting, self._host.total
+        self._chunks = step_chunks(
+            examples,
+            targets,
+            self._plan.steps,
+            inputs,
+            (task.seed, task.round_, task.client),
+            moved=task.goal.moved,
         )
+        self._batches = steps_of(self._chunks)
 
     @property
     def alone(self) -> bool:
@@ -171,9 +184,15 @@ class LocalRound:
 
     def at_once(self) -> LocalUpdate:
         """Take all steps and return what came of them."""
+        if self._host is not None and self._host.quiet(self._plan.steps):
+            self._host.take(self._chunks)
+            return self.end()
         with own_draws(self._workspace.device, self._seed("network")) as draws:
-            for number in range(self.steps):
-                self.take_step(number, draws)
+            if self._host is not None:
+                self._host.take(self._chunks, draws)
+            else:
+                for number in range(self.steps):
+                    self.take_step(number, draws)
             return self.end(draws)
 
     def take_step(self, number: int, draws: Draws | None = None) -> None:
@@ -184,7 +203,7 @@ class LocalRound:
         if self._recorded is None:
             assert draws is not None
             with computing_in(self._task.train.precision, self._workspace.device):
-                self._compute(next(self._batches), draws)
+                self._compute(next(self._batches), draws, self._task.learning_rate)
         else:
             if draws is not None:
                 draws.reseed(self._seed("dropout", number))
@@ -210,22 +229,20 @@ class LocalRound:
             carried=self._rules.end(len(plan.steps)),
         )
 
-    def _compute(self, batches: list[LocalBatch], draws: Draws) -> None:
-        task, train = self._task, self._task.train
+    def _compute(self, batches: Sequence[LocalBatch], draws: Draws, rate: float) -> None:
+        train = self._task.train
         optimizer = self._workspace.optimizer
 
         def differentiate() -> None:
             self._differentiate(batches, draws)
 
         for rule, begun in self._aside:
-            rule.aside(AsideStep(optimizer, train, task.learning_rate, differentiate), *begun)
+            rule.aside(AsideStep(optimizer, train, rate, differentiate), *begun)
         self._differentiate(batches, draws, self._total)
-        take_step(
-            optimizer, self._rules.acting, task.learning_rate, train, clip_norm=train.clip_norm
-        )
+        take_step(optimizer, self._acting, rate, train, clip_norm=train.clip_norm)
 
     def _differentiate(
-        self, batches: list[LocalBatch], draws: Draws, total: Tensor | None = None
+        self, batches: Sequence[LocalBatch], draws: Draws, total: Tensor | None = None
     ) -> None:
         """Put the gradient over `batches` into the optimizer's; add their loss to `total`."""
         task, model = self._task, self._workspace.model
@@ -246,9 +263,9 @@ class LocalRound:
 
 
 def _pass_over(model: nn.Module, examples: Tensor, inputs: Inputs) -> Forward:
-    @torch.no_grad()
     def forward(batch_size: int) -> None:
-        for start in range(0, len(examples), batch_size):
-            model(inputs(examples[start : start + batch_size]))
+        with torch.no_grad():
+            for start in range(0, len(examples), batch_size):
+                model(inputs(examples[start : start + batch_size]))
 
     return forward

@@ -11,12 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedkn.config import TrainConfig
 from fedkn.gpus import full_gpu
 from fedkn.layers.kernel.dropout import dropout_keys, dropout_stream, keys_of
 from fedkn.seeds import derive, torch_generator
@@ -25,6 +24,7 @@ from fedkn.training.captured import Captured
 from fedkn.training.draws import Draws, own_draws
 from fedkn.training.inputs import Inputs
 from fedkn.training.precision import training_scores
+from fedkn.training.recordable import Counted, Held
 from fedkn.training.rule import Acting, take_step
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class StepRecorder:
         self.draws = False
         self._workspace = workspace
         self._capture = capture
+        self._held = Held(workspace.model)
         self._calls: dict[object, int] = {}
         self._tables: _Tables | None = None
         self._graphs: dict[object, Captured] = {}
@@ -85,14 +86,13 @@ class StepRecorder:
         task, plan, examples = planned.task, planned.plan, planned.examples
         if self.refusal or not plan.steps:
             return None
-        modes = tuple(module.training for module in self._workspace.model.modules())
         rules = tuple(rule for rule, _ in planned.acting)
-        setting = (task.train, task.goal, rules, modes, planned.inputs)
+        setting = (task.train, task.goal, rules, self._held.values(), planned.inputs)
         try:
             with own_draws(examples.device, 0) as draws:
                 if setting not in self._calls:
                     some = planned.inputs(examples[plan.steps[0][0].to(examples.device)])
-                    self._calls[setting] = self._trial(some, task.train, draws)
+                    self._calls[setting] = self._trial(some, task, draws)
                 if self.refusal:
                     return None
                 tables = self._with_room(planned, self._calls[setting])
@@ -116,7 +116,7 @@ class StepRecorder:
     def _changed(self) -> tuple[Tensor, ...]:
         return *self._workspace.optimizer.changed, *self._workspace.model.buffers()
 
-    def _trial(self, x: Tensor, train: TrainConfig, draws: Draws) -> int:
+    def _trial(self, x: Tensor, task: LocalTask, draws: Draws) -> int:
         """Return how many dropout calls a forward pass makes, and see whether it can be recorded.
 
         What a graph would repeat as it was: draws of the host's generators, numbers that modules
@@ -124,9 +124,9 @@ class StepRecorder:
         """
         model = self._workspace.model
         buffers = [buffer.clone() for buffer in model.buffers()]
-        counted, host, device = _Counted(model), draws.host_state(), draws.device_state()
+        counted, host, device = Counted(model, task.goal), draws.host_state(), draws.device_state()
         with dropout_stream(0) as stream, torch.no_grad():
-            training_scores(model, x, train.precision)
+            training_scores(model, x, task.train.precision)
         for buffer, value in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(value)
         if draws.device_state() != device:
@@ -307,26 +307,3 @@ def _size(step: Sequence[Tensor]) -> int:
 
 def _draw(task: LocalTask, purpose: str, step: int) -> tuple[int | str, ...]:
     return task.seed, purpose, task.round_, task.client, step
-
-
-class _Counted:
-    """The numbers and words that modules hold, which a forward pass may change."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._held = [(module, _held(module)) for module in model.modules()]
-
-    def put_back(self) -> bool:
-        """Put back what has changed since; return whether anything had."""
-        changed = False
-        for module, before in self._held:
-            now = _held(module)
-            if now != before:
-                for key in now.keys() - before.keys():
-                    del vars(module)[key]
-                vars(module).update(before)
-                changed = True
-        return changed
-
-
-def _held(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}

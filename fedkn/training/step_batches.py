@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from fedkn.seeds import derive, torch_generator
 from fedkn.training.inputs import Inputs
 
-__all__ = ["LocalBatch", "Moved", "step_batches"]
+__all__ = ["LocalBatch", "Moved", "StepChunk", "step_batches", "step_chunks", "steps_of"]
 
 Moved = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 """How targets follow where augmentation moves inputs: `fedkn.tasks.Task.moved`."""
@@ -25,6 +27,39 @@ class LocalBatch(NamedTuple):
     dropout: int
 
 
+@dataclass(frozen=True, eq=False)
+class StepChunk:
+    """The batches of some of a client's steps, one after the other.
+
+    Attributes:
+        x, targets: of all of them, (n, C, H, W), float32, and (n, ...).
+        sizes: for every step the sizes of its batches. rows: where its examples begin.
+        first: the number of the first step in the client's round.
+        draws: seed, round and client.
+    """
+
+    x: Tensor
+    targets: Tensor
+    sizes: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
+    first: int
+    draws: tuple[int, int, int]
+
+    def step(self, number: int) -> list[LocalBatch]:
+        """Return the batches of the chunk's step `number`, from 0."""
+        sizes, row = self.sizes[number], self.rows[number]
+        end = row + sum(sizes)
+        x = torch.split(self.x[row:end], sizes)
+        targets = torch.split(self.targets[row:end], sizes)
+        seeds = (self.seed(number, part) for part in range(len(sizes)))
+        return list(map(LocalBatch, x, targets, seeds))
+
+    def seed(self, number: int, part: int) -> int:
+        """Return the seed of the dropout of batch `part` of the chunk's step `number`, from 0."""
+        seed, *place = self.draws
+        return derive(seed, "dropout", *place, self.first + number, *((part,) if part else ()))
+
+
 def step_batches(
     examples: Tensor,
     targets: Tensor,
@@ -35,7 +70,28 @@ def step_batches(
     moved: Moved,
     first: int = 0,
 ) -> Iterator[list[LocalBatch]]:
-    """Yield the local batches of one step after another.
+    """Return the local batches of one step after another; arguments as `step_chunks`."""
+    return steps_of(step_chunks(examples, targets, steps, inputs, draws, moved=moved, first=first))
+
+
+def steps_of(chunks: Iterable[StepChunk]) -> Iterator[list[LocalBatch]]:
+    """Yield the local batches of one step after another."""
+    for chunk in chunks:
+        for number in range(len(chunk.sizes)):
+            yield chunk.step(number)
+
+
+def step_chunks(
+    examples: Tensor,
+    targets: Tensor,
+    steps: Sequence[Sequence[Tensor]],
+    inputs: Inputs,
+    draws: tuple[int, int, int],
+    *,
+    moved: Moved,
+    first: int = 0,
+) -> Iterator[StepChunk]:
+    """Yield the local batches of the steps, of several at once.
 
     Augmentation is drawn for all examples of a step at once, so that it is the same however they
     are divided; dropout for each batch. Examples of several steps are scaled together, because for
@@ -65,18 +121,9 @@ def step_batches(
                 return inputs.augmented_pieces(some, pieces, generators)
 
             taken, wanted = augmented(taken), moved(wanted, augmented)
-        sizes = [len(batch) for batch in batches]
-        scaled = iter(torch.split(inputs(taken), sizes))
-        answers = iter(torch.split(wanted, sizes))
-        for number in range(begin, end):
-            yield [
-                LocalBatch(
-                    next(scaled),
-                    next(answers),
-                    derive(seed, "dropout", *place, first + number, *((part,) if part else ())),
-                )
-                for part in range(len(steps[number]))
-            ]
+        sizes = tuple(tuple(map(len, step)) for step in steps[begin:end])
+        rows = tuple(accumulate(map(sum, sizes[:-1]), initial=0))
+        yield StepChunk(inputs(taken), wanted, sizes, rows, first + begin, draws)
 
 
 _NUMBERS_AT_ONCE = 1 << 18

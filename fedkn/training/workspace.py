@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkn.errors import UserError
+from fedkn.training.host_recorder import HostRecorder
 from fedkn.training.optimizer import FlatSGD
 from fedkn.training.recorded import StepRecorder
 from fedkn.training.standing import Standing
@@ -23,8 +24,8 @@ class Workspace:
     the next. The model's parameters become views of one vector (see `FlatSGD`).
 
     Attributes:
-        recorder: records the model's local steps, which is for CUDA; None where each is computed
-            as it comes.
+        recorder: records the model's local steps on CUDA. host_recorder: on the CPU. None on other
+            devices, where each is computed as it comes.
 
     Raises UserError where a model cannot be trained so, as `FlatSGD`.
     """
@@ -106,6 +107,7 @@ class Workspace:
         self.optimizer = optimizer
         # What was recorded reads tensors where they were.
         self.recorder = StepRecorder(self) if self.device.type == "cuda" else None
+        self.host_recorder = HostRecorder(self) if self.device.type == "cpu" else None
         # Detached tensors share memory with the model: copying into them loads a state in place.
         self._tensors = {name: value.detach() for name, value in self.model.state_dict().items()}
         self._transient = {

@@ -32,6 +32,7 @@ __all__ = [
     "dropout_stream",
     "keep_mask",
     "keep_mask_and_bits",
+    "key_number",
     "keys_of",
     "mask_of_bits",
     "next_key",
@@ -40,29 +41,31 @@ __all__ = [
 
 
 class Stream:
-    """Where the dropout calls of a block take their keys from.
+    """Where the dropout calls of a block take their keys from: a seed, or `keys` already drawn.
 
     Attributes:
         calls: how many keys have been taken.
     """
 
-    def __init__(self, seed: Tensor, keys: Tensor | None = None) -> None:
-        self.seed = seed
+    def __init__(self, seed: int | Tensor, keys: Tensor | None = None) -> None:
         self.keys = keys
         self.calls = 0
-        self._number: int | None = None
+        self._number = seed if isinstance(seed, int) else None
+        self._seed = None if isinstance(seed, int) else seed
 
     @property
-    def device(self) -> torch.device:
-        """Where the keys come from."""
-        return self.seed.device
+    def on_host(self) -> bool:
+        """Whether keys can be read without waiting for a device."""
+        return self._seed is None or self._seed.device.type == "cpu"
 
     def key(self, device: torch.device) -> Tensor:
         """Take the next key, an int64 tensor without dimensions on `device`."""
         self.calls += 1
         if self.keys is not None:
             return self.keys[self.calls - 1].to(device)
-        return _key(self.seed.to(device), self.calls)
+        if self._seed is None:
+            self._seed = torch.tensor(self._number)
+        return _key(self._seed.to(device), self.calls)
 
     def number(self) -> int:
         """Take the next key as a Python int."""
@@ -70,8 +73,9 @@ class Stream:
         if self.keys is not None:
             return int(self.keys[self.calls - 1])
         if self._number is None:
-            self._number = int(self.seed)
-        return _number(self._number, self.calls)
+            assert self._seed is not None
+            self._number = int(self._seed)
+        return key_number(self._number, self.calls)
 
 
 @contextmanager
@@ -90,7 +94,7 @@ def dropout_stream(seed: int | Tensor) -> Iterator[Stream]:
             raise UserError(f"a dropout seed must be int64, not {seed.dtype}")
         stream = Stream(seed)
     elif isinstance(seed, int):
-        stream = Stream(torch.tensor(_signed(seed)))
+        stream = Stream(_signed(seed))
     else:
         raise UserError(f"a dropout seed must be an int or an int64 tensor, not {seed!r}")
     with _active_stream(stream):
@@ -115,6 +119,15 @@ def keys_of(seeds: Tensor, calls: int) -> Tensor:
     """
     numbers = torch.arange(1, calls + 1, dtype=torch.int64, device=seeds.device)
     return _mixed(seeds.unsqueeze(-1) + numbers.mul_(_GAMMA))
+
+
+def key_number(seed: int, call: int) -> int:
+    """Return the key of call number `call`, from 1, of the `dropout_stream` of an int `seed`."""
+    word = 2**64 - 1
+    z = (seed + call * _GAMMA) & word
+    z = ((z ^ (z >> 33)) * _KEY_MIX[0]) & word
+    z = ((z ^ (z >> 33)) * _KEY_MIX[1]) & word
+    return _signed(z ^ (z >> 33))
 
 
 def drop_level(p: float) -> int:
@@ -204,7 +217,7 @@ def mask_of_bits(bits: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 def _seeded_on_host() -> bool:
     """Whether a stream is active whose seed can be read without waiting for a device."""
     stream = _active.stream
-    return stream is not None and stream.seed.device.type == "cpu"
+    return stream is not None and stream.on_host
 
 
 def _words(shape: torch.Size) -> int:
@@ -279,14 +292,6 @@ def _mixed(z: Tensor) -> Tensor:
     z.bitwise_xor_(_shifted(z, 33)).mul_(_KEY_MIX[0])
     z.bitwise_xor_(_shifted(z, 33)).mul_(_KEY_MIX[1])
     return z.bitwise_xor_(_shifted(z, 33))
-
-
-def _number(seed: int, call: int) -> int:
-    word = 2**64 - 1
-    z = (seed + call * _GAMMA) & word
-    z = ((z ^ (z >> 33)) * _KEY_MIX[0]) & word
-    z = ((z ^ (z >> 33)) * _KEY_MIX[1]) & word
-    return _signed(z ^ (z >> 33))
 
 
 # Compilers must not see inside: Inductor (torch 2.13) overflows on the counter's arithmetic and

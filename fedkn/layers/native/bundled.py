@@ -4,6 +4,8 @@ Below the mark it is written by ``python -m fedkn.layers.native``: change the ``
 ``.cpp`` files and run that.
 """
 
+# ruff: noqa: E501 - lines of C++
+
 from __future__ import annotations
 
 __all__ = ["HEADING", "sources"]
@@ -26,10 +28,12 @@ _TABLE = """
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 // One binary serves every x86 processor: the loader picks the widest version of each kernel. To
 // ask for a level or a feature matters: "arch=haswell" matches Intel's processors alone.
@@ -49,6 +53,14 @@ namespace fedkn {
 
 using at::Tensor;
 using c10::IntArrayRef;
+
+// The operator of ours that is called so: through it who records operations sees its work.
+template <class Signature>
+auto typed(const char* name) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow((std::string("fedkn_native::") + name).c_str(), "")
+      .typed<Signature>();
+}
 
 // Room for `size` numbers, not zeroed.
 template <class Number>
@@ -211,20 +223,40 @@ void each_padded(const Shape& s, const Tensor& x, F f) {
   });
 }
 
+Tensor first_convolution_forward(const Tensor& x, const Tensor& weight) {
+  const Shape s(x, weight.size(0));
+  Tensor y = at::empty({s.samples, s.filters, s.height, s.width}, x.options(),
+                       at::MemoryFormat::ChannelsLast);
+  const Tensor taps = by_tap(weight);
+  const float* w = taps.const_data_ptr<float>();
+  float* ys = y.data_ptr<float>();
+  each_padded(s, x, [&](int64_t n, const float* padded) {
+    convolve(s, padded, w, ys + n * s.height * s.width * s.filters);
+  });
+  return y;
+}
+
+// The gradient of the weight.
+Tensor first_convolution_backward(const Tensor& upstream, const Tensor& x, const Tensor& weight) {
+  const Shape s(x, weight.size(0));
+  const Tensor g = upstream.contiguous(at::MemoryFormat::ChannelsLast);
+  // A sum for each sample, added up in their order: the same bits on any number of threads.
+  Tensor parts = at::zeros({s.samples, 3, 3, s.channels, s.filters}, x.options());
+  const float* gs = g.const_data_ptr<float>();
+  float* dws = parts.data_ptr<float>();
+  each_padded(s, x, [&](int64_t n, const float* padded) {
+    gradient(s, padded, gs + n * s.height * s.width * s.filters,
+             dws + n * 9 * s.channels * s.filters);
+  });
+  return parts.sum(0).permute({3, 2, 0, 1});
+}
+
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Shape s(x, weight.size(0));
-    Tensor y = at::empty({s.samples, s.filters, s.height, s.width}, x.options(),
-                         at::MemoryFormat::ChannelsLast);
-    const Tensor taps = by_tap(weight);
-    const float* w = taps.const_data_ptr<float>();
-    float* ys = y.data_ptr<float>();
-    each_padded(s, x, [&](int64_t n, const float* padded) {
-      convolve(s, padded, w, ys + n * s.height * s.width * s.filters);
-    });
+    static const auto op = typed<decltype(first_convolution_forward)>("first_convolution_forward");
     context->save_for_backward({x, weight});
-    return y;
+    return op.call(x, weight);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -238,17 +270,9 @@ struct Function : torch::autograd::Function<Function> {
       return {dx, dw};
     }
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Shape s(x, weight.size(0));
-    const Tensor g = gradients[0].contiguous(at::MemoryFormat::ChannelsLast);
-    // A sum for each sample, added up in their order: the same bits on any number of threads.
-    Tensor parts = at::zeros({s.samples, 3, 3, s.channels, s.filters}, x.options());
-    const float* gs = g.const_data_ptr<float>();
-    float* dws = parts.data_ptr<float>();
-    each_padded(s, x, [&](int64_t n, const float* padded) {
-      gradient(s, padded, gs + n * s.height * s.width * s.filters,
-               dws + n * 9 * s.channels * s.filters);
-    });
-    return {Tensor(), parts.sum(0).permute({3, 2, 0, 1})};
+    static const auto op =
+        typed<decltype(first_convolution_backward)>("first_convolution_backward");
+    return {Tensor(), op.call(gradients[0], x, weight)};
   }
 };
 
@@ -264,17 +288,12 @@ Tensor apply(const Tensor& x, const Tensor& weight) { return Function::apply(x, 
 
 #pragma once
 
-#include <torch/csrc/autograd/autograd.h>
-
 #include <cstring>
 #include <numeric>
 
 #include "common.h"
 
 namespace fedkn::group_norm {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 constexpr int64_t kColumns = 32;  // at once in registers
 constexpr int64_t kRows = 64;     // summed in float before they are added up in double
@@ -476,14 +495,6 @@ std::tuple<Tensor, Tensor> normalize_by(const Tensor& x, int64_t groups, const T
   return {mean, inverse};
 }
 
-// Keeps what the backward pass of each of the three functions here needs.
-void keep(AutogradContext* context, variable_list tensors, int64_t groups, double eps, bool relu) {
-  context->save_for_backward(std::move(tensors));
-  context->saved_data["groups"] = groups;
-  context->saved_data["eps"] = eps;
-  context->saved_data["relu"] = relu;
-}
-
 // What a backward pass starts from, beside the gradient of the output.
 struct Given {
   const Tensor &x, &mean, &inverse, &weight, &bias;
@@ -550,10 +561,83 @@ std::tuple<Tensor, Tensor, Tensor> gradients_by(const Given& given, Sums sums_of
   return {dx, dweight, dbias};
 }
 
-// Gradients of gradients are rare, so autograd's own; after(y) is what follows norm and ReLU.
-template <class After>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t groups, const Tensor& weight,
+                                           const Tensor& bias, double eps, bool relu) {
+  Tensor y = at::empty_like(x);
+  float* ys = y.data_ptr<float>();
+  auto [mean, inverse] =
+      normalize_by(x, groups, weight, bias, eps,
+                   [&](const Shape& s, const Columns& columns, int64_t n, const float* own) {
+                     normalize_all(s, columns, own, ys + n * s.size(), relu);
+                   });
+  return {y, mean, inverse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Given& given, const Tensor& upstream,
+                                            bool relu) {
+  const Tensor g = upstream.contiguous(at::MemoryFormat::ChannelsLast);
+  const float* gs = g.const_data_ptr<float>();
+  return gradients_by(
+      given,
+      [&](const Shape& s, const Columns& columns, int64_t n, const float* x, double* plain,
+          double* centred) {
+        gradient_sums_all(s, columns, x, gs + n * s.size(), plain, centred, relu);
+      },
+      [&](const Shape& s, const Columns& columns, int64_t n, const float* x, float* dx) {
+        input_gradient_all(s, columns, x, gs + n * s.size(), dx, relu);
+      });
+}
+
+}  // namespace fedkn::group_norm
+//// group_norm_autograd.h
+// GroupNorm, ReLU and pooling for autograd: one function over operators that nothing hides.
+//
+// Who records a step (step.h) sees the operators, forward and backward, as PyTorch's own.
+
+#pragma once
+
+#include <torch/csrc/autograd/autograd.h>
+
+#include "group_norm.h"
+#include "group_norm_contiguous.h"
+#include "group_norm_pool.h"
+
+namespace fedkn::group_norm {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using ForwardSignature = Four(const Tensor&, int64_t, const Tensor&, const Tensor&, double, bool,
+                              bool);
+using BackwardSignature = Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t,
+                                bool, bool);
+
+// y, mean, inverse deviation and, where it pools, the places of the winners.
+Four group_norm_forward(const Tensor& x, int64_t groups, const Tensor& weight, const Tensor& bias,
+                        double eps, bool relu, bool pool) {
+  if (pool) return pooling_forward(x, groups, weight, bias, eps, relu);
+  auto [y, mean, inverse] = x.is_contiguous()
+                                ? contiguous::forward(x, groups, weight, bias, eps, relu)
+                                : forward(x, groups, weight, bias, eps, relu);
+  return {y, mean, inverse, Tensor()};
+}
+
+// The gradients of x (undefined unless wanted), weight and bias.
+Three group_norm_backward(const Tensor& g, const Tensor& x, const Tensor& weight,
+                          const Tensor& bias, const Tensor& mean, const Tensor& inverse,
+                          const std::optional<Tensor>& winner, int64_t groups, bool relu,
+                          bool want_x) {
+  const Given given{x, mean, inverse, weight, bias, groups, want_x};
+  if (winner) return pooling_backward(given, g, *winner);
+  return x.is_contiguous() ? contiguous::backward(given, g, relu) : backward(given, g, relu);
+}
+
+// Gradients of gradients are rare, so autograd's own.
 variable_list by_autograd(AutogradContext* context, const variable_list& saved,
-                          const variable_list& gradients, After after) {
+                          const variable_list& gradients) {
   // Aliases: where x depends on the gain, that way is no concern of this layer's.
   const Tensor x = saved[0].view_as(saved[0]), weight = saved[1].view_as(saved[1]),
                bias = saved[2].view_as(saved[2]);
@@ -561,12 +645,13 @@ variable_list by_autograd(AutogradContext* context, const variable_list& saved,
   Tensor y = at::group_norm(x, context->saved_data["groups"].toInt(), weight, bias,
                             context->saved_data["eps"].toDouble());
   if (context->saved_data["relu"].toBool()) y = y.relu();
+  if (saved[5].defined()) y = at::max_pool2d(y, {2, 2});
   constexpr int places[] = {0, 2, 3};  // of x, weight and bias among the arguments
-  variable_list sources, found(6);
+  variable_list sources, found(7);
   for (int i = 0; i < 3; ++i) {
     if (context->needs_input_grad(i)) sources.push_back(*own[i]);
   }
-  const variable_list first = torch::autograd::grad({after(y)}, sources, gradients, true, true);
+  const variable_list first = torch::autograd::grad({y}, sources, gradients, true, true);
   size_t next = 0;
   for (int i = 0; i < 3; ++i) {
     if (context->needs_input_grad(i)) found[places[i]] = first[next++];
@@ -576,42 +661,37 @@ variable_list by_autograd(AutogradContext* context, const variable_list& saved,
 
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* context, const Tensor& x, int64_t groups,
-                        const Tensor& weight, const Tensor& bias, double eps, bool relu) {
+                        const Tensor& weight, const Tensor& bias, double eps, bool relu,
+                        bool pool) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor y = at::empty_like(x);
-    float* ys = y.data_ptr<float>();
-    auto [mean, inverse] =
-        normalize_by(x, groups, weight, bias, eps,
-                     [&](const Shape& s, const Columns& columns, int64_t n, const float* own) {
-                       normalize_all(s, columns, own, ys + n * s.size(), relu);
-                     });
-    keep(context, {x, weight, bias, mean, inverse}, groups, eps, relu);
+    static const auto op = typed<ForwardSignature>("group_norm_forward");
+    auto [y, mean, inverse, winner] = op.call(x, groups, weight, bias, eps, relu, pool);
+    context->save_for_backward({x, weight, bias, mean, inverse, winner});
+    context->saved_data["groups"] = groups;
+    context->saved_data["eps"] = eps;
+    context->saved_data["relu"] = relu;
     return y;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    if (at::GradMode::is_enabled()) {
-      return by_autograd(context, context->get_saved_variables(), gradients,
-                         [](const Tensor& y) { return y; });
-    }
-    at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = context->get_saved_variables();
-    const bool relu = context->saved_data["relu"].toBool();
-    const Tensor g = gradients[0].contiguous(at::MemoryFormat::ChannelsLast);
-    const float* gs = g.const_data_ptr<float>();
-    auto [dx, dweight, dbias] = gradients_by(
-        {saved[0], saved[3], saved[4], saved[1], saved[2], context->saved_data["groups"].toInt(),
-         context->needs_input_grad(0)},
-        [&](const Shape& s, const Columns& columns, int64_t n, const float* x, double* plain,
-            double* centred) {
-          gradient_sums_all(s, columns, x, gs + n * s.size(), plain, centred, relu);
-        },
-        [&](const Shape& s, const Columns& columns, int64_t n, const float* x, float* dx) {
-          input_gradient_all(s, columns, x, gs + n * s.size(), dx, relu);
-        });
-    return {dx, Tensor(), dweight, dbias, Tensor(), Tensor()};
+    if (at::GradMode::is_enabled()) return by_autograd(context, saved, gradients);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto op = typed<BackwardSignature>("group_norm_backward");
+    std::optional<Tensor> winner;
+    if (saved[5].defined()) winner = saved[5];
+    auto [dx, dweight, dbias] =
+        op.call(gradients[0], saved[0], saved[1], saved[2], saved[3], saved[4], winner,
+                context->saved_data["groups"].toInt(), context->saved_data["relu"].toBool(),
+                context->needs_input_grad(0));
+    return {dx, Tensor(), dweight, dbias, Tensor(), Tensor(), Tensor()};
   }
 };
+
+Tensor apply(const Tensor& x, int64_t groups, const Tensor& gain, const Tensor& shift, double eps,
+             bool relu, bool pool) {
+  return Function::apply(x, groups, gain.contiguous(), shift.contiguous(), eps, relu, pool);
+}
 
 }  // namespace fedkn::group_norm
 //// group_norm_contiguous.h
@@ -719,80 +799,69 @@ KERNEL void input_gradient(const Line& line, float slope, float offset, int64_t 
        : gradient_of_channel<false>(line, slope, offset, n, x, g, dx);
 }
 
-struct Function : torch::autograd::Function<Function> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, int64_t groups,
-                        const Tensor& weight, const Tensor& bias, double eps, bool relu) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Maps s(x, groups);
-    Tensor y = at::empty_like(x);
-    Tensor mean = at::empty({s.samples, groups}, x.options()), inverse = at::empty_like(mean);
-    const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
-                *b = bias.const_data_ptr<float>();
-    float *ys = y.data_ptr<float>(), *means = mean.data_ptr<float>(),
-          *inverses = inverse.data_ptr<float>();
-    const int64_t size = s.each() * s.pixels;
-    at::parallel_for(0, s.samples * groups, 1, [&](int64_t from, int64_t until) {
-      for (int64_t at = from; at < until; ++at) {
-        double total, squares;
-        sums(xs + at * size, size, &total, &squares);
-        moments_of(total, squares, static_cast<double>(size), eps, means + at, inverses + at);
-        for (int64_t i = 0; i < s.each(); ++i) {
-          const int64_t c = at % groups * s.each() + i, map = (at * s.each() + i) * s.pixels;
-          const Line line{means[at], w[c] * inverses[at], b[c]};
-          normalize(line, s.pixels, xs + map, ys + map, relu);
-        }
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t groups, const Tensor& weight,
+                                           const Tensor& bias, double eps, bool relu) {
+  const Maps s(x, groups);
+  Tensor y = at::empty_like(x);
+  Tensor mean = at::empty({s.samples, groups}, x.options()), inverse = at::empty_like(mean);
+  const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
+              *b = bias.const_data_ptr<float>();
+  float *ys = y.data_ptr<float>(), *means = mean.data_ptr<float>(),
+        *inverses = inverse.data_ptr<float>();
+  const int64_t size = s.each() * s.pixels;
+  at::parallel_for(0, s.samples * groups, 1, [&](int64_t from, int64_t until) {
+    for (int64_t at = from; at < until; ++at) {
+      double total, squares;
+      sums(xs + at * size, size, &total, &squares);
+      moments_of(total, squares, static_cast<double>(size), eps, means + at, inverses + at);
+      for (int64_t i = 0; i < s.each(); ++i) {
+        const int64_t c = at % groups * s.each() + i, map = (at * s.each() + i) * s.pixels;
+        const Line line{means[at], w[c] * inverses[at], b[c]};
+        normalize(line, s.pixels, xs + map, ys + map, relu);
       }
-    });
-    keep(context, {x, weight, bias, mean, inverse}, groups, eps, relu);
-    return y;
-  }
-
-  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    const variable_list saved = context->get_saved_variables();
-    if (at::GradMode::is_enabled()) {
-      return by_autograd(context, saved, gradients, [](const Tensor& y) { return y; });
     }
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2];
-    const bool relu = context->saved_data["relu"].toBool();
-    const bool want_x = context->needs_input_grad(0);
-    const Maps s(x, context->saved_data["groups"].toInt());
-    const Tensor g = gradients[0].contiguous();
-    Tensor dx = want_x ? at::empty_like(x) : Tensor();
-    Tensor plain = at::empty({s.samples, s.channels}, x.options().dtype(at::kDouble));
-    Tensor centred = at::empty_like(plain);
-    const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
-                *b = bias.const_data_ptr<float>(), *gs = g.const_data_ptr<float>(),
-                *means = saved[3].const_data_ptr<float>(),
-                *inverses = saved[4].const_data_ptr<float>();
-    float* dxs = want_x ? dx.data_ptr<float>() : nullptr;
-    double *ts = plain.data_ptr<double>(), *qs = centred.data_ptr<double>();
-    at::parallel_for(0, s.samples * s.groups, 1, [&](int64_t from, int64_t until) {
-      for (int64_t at = from; at < until; ++at) {
-        const double r = inverses[at], count = static_cast<double>(s.each() * s.pixels);
-        double total = 0.0, energy = 0.0;
-        const auto line = [&](int64_t c) { return Line{means[at], w[c] * inverses[at], b[c]}; };
-        for (int64_t i = 0; i < s.each(); ++i) {
-          const int64_t map = at * s.each() + i, c = at % s.groups * s.each() + i;
-          gradient_sums(line(c), s.pixels, xs + map * s.pixels, gs + map * s.pixels, relu, ts + map,
-                        qs + map);
-          qs[map] *= r;
-          total += w[c] * ts[map];
-          energy += w[c] * qs[map];
-        }
-        if (!want_x) continue;
-        const auto offset = static_cast<float>(-total * r / count);
-        const auto slope = static_cast<float>(-energy * r * r / count);
-        for (int64_t i = 0; i < s.each(); ++i) {
-          const int64_t map = (at * s.each() + i) * s.pixels, c = at % s.groups * s.each() + i;
-          input_gradient(line(c), slope, offset, s.pixels, xs + map, gs + map, relu, dxs + map);
-        }
+  });
+  return {y, mean, inverse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Given& given, const Tensor& upstream,
+                                            bool relu) {
+  const Tensor &x = given.x, &weight = given.weight, &bias = given.bias;
+  const Maps s(x, given.groups);
+  const Tensor g = upstream.contiguous();
+  Tensor dx = given.want_x ? at::empty_like(x) : Tensor();
+  Tensor plain = at::empty({s.samples, s.channels}, x.options().dtype(at::kDouble));
+  Tensor centred = at::empty_like(plain);
+  const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
+              *b = bias.const_data_ptr<float>(), *gs = g.const_data_ptr<float>(),
+              *means = given.mean.const_data_ptr<float>(),
+              *inverses = given.inverse.const_data_ptr<float>();
+  float* dxs = given.want_x ? dx.data_ptr<float>() : nullptr;
+  double *ts = plain.data_ptr<double>(), *qs = centred.data_ptr<double>();
+  at::parallel_for(0, s.samples * s.groups, 1, [&](int64_t from, int64_t until) {
+    for (int64_t at = from; at < until; ++at) {
+      const double r = inverses[at], count = static_cast<double>(s.each() * s.pixels);
+      double total = 0.0, energy = 0.0;
+      const auto line = [&](int64_t c) { return Line{means[at], w[c] * inverses[at], b[c]}; };
+      for (int64_t i = 0; i < s.each(); ++i) {
+        const int64_t map = at * s.each() + i, c = at % s.groups * s.each() + i;
+        gradient_sums(line(c), s.pixels, xs + map * s.pixels, gs + map * s.pixels, relu, ts + map,
+                      qs + map);
+        qs[map] *= r;
+        total += w[c] * ts[map];
+        energy += w[c] * qs[map];
       }
-    });
-    return {dx,       Tensor(), centred.sum(0).to(at::kFloat), plain.sum(0).to(at::kFloat),
-            Tensor(), Tensor()};
-  }
-};
+      if (!given.want_x) continue;
+      const auto offset = static_cast<float>(-total * r / count);
+      const auto slope = static_cast<float>(-energy * r * r / count);
+      for (int64_t i = 0; i < s.each(); ++i) {
+        const int64_t map = (at * s.each() + i) * s.pixels, c = at % s.groups * s.each() + i;
+        input_gradient(line(c), slope, offset, s.pixels, xs + map, gs + map, relu, dxs + map);
+      }
+    }
+  });
+  return {dx, centred.sum(0).to(at::kFloat), plain.sum(0).to(at::kFloat)};
+}
 
 }  // namespace fedkn::group_norm::contiguous
 //// group_norm_pool.h
@@ -980,54 +1049,43 @@ KERNEL void pooled_input_gradient(const Shape& s, int64_t width, const Columns& 
   }
 }
 
-struct PoolingFunction : torch::autograd::Function<PoolingFunction> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, int64_t groups,
-                        const Tensor& weight, const Tensor& bias, double eps, bool relu) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    constexpr auto last = at::MemoryFormat::ChannelsLast;
-    Tensor y = at::empty({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x.options(), last);
-    Tensor winner = at::empty(y.sizes(), x.options().dtype(at::kInt), last);
-    float* ys = y.data_ptr<float>();
-    int32_t* winners = winner.data_ptr<int32_t>();
-    auto [mean, inverse] =
-        normalize_by(x, groups, weight, bias, eps,
-                     [&](const Shape& s, const Columns& columns, int64_t n, const float* own) {
-                       const int64_t at = n * s.size() / 4;
-                       normalize_and_pool(s, x.size(3), columns, own, ys + at, winners + at, relu);
-                     });
-    keep(context, {x, weight, bias, mean, inverse, winner}, groups, eps, relu);
-    return y;
-  }
+// As `forward`, and the places of the winners.
+std::tuple<Tensor, Tensor, Tensor, Tensor> pooling_forward(const Tensor& x, int64_t groups,
+                                                           const Tensor& weight,
+                                                           const Tensor& bias, double eps,
+                                                           bool relu) {
+  constexpr auto last = at::MemoryFormat::ChannelsLast;
+  Tensor y = at::empty({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x.options(), last);
+  Tensor winner = at::empty(y.sizes(), x.options().dtype(at::kInt), last);
+  float* ys = y.data_ptr<float>();
+  int32_t* winners = winner.data_ptr<int32_t>();
+  auto [mean, inverse] =
+      normalize_by(x, groups, weight, bias, eps,
+                   [&](const Shape& s, const Columns& columns, int64_t n, const float* own) {
+                     const int64_t at = n * s.size() / 4;
+                     normalize_and_pool(s, x.size(3), columns, own, ys + at, winners + at, relu);
+                   });
+  return {y, mean, inverse, winner};
+}
 
-  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    const variable_list saved = context->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2];
-    const int64_t groups = context->saved_data["groups"].toInt();
-    const bool want_x = context->needs_input_grad(0);
-    if (at::GradMode::is_enabled()) {
-      return by_autograd(context, saved, gradients,
-                         [](const Tensor& y) { return at::max_pool2d(y, {2, 2}); });
-    }
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor g = gradients[0].contiguous(at::MemoryFormat::ChannelsLast);
-    const int32_t* winners = saved[5].const_data_ptr<int32_t>();
-    const int64_t width = x.size(3);
-    auto [dx, dweight, dbias] = gradients_by(
-        {x, saved[3], saved[4], weight, bias, groups, want_x},
-        [&](const Shape& s, const Columns& columns, int64_t n, const float* xs, double* plain,
-            double* centred) {
-          const int64_t at = n * s.size() / 4;
-          pooled_gradient_sums(s, width, columns, xs, g.const_data_ptr<float>() + at, winners + at,
-                               plain, centred);
-        },
-        [&](const Shape& s, const Columns& columns, int64_t n, const float* xs, float* dxs) {
-          const int64_t at = n * s.size() / 4;
-          pooled_input_gradient(s, width, columns, xs, g.const_data_ptr<float>() + at, winners + at,
-                                dxs);
-        });
-    return {dx, Tensor(), dweight, dbias, Tensor(), Tensor()};
-  }
-};
+std::tuple<Tensor, Tensor, Tensor> pooling_backward(const Given& given, const Tensor& upstream,
+                                                    const Tensor& winner) {
+  const Tensor g = upstream.contiguous(at::MemoryFormat::ChannelsLast);
+  const float* gs = g.const_data_ptr<float>();
+  const int32_t* winners = winner.const_data_ptr<int32_t>();
+  const int64_t width = given.x.size(3);
+  return gradients_by(
+      given,
+      [&](const Shape& s, const Columns& columns, int64_t n, const float* xs, double* plain,
+          double* centred) {
+        const int64_t at = n * s.size() / 4;
+        pooled_gradient_sums(s, width, columns, xs, gs + at, winners + at, plain, centred);
+      },
+      [&](const Shape& s, const Columns& columns, int64_t n, const float* xs, float* dxs) {
+        const int64_t at = n * s.size() / 4;
+        pooled_input_gradient(s, width, columns, xs, gs + at, winners + at, dxs);
+      });
+}
 
 }  // namespace fedkn::group_norm
 //// kn_conv.h
@@ -1096,17 +1154,17 @@ KERNEL void sum_samples(const Plan& p, float* rows) {
 }
 
 // The filters' sums, zero where the filters are centred; then the bias, zero where there is none.
-std::vector<float> per_filter(const Plan& p, const Tensor& weight,
-                              const std::optional<Tensor>& bias) {
-  std::vector<float> values(2 * p.all_filters());
+Tensor per_filter(const Plan& p, const Tensor& weight, const std::optional<Tensor>& bias) {
+  Tensor values = at::zeros({2, p.all_filters()}, weight.options());
+  float* sums = values.data_ptr<float>();
   if (!p.centred) {
     const Tensor w = in_order(weight);
     sum_filters(p, w.const_data_ptr<float>(), w.numel() / std::max<int64_t>(1, p.all_filters()),
-                values.data());
+                sums);
   }
   if (bias) {
     const Tensor b = bias->contiguous();
-    std::copy_n(b.const_data_ptr<float>(), p.all_filters(), values.data() + p.all_filters());
+    std::copy_n(b.const_data_ptr<float>(), p.all_filters(), sums + p.all_filters());
   }
   return values;
 }
@@ -1120,12 +1178,12 @@ Tensor convolve(const Plan& p, const Tensor& x, const Tensor& weight) {
 // (2, samples, positions).
 // `values` are those of `per_filter`.
 std::tuple<Tensor, Tensor, Tensor> forward(const Plan& p, const Tensor& input, const Tensor& weight,
-                                           const std::vector<float>& values, bool keep) {
+                                           const Tensor& values, bool keep) {
   const Tensor x = input.contiguous(p.format());
   Tensor z = convolve(p, x, weight).contiguous(p.format());
   Tensor y = keep && !p.keeps_y ? at::empty_like(z) : z;
   Tensor moment_maps = at::empty({2, p.samples, p.positions()}, x.options());
-  const float *s = values.data(), *b = s + p.all_filters(), *xs = x.const_data_ptr<float>();
+  const float *s = values.const_data_ptr<float>(), *b = s + p.all_filters(), *xs = x.const_data_ptr<float>();
   float *zs = z.data_ptr<float>(), *ys = y.data_ptr<float>();
   float* means = moment_maps.data_ptr<float>();
   float* scales = means + p.samples * p.positions();
@@ -1162,7 +1220,7 @@ struct Wanted {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstream,
                                             const Tensor& input, const Tensor& weight,
-                                            const std::vector<float>& values, const Tensor& output,
+                                            const Tensor& values, const Tensor& output,
                                             const Tensor& moment_maps, Wanted wanted) {
   const Tensor x = input.contiguous(p.format()), g = upstream.contiguous(p.format());
   const int64_t pixels = p.pixels(), positions = p.positions();
@@ -1170,7 +1228,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstrea
   Tensor db = at::empty({std::max<int64_t>(1, p.batch()), p.all_filters()}, g.options());
   const Buffer<float> dsum(db.numel());
   const Buffer<double> spread(wanted.x ? p.samples * 2 * pixels : 0);
-  const float *s = values.data(), *b = s + p.all_filters(), *gs = g.const_data_ptr<float>();
+  const float *s = values.const_data_ptr<float>(), *b = s + p.all_filters(), *gs = g.const_data_ptr<float>();
   const float* outputs = output.const_data_ptr<float>();
   const float* means = moment_maps.const_data_ptr<float>();
   const float* scales = means + p.samples * positions;
@@ -1234,41 +1292,75 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstrea
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Kept : torch::CustomClassHolder {
-  Kept(const Plan& plan, std::vector<float> per_filter) : p(plan), values(std::move(per_filter)) {}
-  Plan p;
-  std::vector<float> values;
-};
-
+// The operators by which autograd goes, for who records a step (step.h).
+using ForwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const std::optional<Tensor>&, IntArrayRef, IntArrayRef,
+    IntArrayRef, int64_t, int64_t, at::OptionalIntArrayRef, int64_t, double, bool, bool);
+using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+    IntArrayRef, IntArrayRef, IntArrayRef, int64_t, int64_t, at::OptionalIntArrayRef, int64_t,
+    double, bool, bool, std::array<bool, 3>);
 using GradientsSignature = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, IntArrayRef,
     IntArrayRef, IntArrayRef, int64_t, int64_t, at::OptionalIntArrayRef, int64_t, double, bool,
     bool, bool, bool);
 
+// y, the map kept for the backward pass, the moments and the values per filter.
+std::tuple<Tensor, Tensor, Tensor, Tensor> convolution_forward(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, int64_t groups, int64_t clients,
+    at::OptionalIntArrayRef keys, int64_t level, double eps, bool relu, bool keeps_output) {
+  const Plan p = make_plan(x, weight, stride, padding, dilation, groups, clients, keys, level, eps,
+                           relu, keeps_output);
+  const Tensor values = per_filter(p, weight, bias);
+  auto [y, output, moment_maps] = forward(p, x, weight, values, true);
+  return {y, output, moment_maps, values};
+}
+
+// The gradients of x, weight and bias, undefined where not wanted.
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(
+    const Tensor& g, const Tensor& x, const Tensor& weight, const Tensor& output,
+    const Tensor& moment_maps, const Tensor& values, IntArrayRef stride, IntArrayRef padding,
+    IntArrayRef dilation, int64_t groups, int64_t clients, at::OptionalIntArrayRef keys,
+    int64_t level, double eps, bool relu, bool keeps_output, std::array<bool, 3> wanted) {
+  const Plan p = make_plan(x, weight, stride, padding, dilation, groups, clients, keys, level, eps,
+                           relu, keeps_output);
+  return backward(p, g, x, weight, values, output, moment_maps, {wanted[0], wanted[1], wanted[2]});
+}
+
+// The plan of a pass, kept for the pass backward, and its keys as operators take them.
+struct Kept : torch::CustomClassHolder {
+  explicit Kept(const Plan& plan) : p(plan), list(plan.keys.begin(), plan.keys.end()) {}
+  at::OptionalIntArrayRef keys() const {
+    return p.masked ? at::OptionalIntArrayRef(list) : std::nullopt;
+  }
+  bool keeps_output() const { return p.keeps_y && !p.relu; }
+  Plan p;
+  std::vector<int64_t> list;
+};
+
 // Derivatives of gradients are rare: fedkn.layers.native takes them from the definition.
-std::tuple<Tensor, Tensor, Tensor> differentiable(const Plan& p, const Tensor& g, const Tensor& x,
-                                                  const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> differentiable(const Kept& kept, const Tensor& g,
+                                                  const Tensor& x, const Tensor& weight,
                                                   const std::optional<Tensor>& bias,
                                                   Wanted wanted) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fedkn_native::gradients", "")
-                             .typed<GradientsSignature>();
-  const std::vector<int64_t> list(p.keys.begin(), p.keys.end());
-  at::OptionalIntArrayRef keys;
-  if (p.masked) keys = list;
-  return op.call(g, x, weight, bias, p.stride, p.padding, p.dilation, p.groups, p.clients, keys,
-                 p.level, p.eps, p.relu, wanted.x, wanted.weight, wanted.bias);
+  static const auto op = typed<GradientsSignature>("gradients");
+  const Plan& p = kept.p;
+  return op.call(g, x, weight, bias, p.stride, p.padding, p.dilation, p.groups, p.clients,
+                 kept.keys(), p.level, p.eps, p.relu, wanted.x, wanted.weight, wanted.bias);
 }
 
 struct Convolution : public torch::autograd::Function<Convolution> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& bias, const Plan& p) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::vector<float> values = per_filter(p, weight, bias);
-    auto [y, output, moment_maps] = fedkn::forward(p, x, weight, values, true);
-    context->save_for_backward({x, weight, bias ? *bias : Tensor(), output, moment_maps});
-    context->saved_data["plan"] =
-        c10::IValue::make_capsule(c10::make_intrusive<Kept>(p, std::move(values)));
+    static const auto op = typed<ForwardSignature>("convolution_forward");
+    auto kept = c10::make_intrusive<Kept>(p);
+    auto [y, output, moment_maps, values] =
+        op.call(x, weight, bias, p.stride, p.padding, p.dilation, p.groups, p.clients, kept->keys(),
+                p.level, p.eps, p.relu, kept->keeps_output());
+    context->save_for_backward({x, weight, bias ? *bias : Tensor(), output, moment_maps, values});
+    context->saved_data["plan"] = c10::IValue::make_capsule(std::move(kept));
     return y;
   }
 
@@ -1284,11 +1376,14 @@ struct Convolution : public torch::autograd::Function<Convolution> {
                         bias && context->needs_input_grad(2)};
     Tensor dx, dw, db;
     if (at::GradMode::is_enabled()) {
-      std::tie(dx, dw, db) = differentiable(p, g, x, weight, bias, wanted);
+      std::tie(dx, dw, db) = differentiable(kept, g, x, weight, bias, wanted);
     } else {
       at::AutoDispatchBelowADInplaceOrView guard;
-      std::tie(dx, dw, db) =
-          fedkn::backward(p, g, x, weight, kept.values, saved[3], saved[4], wanted);
+      static const auto op = typed<BackwardSignature>("convolution_backward");
+      std::tie(dx, dw, db) = op.call(
+          g, x, weight, saved[3], saved[4], saved[5], p.stride, p.padding, p.dilation, p.groups,
+          p.clients, kept.keys(), p.level, p.eps, p.relu, kept.keeps_output(),
+          std::array<bool, 3>{wanted.x, wanted.weight, wanted.bias});
     }
     return {dx, dw, db, Tensor()};
   }
@@ -1808,10 +1903,29 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, bool keep) {
   return {y, winner};
 }
 
+std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& x) { return forward(x, true); }
+
+Tensor max_pool_backward(const Tensor& upstream, const Tensor& winner, IntArrayRef size,
+                         bool last) {
+  const Tensor g = upstream.contiguous(format(last));
+  Tensor dx = at::empty(size, g.options(), format(last));
+  const Shape s(size, last);
+  const float* gs = g.const_data_ptr<float>();
+  const int32_t* winners = winner.const_data_ptr<int32_t>();
+  float* dxs = dx.data_ptr<float>();
+  at::parallel_for(0, s.planes, 1, [&](int64_t from, int64_t until) {
+    for (int64_t n = from; n < until; ++n) {
+      spread(s, gs + n * s.pooled(), winners + n * s.pooled(), dxs + n * s.size());
+    }
+  });
+  return dx;
+}
+
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* context, const Tensor& x) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, winner] = max_pool::forward(x, true);
+    static const auto op = typed<decltype(max_pool_forward)>("max_pool_forward");
+    auto [y, winner] = op.call(x);
     context->save_for_backward({winner});
     context->saved_data["size"] = x.sizes();
     context->saved_data["last"] = channels_last(x);
@@ -1831,19 +1945,8 @@ struct Function : torch::autograd::Function<Function> {
                   .view(size)};
     }
     at::AutoDispatchBelowADInplaceOrView guard;
-    const bool last = context->saved_data["last"].toBool();
-    const Tensor g = gradients[0].contiguous(format(last));
-    Tensor dx = at::empty(size, g.options(), format(last));
-    const Shape s(size, last);
-    const float* gs = g.const_data_ptr<float>();
-    const int32_t* winners = winner.const_data_ptr<int32_t>();
-    float* dxs = dx.data_ptr<float>();
-    at::parallel_for(0, s.planes, 1, [&](int64_t from, int64_t until) {
-      for (int64_t n = from; n < until; ++n) {
-        spread(s, gs + n * s.pooled(), winners + n * s.pooled(), dxs + n * s.size());
-      }
-    });
-    return {dx};
+    static const auto op = typed<decltype(max_pool_backward)>("max_pool_backward");
+    return {op.call(gradients[0], winner, size, context->saved_data["last"].toBool())};
   }
 };
 
@@ -1862,23 +1965,10 @@ Tensor apply(const Tensor& x) {
 #include <torch/library.h>
 
 #include "first_convolution.h"
-#include "group_norm.h"
-#include "group_norm_contiguous.h"
-#include "group_norm_pool.h"
+#include "group_norm_autograd.h"
 #include "kn_conv.h"
 #include "max_pool.h"
-
-namespace fedkn::group_norm {
-
-Tensor apply(const Tensor& x, int64_t groups, const Tensor& gain, const Tensor& shift, double eps,
-             bool relu, bool pool) {
-  const Tensor weight = gain.contiguous(), bias = shift.contiguous();
-  if (pool) return PoolingFunction::apply(x, groups, weight, bias, eps, relu);
-  return x.is_contiguous() ? contiguous::Function::apply(x, groups, weight, bias, eps, relu)
-                           : Function::apply(x, groups, weight, bias, eps, relu);
-}
-
-}  // namespace fedkn::group_norm
+#include "step.h"
 
 TORCH_LIBRARY(fedkn_native, m) {
   m.def(
@@ -1887,15 +1977,51 @@ TORCH_LIBRARY(fedkn_native, m) {
       "bool keeps_output) -> Tensor",
       &fedkn::convolution);
   m.def(
+      "convolution_forward(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, int clients, int[]? keys, int level, float eps, bool relu, "
+      "bool keeps_output) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "convolution_backward(Tensor g, Tensor x, Tensor weight, Tensor output, Tensor moments, "
+      "Tensor values, int[2] stride, int[2] padding, int[2] dilation, int groups, int clients, "
+      "int[]? keys, int level, float eps, bool relu, bool keeps_output, bool[3] wanted) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
       "gradients(Tensor g, Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
       "int[2] dilation, int groups, int clients, int[]? keys, int level, float eps, bool relu, "
       "bool want_x, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)");
   m.def("max_pool(Tensor x) -> Tensor", &fedkn::max_pool::apply);
+  m.def("max_pool_forward(Tensor x) -> (Tensor, Tensor)");
+  m.def("max_pool_backward(Tensor g, Tensor winner, int[] size, bool last) -> Tensor");
   m.def(
       "group_norm(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool relu, "
       "bool pool) -> Tensor",
       &fedkn::group_norm::apply);
+  m.def(
+      "group_norm_forward(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool relu, "
+      "bool pool) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_backward(Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, "
+      "Tensor inverse, Tensor? winner, int groups, bool relu, bool want_x) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def("first_convolution(Tensor x, Tensor weight) -> Tensor", &fedkn::first_convolution::apply);
+  m.def("first_convolution_forward(Tensor x, Tensor weight) -> Tensor");
+  m.def("first_convolution_backward(Tensor g, Tensor x, Tensor weight) -> Tensor");
+  m.class_<fedkn::step::Step>("Step")
+      .def(torch::init<std::vector<fedkn::Tensor>, int64_t>())
+      .def("add", &fedkn::step::Step::add)
+      .def("seed", &fedkn::step::Step::seed)
+      .def("take", &fedkn::step::Step::take);
+}
+
+TORCH_LIBRARY_IMPL(fedkn_native, CPU, m) {
+  m.impl("convolution_forward", &fedkn::convolution_forward);
+  m.impl("convolution_backward", &fedkn::convolution_backward);
+  m.impl("max_pool_forward", &fedkn::max_pool::max_pool_forward);
+  m.impl("max_pool_backward", &fedkn::max_pool::max_pool_backward);
+  m.impl("group_norm_forward", &fedkn::group_norm::group_norm_forward);
+  m.impl("group_norm_backward", &fedkn::group_norm::group_norm_backward);
+  m.impl("first_convolution_forward", &fedkn::first_convolution::first_convolution_forward);
+  m.impl("first_convolution_backward", &fedkn::first_convolution::first_convolution_backward);
 }
 //// plan.h
 // The geometry of a layer, the dropout generator, the box filter.
@@ -2106,4 +2232,280 @@ KERNEL bool through_moments(const Plan& p, const float* __restrict mean,
 }
 
 }  // namespace fedkn
+//// step.h
+// A local step's operations, recorded once and replayed: no Python and no autograd between them.
+//
+// fedkn.training.host_steps writes one down. Its tensors are numbered: first those that are always
+// there, then the inputs of a step, then what the operations make, which is freed after its last
+// use. The operations are PyTorch's and those of operators.cpp, in the order in which they were
+// recorded, with the same arguments: so are the bits.
+
+#pragma once
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/ScalarOps.h>
+#include <torch/custom_class.h>
+
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common.h"
+
+namespace fedkn::step {
+
+using c10::IValue;
+
+// How an argument is written down: a kind, then its value. A list is followed by its elements.
+enum Kind : int64_t { kNone, kTensor, kInt, kFloat, kBool, kWord, kKey, kRate, kList };
+
+// What changes from step to step.
+struct Given {
+  const std::vector<int64_t>& keys;
+  const std::vector<int64_t>& seeds;
+  double rate;
+};
+
+struct Argument {
+  Kind kind;
+  IValue value;      // where nothing in it changes
+  int64_t place;     // of the tensor or key; of a rate, its sign
+  bool last;         // whether the tensor is not needed any more
+  c10::TypePtr type;  // of a list, its elements'
+  std::vector<Argument> elements;
+};
+
+struct Operation {
+  std::optional<c10::OperatorHandle> op;  // none: PyTorch's generator is seeded
+  int64_t seed;
+  std::vector<Argument> arguments;
+  std::vector<std::vector<int64_t>> results;  // of each return, its tensor or tensors; -1: unused
+  std::vector<int64_t> unused;                // tensors to be freed after it
+};
+
+class Step : public torch::CustomClassHolder {
+ public:
+  // The tensors that are always there; how many more there are, the inputs first.
+  Step(std::vector<Tensor> kept, int64_t others)
+      : kept_(static_cast<int64_t>(kept.size())), tensors_(std::move(kept)) {
+    tensors_.resize(tensors_.size() + others);
+  }
+
+  // Adds the operation `name`, `overload`: its arguments by kind and value, and where its results
+  // go. `floats` and `words` are what the arguments refer to by number.
+  void add(const std::string& name, const std::string& overload, std::vector<int64_t> arguments,
+           std::vector<double> floats, std::vector<std::string> words,
+           std::vector<std::vector<int64_t>> results) {
+    Operation operation{c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(),
+                                                                       overload.c_str()),
+                        0, {}, std::move(results), {}};
+    const auto& formal = operation.op->schema().arguments();
+    size_t at = 0;
+    for (const auto& argument : formal) {
+      operation.arguments.push_back(read(arguments, at, floats, words, argument.real_type()));
+    }
+    TORCH_CHECK(at == arguments.size(), name, " was written down with other arguments");
+    operations_.push_back(std::move(operation));
+    ready_ = false;
+  }
+
+  // Adds: PyTorch's generator is seeded with the given seed `number`.
+  void seed(int64_t number) {
+    operations_.push_back({std::nullopt, number, {}, {}, {}});
+    ready_ = false;
+  }
+
+  // Takes a step on the `inputs`, with these keys of dropout, seeds and learning rate.
+  void take(std::vector<Tensor> inputs, std::vector<int64_t> keys, std::vector<int64_t> seeds,
+            double rate) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if (!ready_) free_after_last_use();
+    const Given given{keys, seeds, rate};
+    for (size_t i = 0; i < inputs.size(); ++i) tensors_[kept_ + i] = std::move(inputs[i]);
+    try {
+      for (const Operation& operation : operations_) run(operation, given);
+    } catch (...) {
+      for (size_t i = kept_; i < tensors_.size(); ++i) tensors_[i].reset();
+      throw;
+    }
+  }
+
+ private:
+  static Argument read(const std::vector<int64_t>& from, size_t& at,
+                       const std::vector<double>& floats, const std::vector<std::string>& words,
+                       c10::TypePtr type) {
+    while (type->kind() == c10::TypeKind::OptionalType) {
+      type = type->expectRef<c10::OptionalType>().getElementType();
+    }
+    const Kind kind = static_cast<Kind>(from.at(at));
+    const int64_t value = from.at(at + 1);
+    at += 2;
+    Argument read_{kind, {}, value, false, nullptr, {}};
+    const bool real = type->kind() == c10::TypeKind::FloatType;
+    switch (kind) {
+      case kNone:
+      case kTensor:
+      case kKey:
+        break;
+      case kRate:
+        read_.type = type;
+        break;
+      case kInt:
+        read_.value = real ? IValue(static_cast<double>(value)) : IValue(value);
+        break;
+      case kFloat:
+        read_.value = floats.at(value);
+        break;
+      case kBool:
+        read_.value = value != 0;
+        break;
+      case kWord:
+        if (type->kind() == c10::TypeKind::DeviceObjType) {
+          read_.value = c10::Device(words.at(value));
+        } else {
+          read_.value = words.at(value);
+        }
+        break;
+      case kList: {
+        TORCH_CHECK(type->kind() == c10::TypeKind::ListType, "a list where there is none");
+        const auto inner = type->expectRef<c10::ListType>().getElementType();
+        read_.type = inner;
+        bool constant = true;
+        for (int64_t i = 0; i < value; ++i) {
+          read_.elements.push_back(read(from, at, floats, words, inner));
+          const Kind own = read_.elements.back().kind;
+          constant = constant && own != kTensor && own != kKey && own != kRate;
+        }
+        const bool tensors = inner->kind() == c10::TypeKind::TensorType ||
+                             inner->kind() == c10::TypeKind::OptionalType;
+        if (constant && !tensors) {
+          read_.value = list(read_, [](const Argument& element) { return element.value; });
+          read_.kind = kInt;  // any that is `value` as it is
+          read_.elements.clear();
+        }
+        break;
+      }
+    }
+    if (read_.value.isScalar()) read_.value = number(read_.value.toScalar(), *type);
+    return read_;
+  }
+
+  // A number as an operator takes it: one that stands for a tensor as such.
+  static IValue number(const at::Scalar& value, const c10::Type& type) {
+    if (type.kind() != c10::TypeKind::TensorType) return value;
+    return at::native::wrapped_scalar_tensor(value);
+  }
+
+  // A list of the type that operators take apart: of ints, floats and booleans their own.
+  template <class Of>
+  static IValue list(const Argument& argument, Of of) {
+    const auto collect = [&](auto values) {
+      for (const Argument& element : argument.elements) {
+        values.push_back(of(element).template to<typename decltype(values)::value_type>());
+      }
+      return IValue(std::move(values));
+    };
+    switch (argument.type->kind()) {
+      case c10::TypeKind::IntType:
+      case c10::TypeKind::SymIntType:
+        return collect(c10::List<int64_t>());
+      case c10::TypeKind::FloatType:
+        return collect(c10::List<double>());
+      case c10::TypeKind::BoolType:
+        return collect(c10::List<bool>());
+      case c10::TypeKind::TensorType:
+        return collect(c10::List<Tensor>());
+      case c10::TypeKind::OptionalType:
+        return collect(c10::List<std::optional<Tensor>>());
+      default: {
+        c10::impl::GenericList values(argument.type);
+        for (const Argument& element : argument.elements) values.push_back(of(element));
+        return values;
+      }
+    }
+  }
+
+  IValue value_of(const Argument& argument, const Given& given) {
+    switch (argument.kind) {
+      case kTensor:
+        return argument.last ? IValue(std::move(tensors_[argument.place]))
+                             : IValue(tensors_[argument.place]);
+      case kKey:
+        return given.keys.at(argument.place);
+      case kRate:
+        return number(argument.place < 0 ? -given.rate : given.rate, *argument.type);
+      case kList:
+        return list(argument,
+                    [&](const Argument& element) { return value_of(element, given); });
+      default:
+        return argument.value;
+    }
+  }
+
+  void run(const Operation& operation, const Given& given) {
+    if (!operation.op) {
+      at::Generator generator = at::detail::getDefaultCPUGenerator();
+      const std::lock_guard<std::mutex> lock(generator.mutex());
+      at::check_generator<at::CPUGeneratorImpl>(generator)->set_current_seed(
+          static_cast<uint64_t>(given.seeds.at(operation.seed)));
+      return;
+    }
+    stack_.clear();
+    for (const Argument& argument : operation.arguments) {
+      stack_.push_back(value_of(argument, given));
+    }
+    operation.op->callBoxed(&stack_);
+    for (size_t i = 0; i < operation.results.size(); ++i) {
+      const std::vector<int64_t>& places = operation.results[i];
+      IValue& result = stack_.at(i);
+      if (places.empty()) continue;  // a gradient that nobody wanted
+      if (result.isTensor()) {
+        if (places[0] >= 0) tensors_[places[0]] = std::move(result).toTensor();
+      } else if (result.isTensorList()) {
+        const auto found = result.toTensorList();
+        for (size_t k = 0; k < places.size(); ++k) {
+          if (places[k] >= 0) tensors_[places[k]] = found.get(k);
+        }
+      }
+    }
+    for (const int64_t place : operation.unused) tensors_[place].reset();
+  }
+
+  void free_after_last_use() {
+    std::vector<bool> needed(tensors_.size());
+    for (auto operation = operations_.rbegin(); operation != operations_.rend(); ++operation) {
+      operation->unused.clear();
+      for (const auto& places : operation->results) {
+        for (const int64_t place : places) {
+          if (place >= kept_ && !needed[place]) {
+            operation->unused.push_back(place);
+            needed[place] = true;
+          }
+        }
+      }
+      // From the last to the first, so that the last mention of a tensor is its last use.
+      for (auto a = operation->arguments.rbegin(); a != operation->arguments.rend(); ++a) {
+        mark(*a, needed);
+      }
+    }
+    ready_ = true;
+  }
+
+  void mark(Argument& argument, std::vector<bool>& needed) const {
+    for (auto e = argument.elements.rbegin(); e != argument.elements.rend(); ++e) mark(*e, needed);
+    if (argument.kind != kTensor) return;
+    argument.last = argument.place >= kept_ && !needed[argument.place];
+    needed[argument.place] = true;
+  }
+
+  int64_t kept_;
+  std::vector<Tensor> tensors_;
+  std::vector<Operation> operations_;
+  std::vector<IValue> stack_;
+  bool ready_ = false;
+};
+
+}  // namespace fedkn::step
 """

@@ -4,10 +4,12 @@
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 // One binary serves every x86 processor: the loader picks the widest version of each kernel. To
 // ask for a level or a feature matters: "arch=haswell" matches Intel's processors alone.
@@ -27,6 +29,14 @@ namespace fedkn {
 
 using at::Tensor;
 using c10::IntArrayRef;
+
+// The operator of ours that is called so: through it who records operations sees its work.
+template <class Signature>
+auto typed(const char* name) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow((std::string("fedkn_native::") + name).c_str(), "")
+      .typed<Signature>();
+}
 
 // Room for `size` numbers, not zeroed.
 template <class Number>

@@ -146,20 +146,40 @@ void each_padded(const Shape& s, const Tensor& x, F f) {
   });
 }
 
+Tensor first_convolution_forward(const Tensor& x, const Tensor& weight) {
+  const Shape s(x, weight.size(0));
+  Tensor y = at::empty({s.samples, s.filters, s.height, s.width}, x.options(),
+                       at::MemoryFormat::ChannelsLast);
+  const Tensor taps = by_tap(weight);
+  const float* w = taps.const_data_ptr<float>();
+  float* ys = y.data_ptr<float>();
+  each_padded(s, x, [&](int64_t n, const float* padded) {
+    convolve(s, padded, w, ys + n * s.height * s.width * s.filters);
+  });
+  return y;
+}
+
+// The gradient of the weight.
+Tensor first_convolution_backward(const Tensor& upstream, const Tensor& x, const Tensor& weight) {
+  const Shape s(x, weight.size(0));
+  const Tensor g = upstream.contiguous(at::MemoryFormat::ChannelsLast);
+  // A sum for each sample, added up in their order: the same bits on any number of threads.
+  Tensor parts = at::zeros({s.samples, 3, 3, s.channels, s.filters}, x.options());
+  const float* gs = g.const_data_ptr<float>();
+  float* dws = parts.data_ptr<float>();
+  each_padded(s, x, [&](int64_t n, const float* padded) {
+    gradient(s, padded, gs + n * s.height * s.width * s.filters,
+             dws + n * 9 * s.channels * s.filters);
+  });
+  return parts.sum(0).permute({3, 2, 0, 1});
+}
+
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Shape s(x, weight.size(0));
-    Tensor y = at::empty({s.samples, s.filters, s.height, s.width}, x.options(),
-                         at::MemoryFormat::ChannelsLast);
-    const Tensor taps = by_tap(weight);
-    const float* w = taps.const_data_ptr<float>();
-    float* ys = y.data_ptr<float>();
-    each_padded(s, x, [&](int64_t n, const float* padded) {
-      convolve(s, padded, w, ys + n * s.height * s.width * s.filters);
-    });
+    static const auto op = typed<decltype(first_convolution_forward)>("first_convolution_forward");
     context->save_for_backward({x, weight});
-    return y;
+    return op.call(x, weight);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -173,17 +193,9 @@ struct Function : torch::autograd::Function<Function> {
       return {dx, dw};
     }
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Shape s(x, weight.size(0));
-    const Tensor g = gradients[0].contiguous(at::MemoryFormat::ChannelsLast);
-    // A sum for each sample, added up in their order: the same bits on any number of threads.
-    Tensor parts = at::zeros({s.samples, 3, 3, s.channels, s.filters}, x.options());
-    const float* gs = g.const_data_ptr<float>();
-    float* dws = parts.data_ptr<float>();
-    each_padded(s, x, [&](int64_t n, const float* padded) {
-      gradient(s, padded, gs + n * s.height * s.width * s.filters,
-               dws + n * 9 * s.channels * s.filters);
-    });
-    return {Tensor(), parts.sum(0).permute({3, 2, 0, 1})};
+    static const auto op =
+        typed<decltype(first_convolution_backward)>("first_convolution_backward");
+    return {Tensor(), op.call(gradients[0], x, weight)};
   }
 };
 

@@ -6,17 +6,12 @@
 
 #pragma once
 
-#include <torch/csrc/autograd/autograd.h>
-
 #include <cstring>
 #include <numeric>
 
 #include "common.h"
 
 namespace fedkn::group_norm {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 constexpr int64_t kColumns = 32;  // at once in registers
 constexpr int64_t kRows = 64;     // summed in float before they are added up in double
@@ -218,14 +213,6 @@ std::tuple<Tensor, Tensor> normalize_by(const Tensor& x, int64_t groups, const T
   return {mean, inverse};
 }
 
-// Keeps what the backward pass of each of the three functions here needs.
-void keep(AutogradContext* context, variable_list tensors, int64_t groups, double eps, bool relu) {
-  context->save_for_backward(std::move(tensors));
-  context->saved_data["groups"] = groups;
-  context->saved_data["eps"] = eps;
-  context->saved_data["relu"] = relu;
-}
-
 // What a backward pass starts from, beside the gradient of the output.
 struct Given {
   const Tensor &x, &mean, &inverse, &weight, &bias;
@@ -292,67 +279,31 @@ std::tuple<Tensor, Tensor, Tensor> gradients_by(const Given& given, Sums sums_of
   return {dx, dweight, dbias};
 }
 
-// Gradients of gradients are rare, so autograd's own; after(y) is what follows norm and ReLU.
-template <class After>
-variable_list by_autograd(AutogradContext* context, const variable_list& saved,
-                          const variable_list& gradients, After after) {
-  // Aliases: where x depends on the gain, that way is no concern of this layer's.
-  const Tensor x = saved[0].view_as(saved[0]), weight = saved[1].view_as(saved[1]),
-               bias = saved[2].view_as(saved[2]);
-  const Tensor* own[] = {&x, &weight, &bias};
-  Tensor y = at::group_norm(x, context->saved_data["groups"].toInt(), weight, bias,
-                            context->saved_data["eps"].toDouble());
-  if (context->saved_data["relu"].toBool()) y = y.relu();
-  constexpr int places[] = {0, 2, 3};  // of x, weight and bias among the arguments
-  variable_list sources, found(6);
-  for (int i = 0; i < 3; ++i) {
-    if (context->needs_input_grad(i)) sources.push_back(*own[i]);
-  }
-  const variable_list first = torch::autograd::grad({after(y)}, sources, gradients, true, true);
-  size_t next = 0;
-  for (int i = 0; i < 3; ++i) {
-    if (context->needs_input_grad(i)) found[places[i]] = first[next++];
-  }
-  return found;
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t groups, const Tensor& weight,
+                                           const Tensor& bias, double eps, bool relu) {
+  Tensor y = at::empty_like(x);
+  float* ys = y.data_ptr<float>();
+  auto [mean, inverse] =
+      normalize_by(x, groups, weight, bias, eps,
+                   [&](const Shape& s, const Columns& columns, int64_t n, const float* own) {
+                     normalize_all(s, columns, own, ys + n * s.size(), relu);
+                   });
+  return {y, mean, inverse};
 }
 
-struct Function : torch::autograd::Function<Function> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, int64_t groups,
-                        const Tensor& weight, const Tensor& bias, double eps, bool relu) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor y = at::empty_like(x);
-    float* ys = y.data_ptr<float>();
-    auto [mean, inverse] =
-        normalize_by(x, groups, weight, bias, eps,
-                     [&](const Shape& s, const Columns& columns, int64_t n, const float* own) {
-                       normalize_all(s, columns, own, ys + n * s.size(), relu);
-                     });
-    keep(context, {x, weight, bias, mean, inverse}, groups, eps, relu);
-    return y;
-  }
-
-  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    if (at::GradMode::is_enabled()) {
-      return by_autograd(context, context->get_saved_variables(), gradients,
-                         [](const Tensor& y) { return y; });
-    }
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const variable_list saved = context->get_saved_variables();
-    const bool relu = context->saved_data["relu"].toBool();
-    const Tensor g = gradients[0].contiguous(at::MemoryFormat::ChannelsLast);
-    const float* gs = g.const_data_ptr<float>();
-    auto [dx, dweight, dbias] = gradients_by(
-        {saved[0], saved[3], saved[4], saved[1], saved[2], context->saved_data["groups"].toInt(),
-         context->needs_input_grad(0)},
-        [&](const Shape& s, const Columns& columns, int64_t n, const float* x, double* plain,
-            double* centred) {
-          gradient_sums_all(s, columns, x, gs + n * s.size(), plain, centred, relu);
-        },
-        [&](const Shape& s, const Columns& columns, int64_t n, const float* x, float* dx) {
-          input_gradient_all(s, columns, x, gs + n * s.size(), dx, relu);
-        });
-    return {dx, Tensor(), dweight, dbias, Tensor(), Tensor()};
-  }
-};
+std::tuple<Tensor, Tensor, Tensor> backward(const Given& given, const Tensor& upstream,
+                                            bool relu) {
+  const Tensor g = upstream.contiguous(at::MemoryFormat::ChannelsLast);
+  const float* gs = g.const_data_ptr<float>();
+  return gradients_by(
+      given,
+      [&](const Shape& s, const Columns& columns, int64_t n, const float* x, double* plain,
+          double* centred) {
+        gradient_sums_all(s, columns, x, gs + n * s.size(), plain, centred, relu);
+      },
+      [&](const Shape& s, const Columns& columns, int64_t n, const float* x, float* dx) {
+        input_gradient_all(s, columns, x, gs + n * s.size(), dx, relu);
+      });
+}
 
 }  // namespace fedkn::group_norm

@@ -102,79 +102,68 @@ KERNEL void input_gradient(const Line& line, float slope, float offset, int64_t 
        : gradient_of_channel<false>(line, slope, offset, n, x, g, dx);
 }
 
-struct Function : torch::autograd::Function<Function> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, int64_t groups,
-                        const Tensor& weight, const Tensor& bias, double eps, bool relu) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Maps s(x, groups);
-    Tensor y = at::empty_like(x);
-    Tensor mean = at::empty({s.samples, groups}, x.options()), inverse = at::empty_like(mean);
-    const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
-                *b = bias.const_data_ptr<float>();
-    float *ys = y.data_ptr<float>(), *means = mean.data_ptr<float>(),
-          *inverses = inverse.data_ptr<float>();
-    const int64_t size = s.each() * s.pixels;
-    at::parallel_for(0, s.samples * groups, 1, [&](int64_t from, int64_t until) {
-      for (int64_t at = from; at < until; ++at) {
-        double total, squares;
-        sums(xs + at * size, size, &total, &squares);
-        moments_of(total, squares, static_cast<double>(size), eps, means + at, inverses + at);
-        for (int64_t i = 0; i < s.each(); ++i) {
-          const int64_t c = at % groups * s.each() + i, map = (at * s.each() + i) * s.pixels;
-          const Line line{means[at], w[c] * inverses[at], b[c]};
-          normalize(line, s.pixels, xs + map, ys + map, relu);
-        }
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t groups, const Tensor& weight,
+                                           const Tensor& bias, double eps, bool relu) {
+  const Maps s(x, groups);
+  Tensor y = at::empty_like(x);
+  Tensor mean = at::empty({s.samples, groups}, x.options()), inverse = at::empty_like(mean);
+  const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
+              *b = bias.const_data_ptr<float>();
+  float *ys = y.data_ptr<float>(), *means = mean.data_ptr<float>(),
+        *inverses = inverse.data_ptr<float>();
+  const int64_t size = s.each() * s.pixels;
+  at::parallel_for(0, s.samples * groups, 1, [&](int64_t from, int64_t until) {
+    for (int64_t at = from; at < until; ++at) {
+      double total, squares;
+      sums(xs + at * size, size, &total, &squares);
+      moments_of(total, squares, static_cast<double>(size), eps, means + at, inverses + at);
+      for (int64_t i = 0; i < s.each(); ++i) {
+        const int64_t c = at % groups * s.each() + i, map = (at * s.each() + i) * s.pixels;
+        const Line line{means[at], w[c] * inverses[at], b[c]};
+        normalize(line, s.pixels, xs + map, ys + map, relu);
       }
-    });
-    keep(context, {x, weight, bias, mean, inverse}, groups, eps, relu);
-    return y;
-  }
-
-  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    const variable_list saved = context->get_saved_variables();
-    if (at::GradMode::is_enabled()) {
-      return by_autograd(context, saved, gradients, [](const Tensor& y) { return y; });
     }
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2];
-    const bool relu = context->saved_data["relu"].toBool();
-    const bool want_x = context->needs_input_grad(0);
-    const Maps s(x, context->saved_data["groups"].toInt());
-    const Tensor g = gradients[0].contiguous();
-    Tensor dx = want_x ? at::empty_like(x) : Tensor();
-    Tensor plain = at::empty({s.samples, s.channels}, x.options().dtype(at::kDouble));
-    Tensor centred = at::empty_like(plain);
-    const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
-                *b = bias.const_data_ptr<float>(), *gs = g.const_data_ptr<float>(),
-                *means = saved[3].const_data_ptr<float>(),
-                *inverses = saved[4].const_data_ptr<float>();
-    float* dxs = want_x ? dx.data_ptr<float>() : nullptr;
-    double *ts = plain.data_ptr<double>(), *qs = centred.data_ptr<double>();
-    at::parallel_for(0, s.samples * s.groups, 1, [&](int64_t from, int64_t until) {
-      for (int64_t at = from; at < until; ++at) {
-        const double r = inverses[at], count = static_cast<double>(s.each() * s.pixels);
-        double total = 0.0, energy = 0.0;
-        const auto line = [&](int64_t c) { return Line{means[at], w[c] * inverses[at], b[c]}; };
-        for (int64_t i = 0; i < s.each(); ++i) {
-          const int64_t map = at * s.each() + i, c = at % s.groups * s.each() + i;
-          gradient_sums(line(c), s.pixels, xs + map * s.pixels, gs + map * s.pixels, relu, ts + map,
-                        qs + map);
-          qs[map] *= r;
-          total += w[c] * ts[map];
-          energy += w[c] * qs[map];
-        }
-        if (!want_x) continue;
-        const auto offset = static_cast<float>(-total * r / count);
-        const auto slope = static_cast<float>(-energy * r * r / count);
-        for (int64_t i = 0; i < s.each(); ++i) {
-          const int64_t map = (at * s.each() + i) * s.pixels, c = at % s.groups * s.each() + i;
-          input_gradient(line(c), slope, offset, s.pixels, xs + map, gs + map, relu, dxs + map);
-        }
+  });
+  return {y, mean, inverse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Given& given, const Tensor& upstream,
+                                            bool relu) {
+  const Tensor &x = given.x, &weight = given.weight, &bias = given.bias;
+  const Maps s(x, given.groups);
+  const Tensor g = upstream.contiguous();
+  Tensor dx = given.want_x ? at::empty_like(x) : Tensor();
+  Tensor plain = at::empty({s.samples, s.channels}, x.options().dtype(at::kDouble));
+  Tensor centred = at::empty_like(plain);
+  const float *xs = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>(),
+              *b = bias.const_data_ptr<float>(), *gs = g.const_data_ptr<float>(),
+              *means = given.mean.const_data_ptr<float>(),
+              *inverses = given.inverse.const_data_ptr<float>();
+  float* dxs = given.want_x ? dx.data_ptr<float>() : nullptr;
+  double *ts = plain.data_ptr<double>(), *qs = centred.data_ptr<double>();
+  at::parallel_for(0, s.samples * s.groups, 1, [&](int64_t from, int64_t until) {
+    for (int64_t at = from; at < until; ++at) {
+      const double r = inverses[at], count = static_cast<double>(s.each() * s.pixels);
+      double total = 0.0, energy = 0.0;
+      const auto line = [&](int64_t c) { return Line{means[at], w[c] * inverses[at], b[c]}; };
+      for (int64_t i = 0; i < s.each(); ++i) {
+        const int64_t map = at * s.each() + i, c = at % s.groups * s.each() + i;
+        gradient_sums(line(c), s.pixels, xs + map * s.pixels, gs + map * s.pixels, relu, ts + map,
+                      qs + map);
+        qs[map] *= r;
+        total += w[c] * ts[map];
+        energy += w[c] * qs[map];
       }
-    });
-    return {dx,       Tensor(), centred.sum(0).to(at::kFloat), plain.sum(0).to(at::kFloat),
-            Tensor(), Tensor()};
-  }
-};
+      if (!given.want_x) continue;
+      const auto offset = static_cast<float>(-total * r / count);
+      const auto slope = static_cast<float>(-energy * r * r / count);
+      for (int64_t i = 0; i < s.each(); ++i) {
+        const int64_t map = (at * s.each() + i) * s.pixels, c = at % s.groups * s.each() + i;
+        input_gradient(line(c), slope, offset, s.pixels, xs + map, gs + map, relu, dxs + map);
+      }
+    }
+  });
+  return {dx, centred.sum(0).to(at::kFloat), plain.sum(0).to(at::kFloat)};
+}
 
 }  // namespace fedkn::group_norm::contiguous

@@ -182,53 +182,42 @@ KERNEL void pooled_input_gradient(const Shape& s, int64_t width, const Columns& 
   }
 }
 
-struct PoolingFunction : torch::autograd::Function<PoolingFunction> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, int64_t groups,
-                        const Tensor& weight, const Tensor& bias, double eps, bool relu) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    constexpr auto last = at::MemoryFormat::ChannelsLast;
-    Tensor y = at::empty({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x.options(), last);
-    Tensor winner = at::empty(y.sizes(), x.options().dtype(at::kInt), last);
-    float* ys = y.data_ptr<float>();
-    int32_t* winners = winner.data_ptr<int32_t>();
-    auto [mean, inverse] =
-        normalize_by(x, groups, weight, bias, eps,
-                     [&](const Shape& s, const Columns& columns, int64_t n, const float* own) {
-                       const int64_t at = n * s.size() / 4;
-                       normalize_and_pool(s, x.size(3), columns, own, ys + at, winners + at, relu);
-                     });
-    keep(context, {x, weight, bias, mean, inverse, winner}, groups, eps, relu);
-    return y;
-  }
+// As `forward`, and the places of the winners.
+std::tuple<Tensor, Tensor, Tensor, Tensor> pooling_forward(const Tensor& x, int64_t groups,
+                                                           const Tensor& weight,
+                                                           const Tensor& bias, double eps,
+                                                           bool relu) {
+  constexpr auto last = at::MemoryFormat::ChannelsLast;
+  Tensor y = at::empty({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x.options(), last);
+  Tensor winner = at::empty(y.sizes(), x.options().dtype(at::kInt), last);
+  float* ys = y.data_ptr<float>();
+  int32_t* winners = winner.data_ptr<int32_t>();
+  auto [mean, inverse] =
+      normalize_by(x, groups, weight, bias, eps,
+                   [&](const Shape& s, const Columns& columns, int64_t n, const float* own) {
+                     const int64_t at = n * s.size() / 4;
+                     normalize_and_pool(s, x.size(3), columns, own, ys + at, winners + at, relu);
+                   });
+  return {y, mean, inverse, winner};
+}
 
-  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    const variable_list saved = context->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2];
-    const int64_t groups = context->saved_data["groups"].toInt();
-    const bool want_x = context->needs_input_grad(0);
-    if (at::GradMode::is_enabled()) {
-      return by_autograd(context, saved, gradients,
-                         [](const Tensor& y) { return at::max_pool2d(y, {2, 2}); });
-    }
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor g = gradients[0].contiguous(at::MemoryFormat::ChannelsLast);
-    const int32_t* winners = saved[5].const_data_ptr<int32_t>();
-    const int64_t width = x.size(3);
-    auto [dx, dweight, dbias] = gradients_by(
-        {x, saved[3], saved[4], weight, bias, groups, want_x},
-        [&](const Shape& s, const Columns& columns, int64_t n, const float* xs, double* plain,
-            double* centred) {
-          const int64_t at = n * s.size() / 4;
-          pooled_gradient_sums(s, width, columns, xs, g.const_data_ptr<float>() + at, winners + at,
-                               plain, centred);
-        },
-        [&](const Shape& s, const Columns& columns, int64_t n, const float* xs, float* dxs) {
-          const int64_t at = n * s.size() / 4;
-          pooled_input_gradient(s, width, columns, xs, g.const_data_ptr<float>() + at, winners + at,
-                                dxs);
-        });
-    return {dx, Tensor(), dweight, dbias, Tensor(), Tensor()};
-  }
-};
+std::tuple<Tensor, Tensor, Tensor> pooling_backward(const Given& given, const Tensor& upstream,
+                                                    const Tensor& winner) {
+  const Tensor g = upstream.contiguous(at::MemoryFormat::ChannelsLast);
+  const float* gs = g.const_data_ptr<float>();
+  const int32_t* winners = winner.const_data_ptr<int32_t>();
+  const int64_t width = given.x.size(3);
+  return gradients_by(
+      given,
+      [&](const Shape& s, const Columns& columns, int64_t n, const float* xs, double* plain,
+          double* centred) {
+        const int64_t at = n * s.size() / 4;
+        pooled_gradient_sums(s, width, columns, xs, gs + at, winners + at, plain, centred);
+      },
+      [&](const Shape& s, const Columns& columns, int64_t n, const float* xs, float* dxs) {
+        const int64_t at = n * s.size() / 4;
+        pooled_input_gradient(s, width, columns, xs, gs + at, winners + at, dxs);
+      });
+}
 
 }  // namespace fedkn::group_norm

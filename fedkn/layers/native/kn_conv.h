@@ -63,17 +63,17 @@ KERNEL void sum_samples(const Plan& p, float* rows) {
 }
 
 // The filters' sums, zero where the filters are centred; then the bias, zero where there is none.
-std::vector<float> per_filter(const Plan& p, const Tensor& weight,
-                              const std::optional<Tensor>& bias) {
-  std::vector<float> values(2 * p.all_filters());
+Tensor per_filter(const Plan& p, const Tensor& weight, const std::optional<Tensor>& bias) {
+  Tensor values = at::zeros({2, p.all_filters()}, weight.options());
+  float* sums = values.data_ptr<float>();
   if (!p.centred) {
     const Tensor w = in_order(weight);
     sum_filters(p, w.const_data_ptr<float>(), w.numel() / std::max<int64_t>(1, p.all_filters()),
-                values.data());
+                sums);
   }
   if (bias) {
     const Tensor b = bias->contiguous();
-    std::copy_n(b.const_data_ptr<float>(), p.all_filters(), values.data() + p.all_filters());
+    std::copy_n(b.const_data_ptr<float>(), p.all_filters(), sums + p.all_filters());
   }
   return values;
 }
@@ -87,12 +87,12 @@ Tensor convolve(const Plan& p, const Tensor& x, const Tensor& weight) {
 // (2, samples, positions).
 // `values` are those of `per_filter`.
 std::tuple<Tensor, Tensor, Tensor> forward(const Plan& p, const Tensor& input, const Tensor& weight,
-                                           const std::vector<float>& values, bool keep) {
+                                           const Tensor& values, bool keep) {
   const Tensor x = input.contiguous(p.format());
   Tensor z = convolve(p, x, weight).contiguous(p.format());
   Tensor y = keep && !p.keeps_y ? at::empty_like(z) : z;
   Tensor moment_maps = at::empty({2, p.samples, p.positions()}, x.options());
-  const float *s = values.data(), *b = s + p.all_filters(), *xs = x.const_data_ptr<float>();
+  const float *s = values.const_data_ptr<float>(), *b = s + p.all_filters(), *xs = x.const_data_ptr<float>();
   float *zs = z.data_ptr<float>(), *ys = y.data_ptr<float>();
   float* means = moment_maps.data_ptr<float>();
   float* scales = means + p.samples * p.positions();
@@ -129,7 +129,7 @@ struct Wanted {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstream,
                                             const Tensor& input, const Tensor& weight,
-                                            const std::vector<float>& values, const Tensor& output,
+                                            const Tensor& values, const Tensor& output,
                                             const Tensor& moment_maps, Wanted wanted) {
   const Tensor x = input.contiguous(p.format()), g = upstream.contiguous(p.format());
   const int64_t pixels = p.pixels(), positions = p.positions();
@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstrea
   Tensor db = at::empty({std::max<int64_t>(1, p.batch()), p.all_filters()}, g.options());
   const Buffer<float> dsum(db.numel());
   const Buffer<double> spread(wanted.x ? p.samples * 2 * pixels : 0);
-  const float *s = values.data(), *b = s + p.all_filters(), *gs = g.const_data_ptr<float>();
+  const float *s = values.const_data_ptr<float>(), *b = s + p.all_filters(), *gs = g.const_data_ptr<float>();
   const float* outputs = output.const_data_ptr<float>();
   const float* means = moment_maps.const_data_ptr<float>();
   const float* scales = means + p.samples * positions;
@@ -201,41 +201,75 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstrea
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Kept : torch::CustomClassHolder {
-  Kept(const Plan& plan, std::vector<float> per_filter) : p(plan), values(std::move(per_filter)) {}
-  Plan p;
-  std::vector<float> values;
-};
-
+// The operators by which autograd goes, for who records a step (step.h).
+using ForwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const std::optional<Tensor>&, IntArrayRef, IntArrayRef,
+    IntArrayRef, int64_t, int64_t, at::OptionalIntArrayRef, int64_t, double, bool, bool);
+using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+    IntArrayRef, IntArrayRef, IntArrayRef, int64_t, int64_t, at::OptionalIntArrayRef, int64_t,
+    double, bool, bool, std::array<bool, 3>);
 using GradientsSignature = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, IntArrayRef,
     IntArrayRef, IntArrayRef, int64_t, int64_t, at::OptionalIntArrayRef, int64_t, double, bool,
     bool, bool, bool);
 
+// y, the map kept for the backward pass, the moments and the values per filter.
+std::tuple<Tensor, Tensor, Tensor, Tensor> convolution_forward(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, int64_t groups, int64_t clients,
+    at::OptionalIntArrayRef keys, int64_t level, double eps, bool relu, bool keeps_output) {
+  const Plan p = make_plan(x, weight, stride, padding, dilation, groups, clients, keys, level, eps,
+                           relu, keeps_output);
+  const Tensor values = per_filter(p, weight, bias);
+  auto [y, output, moment_maps] = forward(p, x, weight, values, true);
+  return {y, output, moment_maps, values};
+}
+
+// The gradients of x, weight and bias, undefined where not wanted.
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(
+    const Tensor& g, const Tensor& x, const Tensor& weight, const Tensor& output,
+    const Tensor& moment_maps, const Tensor& values, IntArrayRef stride, IntArrayRef padding,
+    IntArrayRef dilation, int64_t groups, int64_t clients, at::OptionalIntArrayRef keys,
+    int64_t level, double eps, bool relu, bool keeps_output, std::array<bool, 3> wanted) {
+  const Plan p = make_plan(x, weight, stride, padding, dilation, groups, clients, keys, level, eps,
+                           relu, keeps_output);
+  return backward(p, g, x, weight, values, output, moment_maps, {wanted[0], wanted[1], wanted[2]});
+}
+
+// The plan of a pass, kept for the pass backward, and its keys as operators take them.
+struct Kept : torch::CustomClassHolder {
+  explicit Kept(const Plan& plan) : p(plan), list(plan.keys.begin(), plan.keys.end()) {}
+  at::OptionalIntArrayRef keys() const {
+    return p.masked ? at::OptionalIntArrayRef(list) : std::nullopt;
+  }
+  bool keeps_output() const { return p.keeps_y && !p.relu; }
+  Plan p;
+  std::vector<int64_t> list;
+};
+
 // Derivatives of gradients are rare: fedkn.layers.native takes them from the definition.
-std::tuple<Tensor, Tensor, Tensor> differentiable(const Plan& p, const Tensor& g, const Tensor& x,
-                                                  const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> differentiable(const Kept& kept, const Tensor& g,
+                                                  const Tensor& x, const Tensor& weight,
                                                   const std::optional<Tensor>& bias,
                                                   Wanted wanted) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fedkn_native::gradients", "")
-                             .typed<GradientsSignature>();
-  const std::vector<int64_t> list(p.keys.begin(), p.keys.end());
-  at::OptionalIntArrayRef keys;
-  if (p.masked) keys = list;
-  return op.call(g, x, weight, bias, p.stride, p.padding, p.dilation, p.groups, p.clients, keys,
-                 p.level, p.eps, p.relu, wanted.x, wanted.weight, wanted.bias);
+  static const auto op = typed<GradientsSignature>("gradients");
+  const Plan& p = kept.p;
+  return op.call(g, x, weight, bias, p.stride, p.padding, p.dilation, p.groups, p.clients,
+                 kept.keys(), p.level, p.eps, p.relu, wanted.x, wanted.weight, wanted.bias);
 }
 
 struct Convolution : public torch::autograd::Function<Convolution> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& bias, const Plan& p) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::vector<float> values = per_filter(p, weight, bias);
-    auto [y, output, moment_maps] = fedkn::forward(p, x, weight, values, true);
-    context->save_for_backward({x, weight, bias ? *bias : Tensor(), output, moment_maps});
-    context->saved_data["plan"] =
-        c10::IValue::make_capsule(c10::make_intrusive<Kept>(p, std::move(values)));
+    static const auto op = typed<ForwardSignature>("convolution_forward");
+    auto kept = c10::make_intrusive<Kept>(p);
+    auto [y, output, moment_maps, values] =
+        op.call(x, weight, bias, p.stride, p.padding, p.dilation, p.groups, p.clients, kept->keys(),
+                p.level, p.eps, p.relu, kept->keeps_output());
+    context->save_for_backward({x, weight, bias ? *bias : Tensor(), output, moment_maps, values});
+    context->saved_data["plan"] = c10::IValue::make_capsule(std::move(kept));
     return y;
   }
 
@@ -251,11 +285,14 @@ struct Convolution : public torch::autograd::Function<Convolution> {
                         bias && context->needs_input_grad(2)};
     Tensor dx, dw, db;
     if (at::GradMode::is_enabled()) {
-      std::tie(dx, dw, db) = differentiable(p, g, x, weight, bias, wanted);
+      std::tie(dx, dw, db) = differentiable(kept, g, x, weight, bias, wanted);
     } else {
       at::AutoDispatchBelowADInplaceOrView guard;
-      std::tie(dx, dw, db) =
-          fedkn::backward(p, g, x, weight, kept.values, saved[3], saved[4], wanted);
+      static const auto op = typed<BackwardSignature>("convolution_backward");
+      std::tie(dx, dw, db) = op.call(
+          g, x, weight, saved[3], saved[4], saved[5], p.stride, p.padding, p.dilation, p.groups,
+          p.clients, kept.keys(), p.level, p.eps, p.relu, kept.keeps_output(),
+          std::array<bool, 3>{wanted.x, wanted.weight, wanted.bias});
     }
     return {dx, dw, db, Tensor()};
   }

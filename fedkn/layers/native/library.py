@@ -34,13 +34,16 @@ from fedkn.layers.native.sources import MAIN, sources
 __all__ = [
     "compiler",
     "load",
+    "recording",
     "serves",
     "switched_off",
     "takes",
+    "used",
     "wished",
 ]
 
 _on = True
+_recording = False
 
 
 @contextmanager
@@ -52,6 +55,22 @@ def switched_off() -> Iterator[None]:
         yield
     finally:
         _on = before
+
+
+def used() -> bool:
+    """Whether the library is loaded, or can be, and is not `switched_off`."""
+    return _on and load()
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Serve inside the block though a dispatch mode looks on: one that is to see the kernels."""
+    global _recording  # noqa: PLW0603 - a switch of the process
+    before, _recording = _recording, True
+    try:
+        yield
+    finally:
+        _recording = before
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
@@ -72,7 +91,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
     if not (_fits(x) and _fits(weight) and (bias is None or _fits(bias))):
         return _MISFIT
     # Whoever counts or records operations should see the convolution.
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() and not _recording:
         return _WATCHED
     return True if load() else _NONE
 

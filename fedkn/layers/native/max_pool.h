@@ -150,10 +150,29 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, bool keep) {
   return {y, winner};
 }
 
+std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& x) { return forward(x, true); }
+
+Tensor max_pool_backward(const Tensor& upstream, const Tensor& winner, IntArrayRef size,
+                         bool last) {
+  const Tensor g = upstream.contiguous(format(last));
+  Tensor dx = at::empty(size, g.options(), format(last));
+  const Shape s(size, last);
+  const float* gs = g.const_data_ptr<float>();
+  const int32_t* winners = winner.const_data_ptr<int32_t>();
+  float* dxs = dx.data_ptr<float>();
+  at::parallel_for(0, s.planes, 1, [&](int64_t from, int64_t until) {
+    for (int64_t n = from; n < until; ++n) {
+      spread(s, gs + n * s.pooled(), winners + n * s.pooled(), dxs + n * s.size());
+    }
+  });
+  return dx;
+}
+
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* context, const Tensor& x) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, winner] = max_pool::forward(x, true);
+    static const auto op = typed<decltype(max_pool_forward)>("max_pool_forward");
+    auto [y, winner] = op.call(x);
     context->save_for_backward({winner});
     context->saved_data["size"] = x.sizes();
     context->saved_data["last"] = channels_last(x);
@@ -173,19 +192,8 @@ struct Function : torch::autograd::Function<Function> {
                   .view(size)};
     }
     at::AutoDispatchBelowADInplaceOrView guard;
-    const bool last = context->saved_data["last"].toBool();
-    const Tensor g = gradients[0].contiguous(format(last));
-    Tensor dx = at::empty(size, g.options(), format(last));
-    const Shape s(size, last);
-    const float* gs = g.const_data_ptr<float>();
-    const int32_t* winners = winner.const_data_ptr<int32_t>();
-    float* dxs = dx.data_ptr<float>();
-    at::parallel_for(0, s.planes, 1, [&](int64_t from, int64_t until) {
-      for (int64_t n = from; n < until; ++n) {
-        spread(s, gs + n * s.pooled(), winners + n * s.pooled(), dxs + n * s.size());
-      }
-    });
-    return {dx};
+    static const auto op = typed<decltype(max_pool_backward)>("max_pool_backward");
+    return {op.call(gradients[0], winner, size, context->saved_data["last"].toBool())};
   }
 };
 

@@ -5,23 +5,10 @@
 #include <torch/library.h>
 
 #include "first_convolution.h"
-#include "group_norm.h"
-#include "group_norm_contiguous.h"
-#include "group_norm_pool.h"
+#include "group_norm_autograd.h"
 #include "kn_conv.h"
 #include "max_pool.h"
-
-namespace fedkn::group_norm {
-
-Tensor apply(const Tensor& x, int64_t groups, const Tensor& gain, const Tensor& shift, double eps,
-             bool relu, bool pool) {
-  const Tensor weight = gain.contiguous(), bias = shift.contiguous();
-  if (pool) return PoolingFunction::apply(x, groups, weight, bias, eps, relu);
-  return x.is_contiguous() ? contiguous::Function::apply(x, groups, weight, bias, eps, relu)
-                           : Function::apply(x, groups, weight, bias, eps, relu);
-}
-
-}  // namespace fedkn::group_norm
+#include "step.h"
 
 TORCH_LIBRARY(fedkn_native, m) {
   m.def(
@@ -30,13 +17,49 @@ TORCH_LIBRARY(fedkn_native, m) {
       "bool keeps_output) -> Tensor",
       &fedkn::convolution);
   m.def(
+      "convolution_forward(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, int clients, int[]? keys, int level, float eps, bool relu, "
+      "bool keeps_output) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "convolution_backward(Tensor g, Tensor x, Tensor weight, Tensor output, Tensor moments, "
+      "Tensor values, int[2] stride, int[2] padding, int[2] dilation, int groups, int clients, "
+      "int[]? keys, int level, float eps, bool relu, bool keeps_output, bool[3] wanted) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
       "gradients(Tensor g, Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
       "int[2] dilation, int groups, int clients, int[]? keys, int level, float eps, bool relu, "
       "bool want_x, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)");
   m.def("max_pool(Tensor x) -> Tensor", &fedkn::max_pool::apply);
+  m.def("max_pool_forward(Tensor x) -> (Tensor, Tensor)");
+  m.def("max_pool_backward(Tensor g, Tensor winner, int[] size, bool last) -> Tensor");
   m.def(
       "group_norm(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool relu, "
       "bool pool) -> Tensor",
       &fedkn::group_norm::apply);
+  m.def(
+      "group_norm_forward(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool relu, "
+      "bool pool) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_backward(Tensor g, Tensor x, Tensor weight, Tensor bias, Tensor mean, "
+      "Tensor inverse, Tensor? winner, int groups, bool relu, bool want_x) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def("first_convolution(Tensor x, Tensor weight) -> Tensor", &fedkn::first_convolution::apply);
+  m.def("first_convolution_forward(Tensor x, Tensor weight) -> Tensor");
+  m.def("first_convolution_backward(Tensor g, Tensor x, Tensor weight) -> Tensor");
+  m.class_<fedkn::step::Step>("Step")
+      .def(torch::init<std::vector<fedkn::Tensor>, int64_t>())
+      .def("add", &fedkn::step::Step::add)
+      .def("seed", &fedkn::step::Step::seed)
+      .def("take", &fedkn::step::Step::take);
+}
+
+TORCH_LIBRARY_IMPL(fedkn_native, CPU, m) {
+  m.impl("convolution_forward", &fedkn::convolution_forward);
+  m.impl("convolution_backward", &fedkn::convolution_backward);
+  m.impl("max_pool_forward", &fedkn::max_pool::max_pool_forward);
+  m.impl("max_pool_backward", &fedkn::max_pool::max_pool_backward);
+  m.impl("group_norm_forward", &fedkn::group_norm::group_norm_forward);
+  m.impl("group_norm_backward", &fedkn::group_norm::group_norm_backward);
+  m.impl("first_convolution_forward", &fedkn::first_convolution::first_convolution_forward);
+  m.impl("first_convolution_backward", &fedkn::first_convolution::first_convolution_backward);
 }
