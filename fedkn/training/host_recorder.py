@@ -72,7 +72,7 @@ class HostRecorder:
         if self.refusal or not library.used():
             return None
         held = self._held.values()
-        if self._held.watched or _has_any_global_hook():
+        if self._held.watched or _has_any_global_hook():  # type: ignore[no-untyped-call] # torch's
             self._refuse("modules or parameters have hooks, which no replay calls")
             return None
         self.total.zero_()
@@ -284,8 +284,8 @@ class _Recorded:
         """Take steps `begin` to `end` of the `chunk`, which are all of its kind."""
         sizes, row, steps = chunk.sizes[begin], chunk.rows[begin], end - begin
         rows = slice(row, row + sum(sizes) * steps)
-        x = torch.split(chunk.x[rows], sizes * steps)
-        targets = torch.split(chunk.targets[rows], sizes * steps)
+        x = torch.split(chunk.x[rows], list(sizes) * steps)
+        targets = torch.split(chunk.targets[rows], list(sizes) * steps)
         inputs = [tensor for pair in zip(x, targets, strict=True) for tensor in pair]
         each = 2 * len(sizes)
         keys: list[int] = []

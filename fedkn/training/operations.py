@@ -9,7 +9,7 @@ known in the recording by values that nothing else has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ class Telling(NamedTuple):
     rate: float
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
     """Writes down the operations inside its block, as far as tensors are concerned.
 
     Args:
@@ -49,7 +49,7 @@ class Operations(TorchDispatchMode):
     """
 
     def __init__(self, inputs: Sequence[Tensor], telling: Telling) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's
         self.draws = False
         self.used: set[int] = set()
         self._telling = telling
@@ -57,7 +57,7 @@ class Operations(TorchDispatchMode):
         self._kept: list[Tensor] = []
         # Kept tensors are numbered -1, -2, ..., the others 0, 1, ...
         # Weak, so that a step takes no more memory for being recorded.
-        self._places = WeakTensorKeyDictionary()
+        self._places: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         for number, tensor in enumerate(inputs):
             self._places[tensor] = number
         self._others = len(inputs)

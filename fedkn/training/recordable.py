@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from copy import copy
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -17,11 +19,17 @@ __all__ = ["Counted", "Held"]
 class Counted:
     """What a forward pass and a loss may change in Python, where a recording cannot see it.
 
-    Numbers and words of the modules and of the `task`, and which tensors are the buffers.
+    Numbers and words of the modules and of the `task`, their lists, sets and dictionaries, and
+    which tensors are the buffers.
     """
 
     def __init__(self, model: nn.Module, task: object) -> None:
         self._held = [(thing, _held(thing)) for thing in (*model.modules(), task)]
+        self._containers = [
+            (value, copy(value), _contents(value))
+            for thing, _ in self._held
+            for value in _containers(thing)
+        ]
         self._buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
 
     def put_back(self) -> bool:
@@ -34,6 +42,10 @@ class Counted:
                     del vars(thing)[key]
                 vars(thing).update(before)
                 changed = True
+        for container, before, contents in self._containers:
+            if _contents(container) != contents:
+                _refill(container, before)
+                changed = True
         for now, tensors in self._buffers:
             if now.keys() != tensors.keys() or not all(map(is_, now.values(), tensors.values())):
                 now.clear()
@@ -45,7 +57,8 @@ class Counted:
 class Held:
     """What decides in Python what a model's forward pass does: a look that costs microseconds.
 
-    Modes, numbers and words of all modules, what else is put into them, and hooks.
+    Modes, numbers and words of all modules, what else is put into them and what is in their lists,
+    sets and dictionaries, and hooks.
 
     Attributes:
         watched: whether somebody's hooks see what modules do, which no replay calls; as of the last
@@ -59,23 +72,30 @@ class Held:
         self._parameters = list(model.parameters())
         self.watched = False
         self._last: list[object] = []
+        self._contents: list[object] = []
         self._values: tuple[object, ...] = ()
 
     def values(self) -> tuple[object, ...]:
         """Return what is equal to an earlier result if nothing of it has changed."""
-        now = list(chain.from_iterable(map(dict.values, self._own)))
+        now: list[object] = list(chain.from_iterable(map(dict.values, self._own)))
         now += map(len, self._hooks)
         for parameter in self._parameters:
             now += (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
+        contents = [_contents(value) for own in self._own for value in _containers(own)]
         # Mostly nothing was set since the last look, not even to an equal number.
-        if len(now) != len(self._last) or not all(map(is_, now, self._last)):
-            self._last = now
-            self._values = tuple(v if isinstance(v, _PLAIN) else _Same(v) for v in now)
+        if (
+            len(now) != len(self._last)
+            or not all(map(is_, now, self._last))
+            or contents != self._contents
+        ):
+            self._last, self._contents = now, contents
+            self._values = (*(v if isinstance(v, _PLAIN) else _Same(v) for v in now), *contents)
             self.watched = any(map(watched, self._model.modules()))
         return self._values
 
 
 _PLAIN = (int, float, str, torch.Size)
+_CONTAINERS = (list, set, dict, deque)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -90,6 +110,45 @@ class _Same:
 
     def __hash__(self) -> int:
         return id(self.thing)
+
+
+_OWN_OF_TORCH = frozenset(vars(nn.Module()))
+"""Where a module has its parameters, buffers and hooks, which are looked at by themselves."""
+
+
+def _containers(thing: object) -> list[Any]:
+    """Return the lists, sets and dictionaries that a module or task, or its attributes, hold.
+
+    Those in containers too, so that each can be put back as it was.
+    """
+    own = thing if isinstance(thing, dict) else getattr(thing, "__dict__", {})
+    found = [
+        value
+        for key, value in own.items()
+        if isinstance(value, _CONTAINERS) and key not in _OWN_OF_TORCH
+    ]
+    for container in found:  # grows as it goes
+        parts = container.values() if isinstance(container, dict) else container
+        found += [
+            part
+            for part in parts
+            if isinstance(part, _CONTAINERS) and not any(part is known for known in found)
+        ]
+    return found
+
+
+def _contents(value: object) -> object:
+    """Return what is equal while a container holds the same: numbers and words, things as such."""
+    if isinstance(value, dict):
+        return tuple((_contents(k), _contents(v)) for k, v in value.items())
+    if isinstance(value, list | tuple | deque | set):
+        return tuple(map(_contents, value))
+    return value if isinstance(value, _PLAIN) else _Same(value)
+
+
+def _refill(container: Any, before: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, list | deque) else container.update)(before)
 
 
 def _held(thing: object) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class StepChunk:
         """Return the batches of the chunk's step `number`, from 0."""
         sizes, row = self.sizes[number], self.rows[number]
         end = row + sum(sizes)
-        x = torch.split(self.x[row:end], sizes)
-        targets = torch.split(self.targets[row:end], sizes)
+        x = torch.split(self.x[row:end], list(sizes))
+        targets = torch.split(self.targets[row:end], list(sizes))
         seeds = (self.seed(number, part) for part in range(len(sizes)))
         return list(map(LocalBatch, x, targets, seeds))
 

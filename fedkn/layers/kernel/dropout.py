@@ -51,20 +51,19 @@ class Stream:
         self.keys = keys
         self.calls = 0
         self._number = seed if isinstance(seed, int) else None
-        self._seed = None if isinstance(seed, int) else seed
+        # A tensor from the start: made within a compiled function it would be a constant of it.
+        self._seed = torch.tensor(seed) if isinstance(seed, int) else seed
 
     @property
     def on_host(self) -> bool:
         """Whether keys can be read without waiting for a device."""
-        return self._seed is None or self._seed.device.type == "cpu"
+        return self._seed.device.type == "cpu"
 
     def key(self, device: torch.device) -> Tensor:
         """Take the next key, an int64 tensor without dimensions on `device`."""
         self.calls += 1
         if self.keys is not None:
             return self.keys[self.calls - 1].to(device)
-        if self._seed is None:
-            self._seed = torch.tensor(self._number)
         return _key(self._seed.to(device), self.calls)
 
     def number(self) -> int:
@@ -73,7 +72,6 @@ class Stream:
         if self.keys is not None:
             return int(self.keys[self.calls - 1])
         if self._number is None:
-            assert self._seed is not None
             self._number = int(self._seed)
         return key_number(self._number, self.calls)
 

@@ -99,7 +99,8 @@ def test_same_seed_same_bits_and_global_state_untouched():
 @pytest.mark.parametrize("architecture", ["resnet8", "knresnet18"])
 def test_every_normalizer_starts_from_the_same_weights(architecture):
     reference = build(architecture, width=8, seed=3)
-    for name in NAMES:
+    # Fixup is a way to begin, held in tests/fedkn/normalizers/test_fixup.py.
+    for name in set(NAMES) - {"fixup"}:
         model = build(architecture, normalizers.create(name), width=8, seed=3)
         pairs = zip(convolutions(reference), convolutions(model), strict=True)
         assert all(torch.equal(a.weight, b.weight) for a, b in pairs)

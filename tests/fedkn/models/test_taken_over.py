@@ -161,7 +161,10 @@ def test_hooks_go_over_to_the_new_layer_and_are_reported(name, place):
     assert seen == []
     changed = {change.name: change.note for change in report.changed}
     if type(model[place]) is not type(layer):
-        assert changed[str(place)] == "4 hooks moved to it"
+        # Fixup's one number in a norm's place has another shape than the norm's bias.
+        assert changed[str(place)].removeprefix("bias of another shape left behind; ") == (
+            "4 hooks moved to it"
+        )
         assert f"changed {place}: {type(layer).__name__} -> " in str(report)
     x = X.clone().requires_grad_()
     model(x).square().sum().backward()

@@ -50,7 +50,7 @@ def test_conv_norm_is_conv_then_norm_then_activation():
     x = torch.randn(2, 3, 5, 5)
     by_hand = F.conv2d(x, block.conv.weight)
     by_hand = F.relu(F.group_norm(by_hand, 2, block.norm.weight, block.norm.bias))
-    assert torch.allclose(block(x), by_hand)
+    torch.testing.assert_close(block(x), by_hand)
 
 
 def test_kernel_normalizes_inside_the_convolution_and_fuses_relu():

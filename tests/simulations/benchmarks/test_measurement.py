@@ -168,6 +168,6 @@ def test_what_the_plain_path_keeps_is_not_taken_for_what_the_kernels_keep():
         row.case: row
         for row in layer_rows(LayerShape(16, 8), 2, repetitions=1, device=CPU, channels_last=False)
     }
-    # Its mask, in bits.
+    # Its mask, in bits, where the kernels keep the sums of their 16 filters.
     extra = rows["KNConv, plain"].saved_bytes - rows["KNConv, native"].saved_bytes
-    assert extra >= 2 * 16 * 8 * 8 // 8
+    assert extra >= 2 * 16 * 8 * 8 // 8 - 16 * 4
