@@ -14,7 +14,7 @@ __all__ = ["MODELS", "NORMALIZERS", "OWN", "PARTITIONS", "SOURCES", "STRATEGIES"
 NORMALIZERS = (
     "none, batch, group, layer, instance, ws_group, kernel, sws, frn, evonorm_s, rms, lcn, brn, "
     "feature_norm, fedbn, silobn, fixbn, fbn, hbn, nf, fedwon, anfr, ws_kernel, dyt, proxy, ghost, "
-    "bcn, online"
+    "bcn, online, mabn, fixup"
 )
 MODELS = (
     "resnet8, resnet18, resnet34, resnet50, preact_resnet18, densenet20x16, densenet121, "
