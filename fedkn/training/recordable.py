@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from copy import copy
 from itertools import chain
@@ -19,12 +20,16 @@ __all__ = ["Counted", "Held"]
 class Counted:
     """What a forward pass and a loss may change in Python, where a recording cannot see it.
 
-    Numbers and words of the modules and of the `task`, their lists, sets and dictionaries, and
-    which tensors are the buffers.
+    Numbers and words of the modules and of the `task`, their lists, sets and dictionaries, those of
+    somebody's own classes and files, and which tensors are the buffers.
     """
 
     def __init__(self, model: nn.Module, task: object) -> None:
-        self._held = [(thing, _held(thing)) for thing in (*model.modules(), task)]
+        things = (*model.modules(), task)
+        # Somebody's own class, or the file that it is in, may count too.
+        classes = dict.fromkeys(chain.from_iterable(map(_own_classes, things)))
+        files = dict.fromkeys(sys.modules[cls.__module__] for cls in classes)
+        self._held = [(thing, _held(thing)) for thing in (*things, *classes, *files)]
         self._containers = [
             (value, copy(value), _contents(value))
             for thing, _ in self._held
@@ -39,8 +44,9 @@ class Counted:
             now = _held(thing)
             if now != before:
                 for key in now.keys() - before.keys():
-                    del vars(thing)[key]
-                vars(thing).update(before)
+                    delattr(thing, key)
+                for key, value in before.items():
+                    setattr(thing, key, value)
                 changed = True
         for container, before, contents in self._containers:
             if _contents(container) != contents:
@@ -114,6 +120,15 @@ class _Same:
 
 _OWN_OF_TORCH = frozenset(vars(nn.Module()))
 """Where a module has its parameters, buffers and hooks, which are looked at by themselves."""
+
+
+def _own_classes(thing: object) -> list[type]:
+    """Return the classes of `thing` that are neither Python's nor PyTorch's nor fedkn's."""
+    return [
+        cls
+        for cls in type(thing).__mro__
+        if cls.__module__.partition(".")[0] not in ("builtins", "abc", "typing", "torch", "fedkn")
+    ]
 
 
 def _containers(thing: object) -> list[Any]:

@@ -67,6 +67,28 @@ class Tallying(Plain):
         return super().forward(x) / self.seen["calls"][0]
 
 
+class Sharing(Plain):
+    """Counts in its class."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Sharing.passes += 1
+        return super().forward(x) / Sharing.passes
+
+
+_TURNS = 0
+
+
+class Turning(Plain):
+    """Counts in its file."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        global _TURNS  # noqa: PLW0603 - what is tested
+        _TURNS += 1
+        return super().forward(x) / _TURNS
+
+
 class Branching(Plain):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -106,6 +128,8 @@ class Replacing(Plain):
         (Tossing, "draws in Python"),
         (Counting, "counts there"),
         (Tallying, "counts there"),
+        (Sharing, "counts there"),
+        (Turning, "counts there"),
         (Branching, "reads a tensor in Python"),
         (Listing, "reads a tensor in Python"),
         (Foreign, "reads a tensor in Python"),
@@ -122,6 +146,7 @@ def test_what_a_replay_would_freeze_is_computed_as_it_comes(kind, reason, caplog
     with caplog.at_level(logging.INFO, logger="flwr"):
         for each in (workspace, other):
             random.seed(4)
+            Sharing.passes = globals()["_TURNS"] = 0
             results.append(
                 train_locally(
                     each, *data(), TASK, inputs=PLAIN, normalizer=normalizers.create("none")

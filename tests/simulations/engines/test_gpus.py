@@ -28,6 +28,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     def put(count: int, free: int = 70 * GIB) -> None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
         # The models themselves stay here.
