@@ -11,18 +11,17 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import lru_cache
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from numpy.lib import format as npy
 from torch import Tensor
 
 from fedkn.data.summary import DataSummary
 from fedkn.errors import UserError
 from fedkn.normalizers import TensorRole
+from fedkn.npy_headers import npy_header
 from fedkn.text import printable
 from fedkn.training import LocalUpdate
 from fedkn.training.transfer import moved
@@ -47,7 +46,6 @@ __all__ = [
     "TRAIN_LOSS",
     "TRAIN_METRICS",
     "VALUE",
-    "arrays_bytes",
     "arrays_record",
     "arrays_to_tensors",
     "data_record",
@@ -57,7 +55,6 @@ __all__ = [
     "is_packed",
     "join_answer",
     "join_request",
-    "npy_header",
     "on_the_wire",
     "packed",
     "packed_sizes",
@@ -183,20 +180,6 @@ def arrays_to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     return tensors
 
 
-@lru_cache(maxsize=4096)
-def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """Return what an .npy file of an array in C order begins with; its elements follow.
-
-    `Array` and NumPy write and parse this header anew for every array, which for the dozens of
-    small tensors of a model takes longer than everything else that happens to a message.
-    """
-    stream = BytesIO()
-    npy.write_array_header_1_0(
-        stream, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    )
-    return stream.getvalue()
-
-
 def packed(record: ArrayRecord) -> ArrayRecord:
     """Return `record` as a record of a single array, from which `unpacked` makes it again.
 
@@ -248,11 +231,6 @@ def record_bytes(record: ArrayRecord) -> int:
         data = record[PACKED].data
         return max(len(data) - _index_end(data), 0)
     return sum(len(array.data) for array in record.values())
-
-
-def arrays_bytes(arrays: Mapping[str, np.ndarray]) -> int:
-    """Return what `record_bytes` does of a record of these arrays, which need not be made."""
-    return sum(len(npy_header(a.dtype, a.shape)) + a.nbytes for a in arrays.values())
 
 
 def update_metrics(

@@ -20,11 +20,11 @@ from fedkn.federation import (
     CONFIG,
     CONTROL,
     DATA,
-    arrays_bytes,
     arrays_record,
     data_record,
     packed,
 )
+from fedkn.npy_headers import arrays_bytes
 
 __all__ = ["DirectGrid", "Order", "sent_through"]
 

@@ -26,11 +26,11 @@ from fedkn.federation import (
     PARTITION,
     arrays_record,
     is_packed,
-    npy_header,
     packed,
     packed_sizes,
     unpacked,
 )
+from fedkn.npy_headers import npy_header
 from fedkn.stack import Flat, Layout, Stack, distances
 from fedkn.text import printable
 from server.gate.plausible import named, numbers_in, training_ranges

@@ -21,7 +21,6 @@ from fedkn.federation import (
     is_packed,
     join_answer,
     join_request,
-    npy_header,
     on_the_wire,
     packed,
     record_bytes,
@@ -31,6 +30,7 @@ from fedkn.federation import (
     update_metrics,
 )
 from fedkn.normalizers import TensorRole
+from fedkn.npy_headers import npy_header
 from fedkn.training import LocalUpdate
 
 SUMMARY = DataSummary(

@@ -21,11 +21,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fedkn.layers.kernel.backends.filter_programs import finish_filter, use_filter
 from fedkn.layers.kernel.mask_kernel import keep, key_of
 
 __all__ = ["channel_sums", "epilogue", "finish_gradients", "moments", "reduce_gradient"]
-
-_WEIGHTS = tl.constexpr(1024)  # at once
 
 
 @triton.jit
@@ -131,7 +130,7 @@ def moments(
             KH, KW, SH, SW, PH, PW, DH, DW, MASKED, SPLITS, BLOCK,
         )  # fmt: skip
     else:
-        _use_filter(weight, used, filters, program - tiles * SAMPLES, WEIGHTS, CENTRED, COPY, TAPS)
+        use_filter(weight, used, filters, program - tiles * SAMPLES, WEIGHTS, CENTRED, COPY, TAPS)
 
 
 @triton.jit
@@ -175,37 +174,6 @@ def _unit_moments(
     here = n_th * POSITIONS + position
     tl.store(mean + here, first * count * centre, position < POSITIONS)
     tl.store(scale + here, 1.0 / tl.sqrt(variance + eps), position < POSITIONS)
-
-
-@triton.jit
-def _use_filter(
-    weight, used, filters, filter_, WEIGHTS,
-    CENTRED: tl.constexpr, COPY: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """The sum of a filter's weights, and a copy of them, less their mean where CENTRED."""
-    weight += filter_.to(tl.int64) * WEIGHTS
-    total = tl.zeros([_WEIGHTS], tl.float32)
-    for first in range(0, WEIGHTS, _WEIGHTS):
-        i = first + tl.arange(0, _WEIGHTS)
-        total += tl.load(weight + i, i < WEIGHTS, 0.0).to(tl.float32)
-    whole = tl.sum(total, 0)
-    tl.store(filters + filter_, whole)
-    if COPY:
-        used += filter_.to(tl.int64) * WEIGHTS
-        for first in range(0, WEIGHTS, _WEIGHTS):
-            i = first + tl.arange(0, _WEIGHTS)
-            value = tl.load(weight + i, i < WEIGHTS, 0.0).to(tl.float32)
-            if CENTRED:
-                value -= whole / WEIGHTS
-            tl.store(used + _channels_last(i, WEIGHTS, TAPS), value, i < WEIGHTS)
-
-
-@triton.jit
-def _channels_last(i, WEIGHTS, TAPS: tl.constexpr):
-    """Where the i-th weight of a filter (C, TAPS) is in one that is (TAPS, C)."""
-    if TAPS > 1:
-        i = i % TAPS * (WEIGHTS // TAPS) + i // TAPS
-    return i
 
 
 @triton.jit
@@ -317,7 +285,7 @@ def finish_gradients(
             SPLITS, SHARES, BLOCK_C, BLOCK_Q,
         )  # fmt: skip
     else:
-        _finish_filter(
+        finish_filter(
             parts, dw, out, db, program - PROGRAMS, O, PARTS, WEIGHTS, CENTRED, BIAS, WEIGHT, TAPS
         )
 
@@ -389,38 +357,3 @@ def _add_through_statistics(
             value = tl.where(kept, value, 0.0)
         at = dx + _places(client, sample, c, q, dstride_k, dstride_n, dstride_c, dstride_p, QUADS)
         tl.store(at, tl.load(at, inside, 0.0).to(tl.float32) + value, inside)
-
-
-@triton.jit
-def _finish_filter(
-    parts, dw, out, db, filter_, O, PARTS, WEIGHTS,
-    CENTRED: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """Of a filter db, and out: dw less sum(dz * mean), or its own mean where CENTRED."""
-    parts += filter_ // O * PARTS * 2 * O + filter_ % O
-    if BIAS:
-        tl.store(db + filter_, _sum_of_parts(parts, O, PARTS))
-    if WEIGHT:
-        dw += filter_.to(tl.int64) * WEIGHTS
-        out += filter_.to(tl.int64) * WEIGHTS
-        if CENTRED:
-            total = tl.zeros([_WEIGHTS], tl.float32)
-            for first in range(0, WEIGHTS, _WEIGHTS):
-                i = first + tl.arange(0, _WEIGHTS)
-                total += tl.load(dw + i, i < WEIGHTS, 0.0).to(tl.float32)
-            less = tl.sum(total, 0) / WEIGHTS
-        else:
-            less = _sum_of_parts(parts + O, O, PARTS)
-        for first in range(0, WEIGHTS, _WEIGHTS):
-            i = first + tl.arange(0, _WEIGHTS)
-            value = tl.load(dw + _channels_last(i, WEIGHTS, TAPS), i < WEIGHTS, 0.0)
-            tl.store(out + i, value.to(tl.float32) - less, i < WEIGHTS)
-
-
-@triton.jit
-def _sum_of_parts(parts, O, PARTS):
-    total = tl.zeros([_WEIGHTS], tl.float32)
-    for first in range(0, PARTS, _WEIGHTS):
-        i = first + tl.arange(0, _WEIGHTS)
-        total += tl.load(parts + i * 2 * O, i < PARTS, 0.0)
-    return tl.sum(total, 0)
