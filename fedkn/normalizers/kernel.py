@@ -29,7 +29,7 @@ class KernelNormalizer(Normalizer):
     every convolution has a bias. Options: `dropout_p`, the dropout of the statistics, None for the
     value the model publishes (0.05 outside fedkn's models); `eval_mode`, which variance evaluation
     uses (see `fedkn.layers`); `gain`, a learned factor for every channel after the convolution,
-    which no paper has: standardized filters cannot learn a scale (docs/why.md).
+    which no paper has: standardized filters cannot learn a scale.
     """
 
     name: ClassVar[str] = "kernel"
