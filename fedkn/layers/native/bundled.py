@@ -4,8 +4,6 @@ Below the mark it is written by ``python -m fedkn.layers.native``: change the ``
 ``.cpp`` files and run that.
 """
 
-# ruff: noqa: E501 - lines of C++
-
 from __future__ import annotations
 
 __all__ = ["HEADING", "sources"]
@@ -573,8 +571,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t groups, cons
   return {y, mean, inverse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Given& given, const Tensor& upstream,
-                                            bool relu) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Given& given, const Tensor& upstream, bool relu) {
   const Tensor g = upstream.contiguous(at::MemoryFormat::ChannelsLast);
   const float* gs = g.const_data_ptr<float>();
   return gradients_by(
@@ -824,8 +821,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t groups, cons
   return {y, mean, inverse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Given& given, const Tensor& upstream,
-                                            bool relu) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Given& given, const Tensor& upstream, bool relu) {
   const Tensor &x = given.x, &weight = given.weight, &bias = given.bias;
   const Maps s(x, given.groups);
   const Tensor g = upstream.contiguous();
@@ -1051,9 +1047,8 @@ KERNEL void pooled_input_gradient(const Shape& s, int64_t width, const Columns& 
 
 // As `forward`, and the places of the winners.
 std::tuple<Tensor, Tensor, Tensor, Tensor> pooling_forward(const Tensor& x, int64_t groups,
-                                                           const Tensor& weight,
-                                                           const Tensor& bias, double eps,
-                                                           bool relu) {
+                                                           const Tensor& weight, const Tensor& bias,
+                                                           double eps, bool relu) {
   constexpr auto last = at::MemoryFormat::ChannelsLast;
   Tensor y = at::empty({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x.options(), last);
   Tensor winner = at::empty(y.sizes(), x.options().dtype(at::kInt), last);
@@ -1183,7 +1178,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Plan& p, const Tensor& input, c
   Tensor z = convolve(p, x, weight).contiguous(p.format());
   Tensor y = keep && !p.keeps_y ? at::empty_like(z) : z;
   Tensor moment_maps = at::empty({2, p.samples, p.positions()}, x.options());
-  const float *s = values.const_data_ptr<float>(), *b = s + p.all_filters(), *xs = x.const_data_ptr<float>();
+  const float *s = values.const_data_ptr<float>(), *b = s + p.all_filters(),
+              *xs = x.const_data_ptr<float>();
   float *zs = z.data_ptr<float>(), *ys = y.data_ptr<float>();
   float* means = moment_maps.data_ptr<float>();
   float* scales = means + p.samples * p.positions();
@@ -1228,7 +1224,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstrea
   Tensor db = at::empty({std::max<int64_t>(1, p.batch()), p.all_filters()}, g.options());
   const Buffer<float> dsum(db.numel());
   const Buffer<double> spread(wanted.x ? p.samples * 2 * pixels : 0);
-  const float *s = values.const_data_ptr<float>(), *b = s + p.all_filters(), *gs = g.const_data_ptr<float>();
+  const float *s = values.const_data_ptr<float>(), *b = s + p.all_filters(),
+              *gs = g.const_data_ptr<float>();
   const float* outputs = output.const_data_ptr<float>();
   const float* means = moment_maps.const_data_ptr<float>();
   const float* scales = means + p.samples * positions;
@@ -1380,10 +1377,10 @@ struct Convolution : public torch::autograd::Function<Convolution> {
     } else {
       at::AutoDispatchBelowADInplaceOrView guard;
       static const auto op = typed<BackwardSignature>("convolution_backward");
-      std::tie(dx, dw, db) = op.call(
-          g, x, weight, saved[3], saved[4], saved[5], p.stride, p.padding, p.dilation, p.groups,
-          p.clients, kept.keys(), p.level, p.eps, p.relu, kept.keeps_output(),
-          std::array<bool, 3>{wanted.x, wanted.weight, wanted.bias});
+      std::tie(dx, dw, db) =
+          op.call(g, x, weight, saved[3], saved[4], saved[5], p.stride, p.padding, p.dilation,
+                  p.groups, p.clients, kept.keys(), p.level, p.eps, p.relu, kept.keeps_output(),
+                  std::array<bool, 3>{wanted.x, wanted.weight, wanted.bias});
     }
     return {dx, dw, db, Tensor()};
   }
@@ -2270,9 +2267,9 @@ struct Given {
 
 struct Argument {
   Kind kind;
-  IValue value;      // where nothing in it changes
-  int64_t place;     // of the tensor or key; of a rate, its sign
-  bool last;         // whether the tensor is not needed any more
+  IValue value;       // where nothing in it changes
+  int64_t place;      // of the tensor or key; of a rate, its sign
+  bool last;          // whether the tensor is not needed any more
   c10::TypePtr type;  // of a list, its elements'
   std::vector<Argument> elements;
 };
@@ -2298,9 +2295,12 @@ class Step : public torch::CustomClassHolder {
   void add(const std::string& name, const std::string& overload, std::vector<int64_t> arguments,
            std::vector<double> floats, std::vector<std::string> words,
            std::vector<std::vector<int64_t>> results) {
-    Operation operation{c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(),
-                                                                       overload.c_str()),
-                        0, {}, std::move(results), {}};
+    Operation operation{
+        c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str()),
+        0,
+        {},
+        std::move(results),
+        {}};
     const auto& formal = operation.op->schema().arguments();
     size_t at = 0;
     for (const auto& argument : formal) {
@@ -2437,8 +2437,7 @@ class Step : public torch::CustomClassHolder {
       case kRate:
         return number(argument.place < 0 ? -given.rate : given.rate, *argument.type);
       case kList:
-        return list(argument,
-                    [&](const Argument& element) { return value_of(element, given); });
+        return list(argument, [&](const Argument& element) { return value_of(element, given); });
       default:
         return argument.value;
     }

@@ -291,8 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t groups, cons
   return {y, mean, inverse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Given& given, const Tensor& upstream,
-                                            bool relu) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Given& given, const Tensor& upstream, bool relu) {
   const Tensor g = upstream.contiguous(at::MemoryFormat::ChannelsLast);
   const float* gs = g.const_data_ptr<float>();
   return gradients_by(

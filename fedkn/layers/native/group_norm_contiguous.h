@@ -127,8 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t groups, cons
   return {y, mean, inverse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Given& given, const Tensor& upstream,
-                                            bool relu) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Given& given, const Tensor& upstream, bool relu) {
   const Tensor &x = given.x, &weight = given.weight, &bias = given.bias;
   const Maps s(x, given.groups);
   const Tensor g = upstream.contiguous();

@@ -184,9 +184,8 @@ KERNEL void pooled_input_gradient(const Shape& s, int64_t width, const Columns& 
 
 // As `forward`, and the places of the winners.
 std::tuple<Tensor, Tensor, Tensor, Tensor> pooling_forward(const Tensor& x, int64_t groups,
-                                                           const Tensor& weight,
-                                                           const Tensor& bias, double eps,
-                                                           bool relu) {
+                                                           const Tensor& weight, const Tensor& bias,
+                                                           double eps, bool relu) {
   constexpr auto last = at::MemoryFormat::ChannelsLast;
   Tensor y = at::empty({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x.options(), last);
   Tensor winner = at::empty(y.sizes(), x.options().dtype(at::kInt), last);

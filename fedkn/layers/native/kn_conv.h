@@ -92,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Plan& p, const Tensor& input, c
   Tensor z = convolve(p, x, weight).contiguous(p.format());
   Tensor y = keep && !p.keeps_y ? at::empty_like(z) : z;
   Tensor moment_maps = at::empty({2, p.samples, p.positions()}, x.options());
-  const float *s = values.const_data_ptr<float>(), *b = s + p.all_filters(), *xs = x.const_data_ptr<float>();
+  const float *s = values.const_data_ptr<float>(), *b = s + p.all_filters(),
+              *xs = x.const_data_ptr<float>();
   float *zs = z.data_ptr<float>(), *ys = y.data_ptr<float>();
   float* means = moment_maps.data_ptr<float>();
   float* scales = means + p.samples * p.positions();
@@ -137,7 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstrea
   Tensor db = at::empty({std::max<int64_t>(1, p.batch()), p.all_filters()}, g.options());
   const Buffer<float> dsum(db.numel());
   const Buffer<double> spread(wanted.x ? p.samples * 2 * pixels : 0);
-  const float *s = values.const_data_ptr<float>(), *b = s + p.all_filters(), *gs = g.const_data_ptr<float>();
+  const float *s = values.const_data_ptr<float>(), *b = s + p.all_filters(),
+              *gs = g.const_data_ptr<float>();
   const float* outputs = output.const_data_ptr<float>();
   const float* means = moment_maps.const_data_ptr<float>();
   const float* scales = means + p.samples * positions;
@@ -289,10 +291,10 @@ struct Convolution : public torch::autograd::Function<Convolution> {
     } else {
       at::AutoDispatchBelowADInplaceOrView guard;
       static const auto op = typed<BackwardSignature>("convolution_backward");
-      std::tie(dx, dw, db) = op.call(
-          g, x, weight, saved[3], saved[4], saved[5], p.stride, p.padding, p.dilation, p.groups,
-          p.clients, kept.keys(), p.level, p.eps, p.relu, kept.keeps_output(),
-          std::array<bool, 3>{wanted.x, wanted.weight, wanted.bias});
+      std::tie(dx, dw, db) =
+          op.call(g, x, weight, saved[3], saved[4], saved[5], p.stride, p.padding, p.dilation,
+                  p.groups, p.clients, kept.keys(), p.level, p.eps, p.relu, kept.keeps_output(),
+                  std::array<bool, 3>{wanted.x, wanted.weight, wanted.bias});
     }
     return {dx, dw, db, Tensor()};
   }

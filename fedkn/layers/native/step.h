@@ -35,9 +35,9 @@ struct Given {
 
 struct Argument {
   Kind kind;
-  IValue value;      // where nothing in it changes
-  int64_t place;     // of the tensor or key; of a rate, its sign
-  bool last;         // whether the tensor is not needed any more
+  IValue value;       // where nothing in it changes
+  int64_t place;      // of the tensor or key; of a rate, its sign
+  bool last;          // whether the tensor is not needed any more
   c10::TypePtr type;  // of a list, its elements'
   std::vector<Argument> elements;
 };
@@ -63,9 +63,12 @@ class Step : public torch::CustomClassHolder {
   void add(const std::string& name, const std::string& overload, std::vector<int64_t> arguments,
            std::vector<double> floats, std::vector<std::string> words,
            std::vector<std::vector<int64_t>> results) {
-    Operation operation{c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(),
-                                                                       overload.c_str()),
-                        0, {}, std::move(results), {}};
+    Operation operation{
+        c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str()),
+        0,
+        {},
+        std::move(results),
+        {}};
     const auto& formal = operation.op->schema().arguments();
     size_t at = 0;
     for (const auto& argument : formal) {
@@ -202,8 +205,7 @@ class Step : public torch::CustomClassHolder {
       case kRate:
         return number(argument.place < 0 ? -given.rate : given.rate, *argument.type);
       case kList:
-        return list(argument,
-                    [&](const Argument& element) { return value_of(element, given); });
+        return list(argument, [&](const Argument& element) { return value_of(element, given); });
       default:
         return argument.value;
     }
