@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.autograd.function import once_differentiable
 
 from fedkn.layers import circumstances, side_by_side, triton_switch
@@ -77,14 +76,12 @@ def _of_clients(  # noqa: PLR0917 - as group_norm's
     """All clients' groups at once."""
     clients = side_by_side.clients_of(weight)
     if triton_switch.reaches(x.device):
-        level = _functorch.peek_interpreter_stack().level()
         with side_by_side.outside():
             maps, gain, shift = (
                 side_by_side.taken_out(tensor, 0, clients) for tensor in (x, weight, bias)
             )
             y = _Normalized.apply(maps, groups, gain.contiguous(), shift.contiguous(), eps, relu)  # type: ignore[no-untyped-call] # torch's
-        own: Tensor = _functorch._add_batch_dim(y, 0, level)
-        return own
+        return side_by_side.put_back(y, 0)
     maps = side_by_side.beside(x, clients)
     gain, shift = side_by_side.flat(weight, clients), side_by_side.flat(bias, clients)
     with side_by_side.outside():

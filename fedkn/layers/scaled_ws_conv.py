@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
 from torch.autograd.function import once_differentiable
 
 from fedkn.errors import UserError
@@ -63,14 +62,12 @@ def _of_clients(weight: Tensor, gain: Tensor) -> bool:
 
 def _standardized_of_clients(weight: Tensor, gain: Tensor) -> Tensor:
     clients = side_by_side.clients_of(weight)
-    level = _functorch.peek_interpreter_stack().level()
     with side_by_side.outside():
         filters, gains = (
             side_by_side.taken_out(tensor, 0, clients).contiguous() for tensor in (weight, gain)
         )
         used = _Standardized.apply(filters, gains)  # type: ignore[no-untyped-call] # torch's
-    own: Tensor = _functorch._add_batch_dim(used, 0, level)
-    return own
+    return side_by_side.put_back(used, 0)
 
 
 class _Standardized(torch.autograd.Function):

@@ -19,7 +19,17 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack as ou
 from fedkn.layers.circumstances import No, Served, one_vmap_over
 from fedkn.layers.native import library
 
-__all__ = ["NO_VMAP", "apart", "beside", "clients_of", "flat", "outside", "serves", "taken_out"]
+__all__ = [
+    "NO_VMAP",
+    "apart",
+    "beside",
+    "clients_of",
+    "flat",
+    "outside",
+    "put_back",
+    "serves",
+    "taken_out",
+]
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
@@ -52,7 +62,13 @@ def apart(y: Tensor, clients: int) -> Tensor:
     """Return what lies side by side as a client sees its own."""
     with outside():
         maps = y.view(y.shape[0], clients, y.shape[1] // clients, *y.shape[2:])
-    own: Tensor = _functorch._add_batch_dim(maps, 1, _functorch.peek_interpreter_stack().level())
+    return put_back(maps, 1)
+
+
+def put_back(result: Tensor, clients_at: int) -> Tensor:
+    """Return a `result` of all clients, who are a dimension of it, as each sees its own."""
+    level = _functorch.peek_interpreter_stack().level()
+    own: Tensor = _functorch._add_batch_dim(result, clients_at, level)
     return own
 
 

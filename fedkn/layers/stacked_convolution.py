@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from fedkn.layers import circumstances, group_norm, triton_switch
 from fedkn.layers.kernel.settings import Geometry
-from fedkn.layers.side_by_side import clients_of, taken_out
+from fedkn.layers.side_by_side import clients_of, outside, put_back, taken_out
 
 __all__ = [
     "StackedConvolutions",
@@ -137,14 +136,12 @@ class _Call(NamedTuple):
 
     def answer(self) -> Tensor:
         clients = clients_of(self.weight)
-        level = _functorch.peek_interpreter_stack().level()
-        with temporarily_pop_interpreter_stack():
+        with outside():
             x = taken_out(self.x, 0, clients)
             weight = taken_out(self.weight, 0, clients)
             bias = None if self.bias is None else taken_out(self.bias, 0, clients)
             y = convolve_stacked(x, weight, bias, self.geometry)
-        own: Tensor = _functorch._add_batch_dim(y, 0, level)
-        return own
+        return put_back(y, 0)
 
 
 class _Convolution(torch.autograd.Function):

@@ -53,7 +53,6 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         self.draws = False
         self.used: set[int] = set()
         self._telling = telling
-        self._inputs = len(inputs)
         self._kept: list[Tensor] = []
         # Kept tensors are numbered -1, -2, ..., the others 0, 1, ...
         # Weak, so that a step takes no more memory for being recorded.
@@ -67,11 +66,6 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
     def _should_skip_dynamo(cls) -> bool:
         """Else PyTorch imports its compiler, for seconds, to keep it from this mode."""
         return False
-
-    @property
-    def kept(self) -> Sequence[Tensor]:
-        """The tensors that are read where they are."""
-        return self._kept
 
     def seed(self, number: int) -> None:
         """Write down that PyTorch's generator is seeded with the seed of this number."""
@@ -282,10 +276,6 @@ def _tensors(part: Any) -> list[Tensor]:
     if isinstance(part, Tensor):
         return [part]
     return [t for t in part or () if isinstance(t, Tensor)]
-
-
-def _is_alias(func: Any) -> bool:
-    return bool(func in _ALIASES)
 
 
 _ALIASES = (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from fedkn.layers import triton_switch
+from fedkn.layers.side_by_side import outside, put_back
 
 __all__ = ["draw_lanes", "serves"]
 
@@ -36,11 +36,10 @@ def draw_lanes(
         key = torch.full((), key, dtype=torch.int64, device=device)
     if not _functorch.is_batchedtensor(key):
         return drawn(key.to(device).reshape(1), words, level, dtype)[0]
-    inner, level_of = _functorch.get_unwrapped(key), _functorch.peek_interpreter_stack().level()
-    with temporarily_pop_interpreter_stack():
+    inner = _functorch.get_unwrapped(key)
+    with outside():
         lanes = drawn(inner.to(device).contiguous(), words, level, dtype)
-    own: Tensor = _functorch._add_batch_dim(lanes, 0, level_of)
-    return own
+    return put_back(lanes, 0)
 
 
 def drawn(keys: Tensor, words: int, level: int, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 from fedkn.layers import circumstances, side_by_side
 from fedkn.layers.kernel import definition
@@ -63,14 +62,12 @@ def _of_pixels(units: Tensor, settings: Settings, eager: bool) -> Tensor:
         y: Tensor = _NormalizedPixels.apply(units, settings)  # type: ignore[no-untyped-call] # torch's
         return y
     clients, key = side_by_side.clients_of(units), settings.key
-    level = _functorch.peek_interpreter_stack().level()
     with side_by_side.outside():
         maps = side_by_side.taken_out(units, 0, clients)
         if isinstance(key, Tensor):
             settings = settings._replace(key=side_by_side.taken_out(key, 0, clients))
         y = _NormalizedPixels.apply(maps, settings)  # type: ignore[no-untyped-call] # torch's
-    own: Tensor = _functorch._add_batch_dim(y, 0, level)
-    return own
+    return side_by_side.put_back(y, 0)
 
 
 class _NormalizedPixels(torch.autograd.Function):

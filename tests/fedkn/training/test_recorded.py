@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedkn import models, normalizers
+from fedkn import normalizers
 from fedkn.algorithms.fedprox import FedProx
 from fedkn.algorithms.scaffold import Scaffold
 from fedkn.config import TrainConfig
@@ -18,10 +18,10 @@ from fedkn.training import Inputs, LocalTask, Workspace, recorded, train_locally
 from fedkn.training.captured import Captured
 from fedkn.training.kept_momentum import KeptMomentum
 from fedkn.training.recorded import StepRecorder
+from tests.fedkn.training.recorded_rounds import PLAIN, build, data, train
 
 TRAIN = TrainConfig(batch_size=4, local_epochs=2, momentum=0.9, weight_decay=1e-3, clip_norm=1.0)
 TASK = LocalTask(seed=3, round_=2, client=1, train=TRAIN, learning_rate=0.05)
-PLAIN = Inputs("unit")
 
 
 class Double(Captured):
@@ -42,40 +42,10 @@ class Double(Captured):
         self._function()
 
 
-def build(name: str, width: int = 4) -> nn.Module:
-    return models.build(
-        "resnet8",
-        num_classes=10,
-        in_channels=1,
-        normalizer=normalizers.create(name),
-        width=width,
-        seed=0,
-    )
-
-
-def data(size: int = 11, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(256, (size, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    return images, torch.randint(10, (size,), generator=generator)
-
-
 def recording(model: nn.Module) -> Workspace:
     workspace = Workspace(model)
     workspace.recorder = StepRecorder(workspace, Double)
     return workspace
-
-
-def train(workspace: Workspace, task: LocalTask, inputs: Inputs = PLAIN, name: str = "none", **own):
-    workspace.load(own.get("state", {}))
-    update = train_locally(
-        workspace,
-        *own.get("data", data()),
-        task,
-        inputs=inputs,
-        normalizer=normalizers.create(name),
-    )
-    state = {key: value.clone() for key, value in workspace.state().items()}
-    return state, replace(update, seconds=0.0)
 
 
 def assert_close(one, other) -> None:
@@ -152,7 +122,7 @@ def test_one_recording_serves_all_clients_and_rounds_and_rates() -> None:
 
 def test_long_rounds_are_taken_in_chunks(monkeypatch) -> None:
     computed = train(Workspace(build("kernel")), TASK, name="kernel", data=data(53))
-    monkeypatch.setattr(recorded, "_BYTES_AT_ONCE", 64 * 9)
+    monkeypatch.setattr(recorded, "_BYTES_AT_ONCE", 192 * 9)
     workspace = recording(build("kernel"))
     assert_close(computed, train(workspace, TASK, name="kernel", data=data(53)))
     longer = train(Workspace(build("kernel")), TASK, name="kernel", data=data(71))
@@ -171,7 +141,7 @@ def test_same_bits_whatever_was_recorded_before() -> None:
 class Tossing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.head = nn.Linear(64, 10)
+        self.head = nn.Linear(192, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x.flatten(1)) * (1.0 if random.random() < 0.5 else 0.5)

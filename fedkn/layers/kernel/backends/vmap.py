@@ -53,7 +53,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) 
 def _by_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, clients: int
 ) -> Tensor:
-    level, key = _functorch.peek_interpreter_stack().level(), settings.key
+    key = settings.key
     with side_by_side.outside():
         maps = stacked_convolution.laid_out(
             side_by_side.taken_out(x, 0, clients), settings.geometry
@@ -63,8 +63,7 @@ def _by_triton(
         if isinstance(key, Tensor):
             settings = settings._replace(key=side_by_side.taken_out(key, 0, clients))
         y = _on_clients(maps, filters, shift, settings)
-    own: Tensor = _functorch._add_batch_dim(y, 0, level)
-    return own
+    return side_by_side.put_back(y, 0)
 
 
 _on_clients = by_hand(triton)
