@@ -52,7 +52,9 @@ def run_marked(case: MarkedFile, device: Gpu) -> MarkedOutcome:
         UserError: pytest could not run them.
     """
     device.clear()  # they share its memory
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    # The checkout's own options may quieten pytest once more, and its last line would be gone.
+    options = ["-o", "addopts=", "--strict-markers", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *options]
     done = subprocess.run(
         [*command, case.path],
         cwd=_checkout(),
