@@ -17,6 +17,7 @@ from simulations.overview.answers import published_sentences
 from simulations.overview.page import Overview, command_of, has_results, powers_in, resume_of
 from simulations.overview.reproduced import Reproduced
 from simulations.report import formats
+from simulations.report.effects import Effect
 from simulations.report.endings import convergence
 from simulations.report.power import Power, powers_of
 from simulations.report.settings import display_name
@@ -109,14 +110,7 @@ def _wrapped(text: str, start: str = "") -> list[str]:
 
 def _study(study: RunSummary) -> str:
     lines = [*("```", printable(study.grid.command, 2000), resume_of(study), "```", "")]
-    for section in study.sections:
-        if not any(entry.final for entry in section.entries.values()):
-            continue
-        if len(study.sections) > 1:
-            lines += [f"**{_escaped(section.label)}**", ""]
-        for sentence in section.verdicts:
-            lines += _wrapped(_escaped(sentence), "> ")
-        lines += ["", *_grid(section), ""]
+    lines += _along_axes(study) if study.grid.axes else _by_section(study)
     seconds = sum(max(c.seconds or 0.0, sum(r.seconds for r in c.rounds)) for c in study.cells)
     notes = [
         f"Mean and 95% interval over seeds, {formats.count(study.ended, 'result cell')} of "
@@ -128,6 +122,60 @@ def _study(study: RunSummary) -> str:
     return "\n".join([*lines, *_wrapped(" ".join(notes)), ""])
 
 
+def _by_section(study: RunSummary) -> Iterator[str]:
+    """Verdict and table of each section."""
+    for section in study.sections:
+        if not any(entry.final for entry in section.entries.values()):
+            continue
+        if len(study.sections) > 1:
+            yield from (f"**{_escaped(section.label)}**", "")
+        for sentence in section.verdicts:
+            yield from _wrapped(_escaped(sentence), "> ")
+        yield from ("", *_grid(section), "")
+
+
+def _along_axes(study: RunSummary) -> Iterator[str]:
+    """What the axes show, the effects, and all results in one table: a section in a line."""
+    for sentence in study.axis_verdicts:
+        yield from (*_wrapped(_escaped(sentence), "> "), ">")
+    yield ""
+    if study.effects:
+        yield from (*_effects(study.effects), "")
+    columns = list(study.sections[0].entries)
+    heads = (f"{_escaped(name)}, batch {size}" for name, size in columns)
+    yield _row(["all else", *heads])
+    yield _row(["---"] * (1 + len(columns)))
+    for section in study.sections:
+        figures = (
+            _figure(section, name, size, bold=False) + _marked_keeper(section, name)
+            for name, size in columns
+        )
+        yield _row([_escaped(section.label), *figures])
+    yield ""
+
+
+def _effects(effects: Sequence[Effect]) -> Iterator[str]:
+    yield _row(["averaged over all else", "better", "than", "by", "p, Holm"])
+    yield _row(["---", "---", "---", "--:", "--:"])
+    for effect in effects:
+        test = effect.comparison
+        by = formats.difference(test.difference, effect.metric)
+        width = f" {formats.half_width(test, effect.metric)}" if test.n > 1 else ""
+        mark = "**" if test.significant else ""
+        yield _row(
+            [
+                _escaped(effect.label),
+                *(_escaped(name or "empty") for name in (test.first, test.second)),
+                f"{mark}{by}{width} {formats.difference_unit(effect.metric)}".rstrip() + mark,
+                formats.p_value(test.p_holm),
+            ]
+        )
+
+
+def _marked_keeper(section: Section, name: str) -> str:
+    return f" {formats.KEEPS}" if name in section.keepers else ""
+
+
 def _grid(section: Section) -> Iterator[str]:
     """The table normalizers x batch sizes, the best mean of each column in bold."""
     winners = {contest.batch_size: contest.winner for contest in section.contests}
@@ -137,10 +185,9 @@ def _grid(section: Section) -> Iterator[str]:
         counts = max(
             (group_counts(e) for e in section.entries.values() if e.normalizer == name), default=0
         )
-        mark = f" {formats.KEEPS}" if name in section.keepers else ""
         yield _row(
             [
-                _escaped(display_name(name, counts)) + mark,
+                _escaped(display_name(name, counts)) + _marked_keeper(section, name),
                 *(
                     _figure(section, name, size, bold=winners[size] == name)
                     for size in section.batch_sizes

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from fedkn.errors import UserError
-from fedkn.tasks.metric import ACCURACY, Metric
+from fedkn.tasks.metric import Metric
 from simulations.report.axes import (
     NORMALIZER,
     AxisContest,
@@ -18,6 +18,8 @@ from simulations.report.axes import (
     axis_verdicts,
     fields_of,
 )
+from simulations.report.contests import contest, own_contest
+from simulations.report.effects import Effect, effect_sentences, effects_of
 from simulations.report.entries import Entry
 from simulations.report.holdings import ClientTable, client_tables
 from simulations.report.reading import ReadRun, read_run, union
@@ -96,6 +98,7 @@ class RunSummary:
 
     `comparisons` are all of its tests, along further axes too, `own_comparisons` those of the
     clients' own models; `axis_contests` and `own_axis_contests` are those along its further axes.
+    `effects` and `own_effects` are what each setting is worth, averaged over all others.
     """
 
     folder: RunFolder
@@ -110,6 +113,8 @@ class RunSummary:
     own_comparisons: list[Comparison]
     axis_contests: list[AxisContest]
     own_axis_contests: list[AxisContest]
+    effects: list[Effect]
+    own_effects: list[Effect]
 
     @property
     def results(self) -> list[CellRecord]:
@@ -136,7 +141,12 @@ class RunSummary:
     @property
     def axis_verdicts(self) -> list[str]:
         """What the further axes show, sentence by sentence."""
-        return _of_both(self.axis_contests, self.own_axis_contests, so_far=bool(self.partial))
+        so_far = bool(self.partial)
+        return [
+            *_of_both(self.axis_contests, self.own_axis_contests, so_far=so_far),
+            *effect_sentences(self.effects, so_far=so_far),
+            *_on_own(effect_sentences(self.own_effects, so_far=so_far)),
+        ]
 
 
 @dataclass(frozen=True)
@@ -158,10 +168,11 @@ class Digest:
 
 
 class _Tests(NamedTuple):
-    """The tests of a family: within places, and along axes."""
+    """The tests of a family, within places and along axes; and the effects, by run."""
 
     comparisons: list[Comparison]
     fields: dict[Held, dict[str, Spot]]
+    effects: dict[str, list[Effect]]
 
 
 def summarize(runs: Sequence[RunFolder]) -> list[RunSummary]:
@@ -214,14 +225,11 @@ def digest(folders: Sequence[RunFolder]) -> Digest:
 def _of_both(
     contests: Sequence[AxisContest], own: Sequence[AxisContest], *, so_far: bool
 ) -> list[str]:
-    on_own = [
-        f"On the clients' own images: {_lowered(text)}" for text in axis_verdicts(own, so_far)
-    ]
-    return [*axis_verdicts(contests, so_far), *on_own]
+    return [*axis_verdicts(contests, so_far), *_on_own(axis_verdicts(own, so_far))]
 
 
-def _lowered(text: str) -> str:
-    return text[0].lower() + text[1:]
+def _on_own(sentences: Sequence[str]) -> list[str]:
+    return [f"On the clients' own images: {text[0].lower()}{text[1:]}" for text in sentences]
 
 
 def _final(entry: Entry) -> Mapping[int, float]:
@@ -255,7 +263,11 @@ def _tests(
     for held, spots in fields.items():
         groups[held] = {value: final(entries[spot]) for value, spot in spots.items()}
         metrics[held] = entries[next(iter(spots.values()))].metric
-    return _Tests(compare_all_pairs(groups, metrics), fields)
+    effects = {
+        run: effects_of({at: e for at, e in entries.items() if at.run == run}, final, basis)
+        for run in dict.fromkeys(spot.run for spot in entries)
+    }
+    return _Tests(compare_all_pairs(groups, metrics), fields, effects)
 
 
 def _group(spot: Spot) -> Held:
@@ -308,6 +320,8 @@ def _summary(
         own_comparisons=own.comparisons,
         axis_contests=_contests(shared, entries, _interval, along),
         own_axis_contests=_contests(own, entries, _own_interval, along),
+        effects=shared.effects.get(run.label, []),
+        own_effects=own.effects.get(run.label, []),
     )
 
 
@@ -343,8 +357,8 @@ def _section(
         target=targets[0] if targets else math.nan,
         entries=entries,
         keepers=[name for name in names if name in run.keepers],
-        contests=[_contest(size, by_size[size], run.keepers, of_global[size]) for size in sizes],
-        own_contests=[_own_contest(size, by_size[size], of_own[size]) for size in sizes]
+        contests=[contest(size, by_size[size], run.keepers, of_global[size]) for size in sizes],
+        own_contests=[own_contest(size, by_size[size], of_own[size]) for size in sizes]
         if any(entry.own for entry in entries.values())
         else [],
         trials={
@@ -352,43 +366,3 @@ def _section(
         },
         tables=client_tables(run.folder, partition, [c for c in here if c.purpose == "result"]),
     )
-
-
-def _contest(
-    batch_size: int,
-    entries: Sequence[Entry],
-    keepers: Collection[str],
-    comparisons: list[Comparison],
-) -> Contest:
-    entries = [entry for entry in entries if entry.normalizer not in keepers]
-    return Contest(
-        batch_size=batch_size,
-        means={e.normalizer: e.accuracy.mean for e in entries if e.final},
-        comparisons=comparisons,
-        lost={e.normalizer: e.lost for e in entries if e.lost},
-        untrained=[e.normalizer for e in entries if e.cells and e.lost == len(e.cells)],
-        entrants=len(entries),
-        metric=_judged(entries),
-    )
-
-
-def _own_contest(
-    batch_size: int, entries: Sequence[Entry], comparisons: list[Comparison]
-) -> Contest:
-    results = {e.normalizer: e.own for e in entries if e.own}
-    lost = {e.normalizer: e.ended - (len(e.own.final) if e.own else 0) for e in entries}
-    return Contest(
-        batch_size=batch_size,
-        means={name: own.accuracy.mean for name, own in results.items()},
-        comparisons=comparisons,
-        lost={name: cells for name, cells in lost.items() if cells},
-        untrained=[e.normalizer for e in entries if e.cells and lost[e.normalizer] == len(e.cells)],
-        failed_clients={name: own.failed for name, own in results.items() if own.failed},
-        entrants=len(entries),
-        metric=_judged(entries),
-    )
-
-
-def _judged(entries: Sequence[Entry]) -> Metric:
-    """The metric of a contest of `entries`; of none any will do."""
-    return entries[0].metric if entries else ACCURACY

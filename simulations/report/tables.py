@@ -8,6 +8,7 @@ from typing import Any
 
 from fedkn.tasks.metric import Metric
 from simulations.report.axes import AxisContest
+from simulations.report.effects import Effect
 from simulations.report.endings import convergence, ending_of
 from simulations.report.entries import Entry, OwnModels, PrivacySpent
 from simulations.report.power import own_powers_of, powers_of
@@ -29,7 +30,8 @@ def summary_dict(run: RunFolder) -> dict[str, Any]:
     `own_differences` are the same for the clients' own models, of all normalizers. A section is a
     partition at one point of the further `axes`, along which `axis_differences` are all pairs.
     `power` is what the tests against the best means could find 4 times in 5 (`detectable`, by
-    pair), and the seeds that it takes to find the difference `asked` for so often.
+    pair), and the seeds that it takes to find the difference `asked` for so often. `effects` are
+    what each setting is worth, averaged over all others (`simulations/report/effects.py`).
     """
     (summary,) = summarize([run])
     return _run_dict(summary)
@@ -75,6 +77,8 @@ def _run_dict(summary: RunSummary) -> dict[str, Any]:
         "axis_verdicts": summary.axis_verdicts,
         "axis_differences": _axis_differences(summary.axis_contests),
         "own_axis_differences": _axis_differences(summary.own_axis_contests),
+        "effects": _effects(summary.effects),
+        "own_effects": _effects(summary.own_effects),
     }
 
 
@@ -119,6 +123,13 @@ def _axis_differences(contests: Sequence[AxisContest]) -> list[dict[str, Any]]:
         }
         for of in contests
         for comparison in of.contest.comparisons
+    ]
+
+
+def _effects(effects: Sequence[Effect]) -> list[dict[str, Any]]:
+    return [
+        {"of": list(effect.of), "cells": effect.cells, **_comparison_dict(effect.comparison)}
+        for effect in effects
     ]
 
 

@@ -87,7 +87,7 @@ def test_normalizers_and_values_of_axes_are_one_family(tmp_path: Path) -> None:
 def test_the_verdict_names_what_the_axis_shows_and_where(tmp_path: Path) -> None:
     run = made_run(tmp_path / "r", noisy, seeds=SEEDS, axes=AXES)
     (summary,) = summarize([run])
-    strategy, momentum = summary.axis_verdicts
+    strategy, momentum, _ = summary.axis_verdicts
     start = "Between values of strategy.name: all else being equal, in 4 comparisons: scaffold is"
     assert strategy.startswith(f"{start} ahead of fedavg in 4, by ")
     assert "kernel at batch size 2" in strategy
