@@ -80,9 +80,16 @@ def begun(path: Path, changes: Mapping[str, object] | None = None) -> tuple[Grid
 
 
 def amended(
-    grid: GridConfig, run: RunFolder, *, root: Path | None, seeds: int | None
+    grid: GridConfig,
+    run: RunFolder,
+    *,
+    root: Path | None,
+    seeds: int | None,
+    more: Mapping[str, object],
 ) -> GridConfig:
-    """Return the grid of `run` with its data elsewhere, or with more seeds, and record that.
+    """Return the grid of `run` with its data elsewhere, more seeds or `more` values, and record it.
+
+    `more` has, of compare.normalizers and compare.batch_sizes, what comes to those that there are.
 
     Raises:
         UserError: the data at `root` are not those that it was begun with, fewer seeds than it has,
@@ -102,11 +109,16 @@ def amended(
                 f"'{run.path}' has {grid.compare.seeds} seeds already: give as many or more"
             )
         changes["compare.seeds"] = seeds
+    added = GridConfig.resolve(grid.flat(), more).compare
+    for key in more:
+        name = key.removeprefix("compare.")
+        there = [*getattr(grid.compare, name), *getattr(added, name)]
+        changes[key] = list(dict.fromkeys(there))
     new = GridConfig.resolve(grid.flat(), changes)
     if new == grid:
         return grid
     tables = check(new)
-    record = _record(new, run.grid.name, run.grid.command)
+    record = _record(new, run.grid.name, _then(run, new))
     try:
         with held(run.path):
             if root is not None:
@@ -181,6 +193,22 @@ def _pins(grid: GridConfig) -> dict[str, object]:
         "compare.axes.model.weights": [pin.get("model.weights", "") for pin in pins],
         "compare.weights_sha256": [pin.get("model.weights_sha256", "") for pin in pins],
     }
+
+
+def _then(run: RunFolder, new: GridConfig) -> str:
+    """The command that repeats the run, and then that by which it became `new`."""
+    there, compare = run.grid, new.compare
+    flags = {
+        "--normalizer": [n for n in compare.normalizers if n not in there.normalizers],
+        "--batch-size": [str(n) for n in compare.batch_sizes if n not in there.batch_sizes],
+        "--seeds": [str(compare.seeds)] if compare.seeds > len(there.seeds) else [],
+    }
+    given = [f"{flag} {shlex.quote(','.join(values))}" for flag, values in flags.items() if values]
+    return (
+        " ".join([f"{there.command} && {how_to_resume(run.path)}", *given])
+        if given
+        else there.command
+    )
 
 
 def _record(grid: GridConfig, name: str, command: str) -> GridRecord:

@@ -129,6 +129,8 @@ def resume(
     *,
     root: str | PathLike[str] | None = None,
     seeds: int | None = None,
+    normalizer: Any = None,
+    batch_size: Any = None,
     workers: int | None = None,
     progress: Progress = True,
 ) -> Result:
@@ -139,11 +141,13 @@ def resume(
 
     >>> fedkn.resume("runs/compare-20261123-064512")
     >>> fedkn.resume("docs/runs/hybridbn-small-bn", root="/data", seeds=6)
+    >>> fedkn.resume("runs/study", normalizer=["fbn", "brn"])
 
     Args:
         folder: a run folder, of whichever machine.
         root: where its data lie here, if elsewhere; they must be the same.
         seeds: how many there are to be, no fewer than there are.
+        normalizer, batch_size: further ones, as for `compare`: cells that come to those there are.
         workers: cells that run at the same time.
         progress: as for `compare`.
 
@@ -155,7 +159,8 @@ def resume(
     if opened.grid.deployed:
         again = how_to_resume_deployed(path)
         raise UserError(f"'{path}' is trained by a fleet's devices: go on with '{again}'")
-    grid = amended(grid, opened, root=_path(root), seeds=seeds)
+    more = keys_of({"normalizer": normalizer, "batch_size": batch_size}, COMPARE)
+    grid = amended(grid, opened, root=_path(root), seeds=seeds, more=more)
     refuse_other_data(grid, opened, lambda text: terminal(stderr=True).print(text, soft_wrap=True))
     check(grid)
     return _carried_out(grid, opened, progress)

@@ -33,6 +33,22 @@ def resume(
             show_default="as many as there are",
         ),
     ] = None,
+    normalizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…",
+            help="Normalizers that come to those there are.",
+            show_default="none",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,…",
+            help="Batch sizes that come to those there are.",
+            show_default="none",
+        ),
+    ] = None,
     workers: o.Workers = None,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -41,20 +57,28 @@ def resume(
 
     Completed cells are kept, the others go on from their last checkpoint, or begin anew where there
     is none, failed ones are tried again. --root says where the same data lie on this machine,
-    --seeds adds repetitions.
+    --seeds adds repetitions, --normalizer and --batch-size add cells: a long study in pieces.
 
     Examples:
 
       fedkn resume runs/compare-20261123-064512
 
       fedkn resume docs/runs/hybridbn-small-bn --root ~/data --seeds 6
+
+      fedkn resume runs/study --normalizer fbn,brn --batch-size 1
     """
     from simulations.api import running
     from simulations.commands.launch import carry_out
 
     carry_out(
         lambda: running.resume(
-            folder, root=root, seeds=seeds, workers=workers, progress=not as_json
+            folder,
+            root=root,
+            seeds=seeds,
+            normalizer=normalizer,
+            batch_size=batch_size,
+            workers=workers,
+            progress=not as_json,
         ),
         as_json=as_json,
     )

@@ -286,3 +286,38 @@ def test_what_is_public_is_there() -> None:
     assert listed == fedkn.__all__
     with pytest.raises(AttributeError, match="nothing"):
         _ = fedkn.nothing  # type: ignore[attr-defined]
+
+
+def test_a_run_grows_by_normalizers_and_batch_sizes_into_the_run_of_all(
+    result: fedkn.Result, tmp_path: Path
+) -> None:
+    small = fedkn.compare(
+        normalizer="kernel",
+        batch_size=2,
+        seeds=3,
+        learning_rate=[0.05, 0.1],
+        out=tmp_path / "small",
+        progress=False,
+        command="fedkn compare --name small",
+        **TINY,
+    )
+    before = {line["cell"]: line["weights_sha256"] for line in lines(small, "end")}
+    grown = fedkn.resume(
+        small.folder, normalizer=["none", "kernel"], batch_size="1", progress=False
+    )
+    after = {line["cell"]: line["weights_sha256"] for line in lines(grown, "end")}
+    assert before.items() < after.items()
+    assert after == {line["cell"]: line["weights_sha256"] for line in lines(result, "end")}
+    key = ["normalizer", "batch_size", "seed"]
+    pd.testing.assert_series_equal(
+        grown.cells.set_index(key).accuracy.sort_index(),
+        result.cells.set_index(key).accuracy.sort_index(),
+    )
+    told = grown.summary()
+    assert told["complete"]
+    assert told["command"] == (
+        f"fedkn compare --name small && fedkn resume {small.folder} --normalizer none "
+        "--batch-size 1"
+    )
+    with pytest.raises(UserError, match="did you mean 'kernel'"):
+        fedkn.resume(small.folder, normalizer="kernal", progress=False)
