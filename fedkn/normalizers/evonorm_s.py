@@ -35,7 +35,7 @@ class EvoNormSNormalizer(GroupNormalizer):
     statistics: ClassVar[str] = "the channels of a group and all pixels, per image; not centred"
     not_for: ClassVar[str] = (
         "Networks whose own activation matters, such as weights trained with ReLU, because it "
-        "replaces it; its mean is below that of ws_group in every column of docs/results.md."
+        "replaces it; its mean is below that of ws_group in every column of docs/early-training.md."
     )
     affine: ClassVar[bool] = True
 

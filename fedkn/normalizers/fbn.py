@@ -40,7 +40,7 @@ class FBNNormalizer(PooledNormalizer):
     statistics: ClassVar[str] = "all clients' batches of earlier rounds"
     not_for: ClassVar[str] = (
         "Short runs, because clients train on statistics that lag a round behind their weights: "
-        "on MNIST it is among the last three in every column of docs/results.md."
+        "on MNIST it is among the last three in every column of docs/early-training.md."
     )
     affine: ClassVar[bool] = True
     together: ClassVar[bool] = False

@@ -32,7 +32,7 @@ class FeatureNormalizer(NoNormalizer):
     statistics: ClassVar[str] = "the features of an image"
     not_for: ClassVar[str] = (
         "Whatever plain convolutions cannot learn, because no map inside the network is "
-        "normalized: it is in the lower half of every column of docs/results.md, with two "
+        "normalized: it is in the lower half of every column of docs/early-training.md, with two "
         "labels a client as well, which its papers are about."
     )
     affine: ClassVar[bool] = False

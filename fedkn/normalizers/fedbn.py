@@ -31,7 +31,7 @@ class FedBNNormalizer(BatchNormFamily):
     not_for: ClassVar[str] = (
         "A model for clients that never took part, because its norms stay where they were "
         "trained; batches of one image; few images a client, dealt evenly: such clients are no "
-        "better off with it (docs/results.md)."
+        "better off with it (docs/early-training.md)."
     )
 
     def _parameter_role(self, round: int) -> TensorRole:

@@ -42,7 +42,7 @@ class FixBNNormalizer(BatchNormFamily):
     )
     not_for: ClassVar[str] = (
         "Short runs, in which statistics are frozen before the weights have settled: in most "
-        "columns of docs/results.md it is below batch; batches of one image; DP-SGD, which "
+        "columns of docs/early-training.md it is below batch; batches of one image; DP-SGD, which "
         "needs gradients of single examples."
     )
 

@@ -38,7 +38,7 @@ class FilterResponseNormalizer(Normalizer):
     not_for: ClassVar[str] = (
         "Networks whose own activation matters, which TLU replaces, and small maps, because "
         "little more than the sign is left of a 1x1 map; its mean is below that of ws_group in "
-        "every column of docs/results.md."
+        "every column of docs/early-training.md."
     )
     affine: ClassVar[bool] = True
 

@@ -33,7 +33,7 @@ class GroupNormalizer(FusedNormalizer):
     not_for: ClassVar[str] = (
         "Groups of very few channels, which come close to InstanceNorm; networks whose weights "
         "may be standardized as well: ws_group, which does that, has the higher mean in every "
-        "column of docs/results.md."
+        "column of docs/early-training.md."
     )
     affine: ClassVar[bool] = True
 

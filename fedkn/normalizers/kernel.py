@@ -38,7 +38,7 @@ class KernelNormalizer(Normalizer):
     statistics: ClassVar[str] = "all channels and the pixels under the kernel, per image"
     not_for: ClassVar[str] = (
         "Short runs on clients of few labels: it starts late, and with two labels a client it "
-        "had learnt next to nothing at batches of 8 (docs/results.md); where there is no "
+        "had learnt next to nothing at batches of 8 (docs/early-training.md); where there is no "
         "compiler its steps take longer than BatchNorm's (docs/benchmarks.md)."
     )
     affine: ClassVar[bool] = False

@@ -24,7 +24,7 @@ class LayerNormalizer(FusedNormalizer):
     not_for: ClassVar[str] = (
         "Convolutions whose channels contribute unalike, says GroupNorm's paper, because one "
         "mean and variance serve them all; on MNIST it is in the lower half of every column of "
-        "docs/results.md."
+        "docs/early-training.md."
     )
     affine: ClassVar[bool] = True
 

@@ -34,7 +34,7 @@ class LocalContextNormalizer(Normalizer):
     not_for: ClassVar[str] = (
         "Small images: its paper segments and detects on large ones, with a window that would "
         "cover a whole map here, and on CIFAR-10 it is among the last four in every column of "
-        "docs/results.md."
+        "docs/early-training.md."
     )
     affine: ClassVar[bool] = True
 

@@ -23,7 +23,7 @@ class NoNormalizer(Normalizer):
     statistics: ClassVar[str] = ""
     not_for: ClassVar[str] = (
         "Hardly anything: nothing keeps the maps in range, and it is in the lower half of every "
-        "column of docs/results.md; it says what a normalizer is worth."
+        "column of docs/early-training.md; it says what a normalizer is worth."
     )
     affine: ClassVar[bool] = False
 

@@ -29,8 +29,8 @@ class RMSNormalizer(Normalizer):
     statistics: ClassVar[str] = "the whole image; not centred"
     not_for: ClassVar[str] = (
         "Maps with a mean that should go, which it leaves; its paper promises less time than "
-        "LayerNorm, not fewer errors, and in docs/results.md it is now above, now below layer, "
-        "and below ws_group in every column."
+        "LayerNorm, not fewer errors, and in docs/early-training.md it is now above, now below "
+        "layer, and below ws_group in every column."
     )
     affine: ClassVar[bool] = True
 

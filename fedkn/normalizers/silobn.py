@@ -30,7 +30,7 @@ class SiloBNNormalizer(BatchNormFamily):
     not_for: ClassVar[str] = (
         "A model for clients that never took part, which have no statistics before some are "
         "measured; batches of one image; few images a client: on its clients' images it is "
-        "worse than fedbn in most columns of docs/results.md."
+        "worse than fedbn in most columns of docs/early-training.md."
     )
 
     def _parameter_role(self, round: int) -> TensorRole:

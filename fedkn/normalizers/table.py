@@ -100,4 +100,4 @@ def _shown(value: Any) -> str:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", text)
+    return re.sub(r"docs/([\w-]+\.md)", r"[\1](\1)", text)

@@ -29,7 +29,7 @@ class WeightStandardizedGroupNormalizer(GroupNormalizer):
     not_for: ClassVar[str] = (
         "Filters of few weights (1x1 over few channels, depthwise), of which standardizing "
         "takes two degrees of freedom each; two labels a client on CIFAR-10, where batch has "
-        "the higher mean at batches of 2 and 8 (docs/results.md)."
+        "the higher mean at batches of 2 and 8 (docs/early-training.md)."
     )
     affine: ClassVar[bool] = True
 

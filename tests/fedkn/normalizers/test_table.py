@@ -66,7 +66,7 @@ def test_needs_options_and_when_it_does_not_help(tables):
     first, second = tables
     assert first["batch"]["smallest batch"] == "2"
     assert first["fedbn"]["what it is"] == "FedBN: batch normalization that never leaves the client"
-    assert "[results.md](results.md)" in first["fbn"]["not for"]
+    assert "[early-training.md](early-training.md)" in first["fbn"]["not for"]
     assert second["frn"]["options"] == "`learn_eps = true`"
     assert second["batch"]["examples of a batch"] == "mixed"
     assert [n for n, row in second.items() if row["pixels"] == "unit"] == ["kernel", "ws_kernel"]
