@@ -39,6 +39,11 @@ class Answer:
         return self.contest.winner
 
     @property
+    def alone(self) -> bool:
+        """Whether there is nothing to compare it with."""
+        return len(self.contest.means) == 1
+
+    @property
     def figure(self) -> str:
         """The best mean and its interval in its spelling."""
         return formats.interval(self.best, self.contest.metric)
@@ -58,7 +63,7 @@ class Answer:
         """What the tests say, in a few words."""
         if not self.winner:
             return "no result"
-        if len(self.contest.means) < 2:
+        if self.alone:
             return "alone: nothing to compare"
         if not self.contest.tested:
             return f"not tested: fewer than {FEWEST_SEEDS} common seeds"
@@ -124,7 +129,11 @@ def sentences(answers: Sequence[Answer], runs: Sequence[RunSummary] = ()) -> lis
             f"{those} {are} {FEWEST_SEEDS} common seeds for a test: which of the "
             f"{contested[0].compared} is better cannot be told there, whatever the means are."
         )
-    text += [f"{late} ({run.label})." for run in runs if (late := not_converged(run))]
+    if late := [run.label for run in runs if not_converged(run)]:
+        text.append(
+            f"In {enumerated(late)} some curves were not flat when the rounds ran out: the order "
+            "may change there with more rounds."
+        )
     return text
 
 

@@ -53,13 +53,17 @@ class Overview:
 
 
 def overview(of: Collection) -> Overview:
-    """Digest what a folder of run folders holds; every run by itself, every table by itself."""
+    """Digest what a folder of run folders holds; every run by itself, every table by itself.
+
+    Comparisons of the most that compete come first.
+    """
     studies, left_out = [], list(of.left_out)
     for run in of.studies:
         try:
             studies.extend(summarize([run]))
         except UserError as error:
             left_out.append(LeftOut(run.path, str(error)))
+    studies.sort(key=lambda study: -max((len(s.normalizers) for s in study.sections), default=0))
     return Overview(of, [reproduced(table) for table in of.tables], studies, left_out)
 
 
@@ -190,6 +194,7 @@ def _table(table: Reproduced, to: Path) -> dict[str, Any]:
         "keeps": any(line.keeps for line in table.lines),
         "metric": metric,
         "answers": answers.of_table(table),
+        "along": [],
         "sentences": answers.published_sentences(table),
         "fields": fields([c for c in table.contests if len(c.contest.means) > 1]),
         "curves": _curves(table),
@@ -295,6 +300,7 @@ def _study(study: RunSummary, unknown: Sequence[str], to: Path) -> dict[str, Any
             if any(entry.final for entry in section.entries.values())
         ],
         "answers": answers.of_study(study),
+        "along": study.axis_verdicts,
         "not_converged": not_converged(study),
         "convergence": convergence(study),
         "powers": powers_of(study),
