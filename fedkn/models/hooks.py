@@ -17,6 +17,7 @@ __all__ = [
     "strip_hooks",
     "tied_down",
     "watched",
+    "watched_everywhere",
 ]
 
 
@@ -47,6 +48,11 @@ def watched(module: nn.Module) -> str:
     if any(_of_tensor(p) for p in module.parameters(recurse=False)):
         return "its parameters have hooks"
     return ""
+
+
+def watched_everywhere() -> bool:
+    """Return whether hooks see what all modules take, give or learn, as PyTorch lets register."""
+    return any(getattr(nn.modules.module, f"_global{name}") for name in _CALLS)
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> int:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
 from fedkn.layers.kernel.dropout import Stream, key_number
 from fedkn.layers.native import library
+from fedkn.models.hooks import watched_everywhere
 from fedkn.tasks import Task
 from fedkn.training.draws import Draws, own_draws
 from fedkn.training.inputs import Inputs
@@ -72,7 +72,7 @@ class HostRecorder:
         if self.refusal or not library.used():
             return None
         held = self._held.values()
-        if self._held.watched or _has_any_global_hook():  # type: ignore[no-untyped-call] # torch's
+        if self._held.watched or watched_everywhere():
             self._refuse("modules or parameters have hooks, which no replay calls")
             return None
         self.total.zero_()
