@@ -39,7 +39,7 @@ def publish(run: RunFolder, folder: Path) -> Path:
     target = folder / run.path.resolve().name
     if target.resolve() == run.path.resolve():
         raise UserError(f"'{run.path}' lies in '{folder}' already: nothing was copied")
-    if not RunFolder.may_begin(target) and _settings(RunFolder.open(target)) != _settings(run):
+    if not RunFolder.may_begin(target) and not _of_one(RunFolder.open(target), run):
         raise UserError(f"'{target}' holds another run: give another folder")
     ended = {cell.id for cell in run.cells() if cell.status != "unfinished"}
     try:
@@ -54,14 +54,21 @@ def publish(run: RunFolder, folder: Path) -> Path:
     return target
 
 
-def _settings(run: RunFolder) -> object:
-    """What must be equal for two run folders to be of one run; seeds may be added."""
-    grid = run.read("grid.json", missing={})
-    return {
-        key: value
-        for key, value in _without_paths(grid).items()
-        if key not in ("compare.seeds", "compare.workers")
-    }
+_GROWS = ("compare.normalizers", "compare.batch_sizes")
+_FREE = ("compare.seeds", "compare.workers")
+
+
+def _of_one(copy: RunFolder, run: RunFolder) -> bool:
+    """Whether `copy` is of an earlier state of `run`: fewer seeds, normalizers or batch sizes.
+
+    A setting that the fedkn of the copy did not know yet may have come since.
+    """
+    then, now = (_without_paths(of.read("grid.json", missing={})) for of in (copy, run))
+    return set(then) <= set(now) and all(
+        set(value) <= set(now[key]) if key in _GROWS else now[key] == value
+        for key, value in then.items()
+        if key not in _FREE
+    )
 
 
 def _lines(run: RunFolder, ended: set[str]) -> Iterator[str]:

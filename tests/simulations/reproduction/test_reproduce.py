@@ -241,6 +241,29 @@ def test_a_copy_is_brought_up_to_date_but_never_over_another_run(whole, tmp_path
         publish(runs[0], whole)
 
 
+def test_a_copy_of_the_run_before_it_grew_is_brought_up_to_date_and_no_other(whole, tmp_path):
+    run = RunFolder.open(whole / "tiny-small-group")
+    kept = publish(run, tmp_path)
+    grid = json.loads((kept / "grid.json").read_text())
+
+    def published_over(**changes):
+        before = {**grid, **changes}
+        before.pop("compare.weights_sha256")  # a setting that the fedkn of then did not know
+        (kept / "grid.json").write_text(json.dumps(before))
+        publish(run, tmp_path)
+        assert json.loads((kept / "grid.json").read_text()) == grid
+
+    published_over(**{"compare.seeds": 1})
+    published_over(**{"compare.normalizers": [], "compare.batch_sizes": []})
+    for other in (
+        {"compare.normalizers": [*grid["compare.normalizers"], "kernel"]},
+        {"rounds": grid["rounds"] + 1},
+        {"compare.dropped_since": 1},
+    ):
+        with pytest.raises(UserError, match="another run"):
+            published_over(**other)
+
+
 def test_another_source_of_the_images_is_said(whole, table):
     outcomes = outcomes_of(table, "small", whole)
     assert "in place of" not in markdown(table, "small", outcomes, "fedkn x")
