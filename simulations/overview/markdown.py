@@ -25,6 +25,7 @@ from simulations.report.summary import RunSummary, Section
 from simulations.report.tables import group_counts
 from simulations.report.verdict import enumerated
 from simulations.reproduction.outcome import differences, table_lines
+from simulations.runs.axes import point_label
 
 __all__ = ["POWER_BLOCK", "blocks", "filled"]
 
@@ -110,7 +111,8 @@ def _wrapped(text: str, start: str = "") -> list[str]:
 
 def _study(study: RunSummary) -> str:
     lines = [*("```", printable(study.grid.command, 2000), resume_of(study), "```", "")]
-    lines += _along_axes(study) if study.grid.axes else _by_section(study)
+    along = study.grid.axes and len(study.sections) > 1
+    lines += _along_axes(study) if along else _by_section(study)
     seconds = sum(max(c.seconds or 0.0, sum(r.seconds for r in c.rounds)) for c in study.cells)
     notes = [
         f"Mean and 95% interval over seeds, {formats.count(study.ended, 'result cell')} of "
@@ -136,12 +138,14 @@ def _by_section(study: RunSummary) -> Iterator[str]:
 
 def _along_axes(study: RunSummary) -> Iterator[str]:
     """What the axes show, the effects, and all results in one table: a section in a line."""
-    for sentence in study.axis_verdicts:
-        yield from (*_wrapped(_escaped(sentence), "> "), ">")
-    yield ""
+    for number, sentence in enumerate(study.axis_verdicts):
+        yield from ([">"] if number else [])
+        yield from _wrapped(_escaped(sentence), "> ")
+    yield from [""] if study.axis_verdicts else []
     if study.effects:
         yield from (*_effects(study.effects), "")
     columns = list(study.sections[0].entries)
+    several = len({section.partition for section in study.sections}) > 1
     heads = (f"{_escaped(name)}, batch {size}" for name, size in columns)
     yield _row(["all else", *heads])
     yield _row(["---"] * (1 + len(columns)))
@@ -150,7 +154,8 @@ def _along_axes(study: RunSummary) -> Iterator[str]:
             _figure(section, name, size, bold=False) + _marked_keeper(section, name)
             for name, size in columns
         )
-        yield _row([_escaped(section.label), *figures])
+        label = section.label if several else point_label(section.point)
+        yield _row([_escaped(label), *figures])
     yield ""
 
 

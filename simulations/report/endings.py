@@ -24,7 +24,6 @@ __all__ = [
     "ending_of",
     "endings",
     "not_converged",
-    "not_converged_by_entry",
     "until",
 ]
 
@@ -92,7 +91,7 @@ def until(patiences: Iterable[int]) -> str:
 
 def not_converged(run: RunSummary) -> str:
     """Return in one sentence which cells' rounds ran out too soon; empty where none did."""
-    late = not_converged_by_entry(run.sections)
+    late = _late(run.sections)
     if not late:
         return ""
     judged = sum(cell.flat is not None for cell in run.results)
@@ -106,22 +105,6 @@ def not_converged(run: RunSummary) -> str:
         f"Not converged: {missing} of {count(judged, 'result cell')} {were} still getting better "
         f"when the rounds ran out: {enumerated(shown)}. The order may change with more rounds"
     )
-
-
-def not_converged_by_entry(sections: Sequence[Section]) -> Mapping[str, tuple[int, int]]:
-    """Return by entry, in words, how many cells' rounds ran out before the curve was flat.
-
-    And of how many cells that were judged; without entries in which none did.
-    """
-    found = {}
-    for section in sections:
-        for of in endings(section):
-            if of.ran_out:
-                name = f"{of.entry.normalizer} at batch size {of.entry.batch_size}"
-                if len(sections) > 1:
-                    name += f", {section.label}"
-                found[name] = (of.ran_out, of.flat + of.ran_out)
-    return found
 
 
 def convergence(run: RunSummary) -> list[str]:
@@ -172,3 +155,16 @@ def _after(entry: Entry, cells: Sequence[CellRecord], rounds: Sequence[int | Non
     return mean_interval(
         [value for value in values if math.isfinite(value)], metric.lowest, metric.highest
     )
+
+
+def _late(sections: Sequence[Section]) -> Mapping[str, tuple[int, int]]:
+    """By normalizer and batch size how many cells' rounds ran out before the curve was flat.
+
+    And of how many cells that were judged, in all sections; without those of which none did.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for of in (of for section in sections for of in endings(section)):
+        name = f"{of.entry.normalizer} at batch size {of.entry.batch_size}"
+        late, judged = found.get(name, (0, 0))
+        found[name] = late + of.ran_out, judged + of.flat + of.ran_out
+    return {name: counts for name, counts in found.items() if counts[0]}
