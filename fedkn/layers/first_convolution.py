@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedkn.layers import circumstances
-from fedkn.layers.native import library
+from fedkn.layers.plain_convolution import plain
 
 __all__ = ["first_convolution", "serves"]
 
@@ -20,21 +19,8 @@ def serves(layer: nn.Conv2d, x: object) -> bool:
     return (
         layer.in_channels <= 4
         and layer.out_channels % 8 == 0
-        and layer.bias is None
-        and layer.kernel_size == (3, 3)
-        and layer.padding == (1, 1)
-        and layer.stride == layer.dilation == (1, 1)
-        and layer.groups == 1
-        and layer.padding_mode == "zeros"
-        and isinstance(x, Tensor)
-        and circumstances.eager()
+        and plain(layer, x)
         and not x.requires_grad
-        and x.dim() == 4
-        and x.shape[1] == layer.in_channels
-        and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.is_autocast_enabled("cpu")
-        and bool(library.serves(x, layer.weight, None))
     )
 
 

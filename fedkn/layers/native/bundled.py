@@ -1966,6 +1966,7 @@ Tensor apply(const Tensor& x) {
 #include "kn_conv.h"
 #include "max_pool.h"
 #include "step.h"
+#include "winograd_convolution.h"
 
 TORCH_LIBRARY(fedkn_native, m) {
   m.def(
@@ -2003,6 +2004,12 @@ TORCH_LIBRARY(fedkn_native, m) {
   m.def("first_convolution(Tensor x, Tensor weight) -> Tensor", &fedkn::first_convolution::apply);
   m.def("first_convolution_forward(Tensor x, Tensor weight) -> Tensor");
   m.def("first_convolution_backward(Tensor g, Tensor x, Tensor weight) -> Tensor");
+  m.def("winograd_lanes() -> int", &fedkn::winograd::winograd_lanes);
+  m.def("winograd(Tensor x, Tensor weight, int lanes) -> Tensor", &fedkn::winograd::apply);
+  m.def("winograd_forward(Tensor x, Tensor weight, int lanes) -> Tensor");
+  m.def(
+      "winograd_backward(Tensor g, Tensor x, Tensor weight, int lanes, bool[2] wanted) -> "
+      "(Tensor, Tensor)");
   m.class_<fedkn::step::Step>("Step")
       .def(torch::init<std::vector<fedkn::Tensor>, int64_t>())
       .def("add", &fedkn::step::Step::add)
@@ -2019,6 +2026,8 @@ TORCH_LIBRARY_IMPL(fedkn_native, CPU, m) {
   m.impl("group_norm_backward", &fedkn::group_norm::group_norm_backward);
   m.impl("first_convolution_forward", &fedkn::first_convolution::first_convolution_forward);
   m.impl("first_convolution_backward", &fedkn::first_convolution::first_convolution_backward);
+  m.impl("winograd_forward", &fedkn::winograd::winograd_forward);
+  m.impl("winograd_backward", &fedkn::winograd::winograd_backward);
 }
 //// plan.h
 // The geometry of a layer, the dropout generator, the box filter.
@@ -2507,4 +2516,629 @@ class Step : public torch::CustomClassHolder {
 };
 
 }  // namespace fedkn::step
+//// winograd.h
+// The loops of a 3x3 convolution by Winograd's algorithm F(2x2, 3x3): 16 products for what
+// takes 36.
+//
+// Every 2x2 tile of the output is A'[(G w G') . (B' d B)]A of its 4x4 patch d of the input, where .
+// multiplies number by number: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
+// CVPR 2016, arXiv 1509.09308, section 4.1. So each of the 16 places is a product of matrices,
+// tiles by channels times channels by filters. The gradients are its adjoints: the input's is the
+// same convolution by the filters turned round, the filters' is G'[(A g A') . (B' d B)]G, summed
+// over the tiles. Maps are channels last; vectors run over channels or filters.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common.h"
+
+namespace fedkn::winograd {
+
+constexpr int64_t kPlaces = 16;  // of a patch
+constexpr int64_t kTiles = 32;   // at once: what is made of them stays in the L2 cache
+// Between the places: else all 16 would share a few sets of the L1 cache.
+constexpr int64_t kGap = 16;
+
+struct Shape {
+  int64_t samples, channels, filters, height, width;
+
+  int64_t down() const { return (height + 1) / 2; }
+  int64_t across() const { return (width + 1) / 2; }
+  int64_t tiles() const { return samples * down() * across(); }
+  int64_t weights() const { return channels * filters; }
+};
+
+// Numbers from one place to the next, where each place has `rows` rows of `columns` numbers.
+INLINE int64_t place_stride(int64_t rows, int64_t columns) { return rows * columns + kGap; }
+
+// How wide the vectors are and how many numbers of a product are kept in registers: for 32
+// registers of 16 numbers, and for 16 of 8.
+struct Wide {
+  static constexpr int64_t lanes = 16, rows = 8;
+};
+struct Narrow {
+  static constexpr int64_t lanes = 8, rows = 4;
+};
+
+template <int64_t lanes>
+struct Vector {
+  typedef float Type __attribute__((vector_size(4 * lanes)));
+};
+
+// A vector begins where it begins: not aligned.
+template <class V>
+INLINE V load(const float* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+INLINE void store(float* p, const V& v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// A tile's place in the maps, and the next.
+struct Tile {
+  int64_t sample, row, column;
+
+  INLINED Tile(const Shape& s, int64_t number)
+      : sample(number / s.across() / s.down()),
+        row(number / s.across() % s.down()),
+        column(number % s.across()) {}
+  INLINE void next(const Shape& s) {
+    if (++column < s.across()) return;
+    column = 0;
+    if (++row < s.down()) return;
+    row = 0;
+    ++sample;
+  }
+};
+
+// Where the numbers of `size` x `size` pixels begin; outside the map they are `zeros`.
+template <int64_t size>
+struct Pixels {
+  const float* at[size][size];
+
+  INLINED Pixels(const Shape& s, const float* map, int64_t channels, int64_t top, int64_t left,
+                 const float* zeros) {
+    for (int64_t i = 0; i < size; ++i) {
+      const bool inside = top + i >= 0 && top + i < s.height;
+      const float* row = map + ((top + i) * s.width + left) * channels;
+      for (int64_t j = 0; j < size; ++j) {
+        at[i][j] = inside && left + j >= 0 && left + j < s.width ? row + j * channels : zeros;
+      }
+    }
+  }
+  INLINED const float* operator()(int64_t i, int64_t j) const { return at[i][j]; }
+};
+
+// The same where all are inside.
+struct Inside {
+  const float* first;
+  int64_t row, pixel;
+
+  INLINED const float* operator()(int64_t i, int64_t j) const {
+    return first + i * row + j * pixel;
+  }
+};
+
+// B' d B of a patch d, for `channels` channels, to out + place * stride.
+template <int64_t lanes, class Of>
+INLINE void transform_patch(const Of& of, int64_t channels, float* out, int64_t stride) {
+  using V = typename Vector<lanes>::Type;
+  for (int64_t c = 0; c < channels; c += lanes) {
+    V t[4][4];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) {
+      const V a = load<V>(of(0, j) + c), b = load<V>(of(1, j) + c), d = load<V>(of(2, j) + c),
+              e = load<V>(of(3, j) + c);
+      t[0][j] = a - d, t[1][j] = b + d, t[2][j] = d - b, t[3][j] = b - e;
+    }
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; ++i) {
+      float* p = out + 4 * i * stride + c;
+      store<V>(p, t[i][0] - t[i][2]);
+      store<V>(p + stride, t[i][1] + t[i][2]);
+      store<V>(p + 2 * stride, t[i][2] - t[i][1]);
+      store<V>(p + 3 * stride, t[i][1] - t[i][3]);
+    }
+  }
+}
+
+// A g A' of a tile's gradient g.
+template <int64_t lanes, class Of>
+INLINE void transform_gradient(const Of& of, int64_t channels, float* out, int64_t stride) {
+  using V = typename Vector<lanes>::Type;
+  for (int64_t c = 0; c < channels; c += lanes) {
+    const V a = load<V>(of(0, 0) + c), b = load<V>(of(0, 1) + c), d = load<V>(of(1, 0) + c),
+            e = load<V>(of(1, 1) + c);
+    const V left[4] = {a, a + d, a - d, -d}, right[4] = {b, b + e, b - e, -e};
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; ++i) {
+      float* p = out + 4 * i * stride + c;
+      store<V>(p, left[i]);
+      store<V>(p + stride, left[i] + right[i]);
+      store<V>(p + 2 * stride, left[i] - right[i]);
+      store<V>(p + 3 * stride, -right[i]);
+    }
+  }
+}
+
+// A' m A, a tile of the output at `y`; what of it lies outside the map is left out.
+template <int64_t lanes>
+INLINE void transform_tile(const Shape& s, const Tile& tile, const float* m, int64_t stride,
+                           float* y) {
+  using V = typename Vector<lanes>::Type;
+  const int64_t pixel = s.filters, row = s.width * pixel;
+  const bool right = 2 * tile.column + 1 < s.width, below = 2 * tile.row + 1 < s.height;
+  for (int64_t c = 0; c < s.filters; c += lanes) {
+    V top[4], bottom[4];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) {
+      const float* p = m + j * stride + c;
+      const V b = load<V>(p + 4 * stride), d = load<V>(p + 8 * stride);
+      top[j] = load<V>(p) + (b + d);
+      bottom[j] = (b - d) - load<V>(p + 12 * stride);
+    }
+    store<V>(y + c, top[0] + (top[1] + top[2]));
+    if (right) store<V>(y + pixel + c, (top[1] - top[2]) - top[3]);
+    if (!below) continue;
+    store<V>(y + row + c, bottom[0] + (bottom[1] + bottom[2]));
+    if (right) store<V>(y + row + pixel + c, (bottom[1] - bottom[2]) - bottom[3]);
+  }
+}
+
+// Three factors: the strides of a's rows and inner dimension, those of b's and of out's rows.
+struct Strides {
+  int64_t row, inner, b, out;
+};
+
+// out (rows, lanes * vectors) = or += the sum over k of a[row][k] * b[k][column].
+template <int64_t lanes, int64_t rows, int64_t vectors, bool add>
+INLINE void multiply_block(int64_t inner, const Strides& at, const float* a, const float* b,
+                           float* out) {
+  using V = typename Vector<lanes>::Type;
+  V sums[rows][vectors];
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < vectors; ++v) {
+      sums[r][v] = add ? load<V>(out + r * at.out + v * lanes) : V{};
+    }
+  }
+  for (int64_t k = 0; k < inner; ++k, a += at.inner, b += at.b) {
+    V numbers[vectors];
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < vectors; ++v) numbers[v] = load<V>(b + v * lanes);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < rows; ++r) {
+      const float factor = a[r * at.row];
+#pragma GCC unroll 2
+      for (int64_t v = 0; v < vectors; ++v) sums[r][v] += factor * numbers[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < vectors; ++v) store<V>(out + r * at.out + v * lanes, sums[r][v]);
+  }
+}
+
+template <int64_t lanes, int64_t each, int64_t vectors, bool add>
+INLINE void multiply_by(int64_t rows, int64_t inner, int64_t columns, const Strides& at,
+                        const float* a, const float* b, float* out) {
+  for (int64_t c = 0; c < columns; c += lanes * vectors) {
+    for (int64_t r = 0; r < rows; r += each) {
+      multiply_block<lanes, each, vectors, add>(inner, at, a + r * at.row, b + c,
+                                                out + r * at.out + c);
+    }
+  }
+}
+
+constexpr int64_t kRows = 8;  // rows come in eights, columns too
+
+template <class Level, bool add>
+INLINE void multiply(int64_t rows, int64_t inner, int64_t columns, const Strides& at,
+                     const float* a, const float* b, float* out) {
+  if (columns % (2 * Level::lanes) == 0) {
+    multiply_by<Level::lanes, Level::rows, 2, add>(rows, inner, columns, at, a, b, out);
+  } else if (columns % Level::lanes == 0) {
+    multiply_by<Level::lanes, kRows, 1, add>(rows, inner, columns, at, a, b, out);
+  } else {
+    multiply_by<8, kRows, 1, add>(rows, inner, columns, at, a, b, out);
+  }
+}
+
+// Calls f(lanes), a constant that divides `channels`.
+template <class Level, class F>
+INLINE void with_lanes(int64_t channels, F f) {
+  if (channels % Level::lanes) {
+    f(std::integral_constant<int64_t, 8>());
+  } else {
+    f(std::integral_constant<int64_t, Level::lanes>());
+  }
+}
+
+// Room for what is made of kTiles tiles, and a pixel of zeros.
+struct Room {
+  float *patches, *products;
+  const float* zeros;
+};
+
+// The transformed patches of tiles [from, from + count), (place, tile, channel).
+template <class Level>
+INLINE void transform_patches(const Shape& s, const float* x, int64_t from, int64_t count,
+                              const Room& room) {
+  const int64_t channels = s.channels, row = s.width * channels;
+  const int64_t stride = place_stride(kTiles, channels);
+  with_lanes<Level>(channels, [&](auto lanes) INLINED {
+    Tile tile(s, from);
+    for (int64_t t = 0; t < count; ++t, tile.next(s)) {
+      const int64_t top = 2 * tile.row - 1, left = 2 * tile.column - 1;
+      const float* map = x + tile.sample * s.height * row;
+      float* out = room.patches + t * channels;
+      if (top >= 0 && left >= 0 && top + 4 <= s.height && left + 4 <= s.width) {
+        const Inside of{map + top * row + left * channels, row, channels};
+        transform_patch<lanes.value>(of, channels, out, stride);
+      } else {
+        const Pixels<4> of(s, map, channels, top, left, room.zeros);
+        transform_patch<lanes.value>(of, channels, out, stride);
+      }
+    }
+  });
+}
+
+// Tiles [from, until) of y (N, H, W, O), the convolution of x (N, H, W, C) by the transformed
+// filters (place, C, O).
+template <class Level>
+INLINE void convolve(const Shape& s, const float* x, const float* filters, float* y, int64_t from,
+                     int64_t until, const Room& room) {
+  const int64_t in = place_stride(kTiles, s.channels), out = place_stride(kTiles, s.filters);
+  for (int64_t begin = from; begin < until; begin += kTiles) {
+    const int64_t count = std::min(kTiles, until - begin);
+    const int64_t rows = (count + kRows - 1) / kRows * kRows;
+    transform_patches<Level>(s, x, begin, count, room);
+    for (int64_t place = 0; place < kPlaces; ++place) {
+      float* patches = room.patches + place * in;
+      std::fill(patches + count * s.channels, patches + rows * s.channels, 0.0f);
+      multiply<Level, false>(rows, s.channels, s.filters, {s.channels, 1, s.filters, s.filters},
+                             patches, filters + place * place_stride(s.channels, s.filters),
+                             room.products + place * out);
+    }
+    with_lanes<Level>(s.filters, [&](auto lanes) INLINED {
+      Tile tile(s, begin);
+      for (int64_t t = 0; t < count; ++t, tile.next(s)) {
+        const int64_t pixel = (tile.sample * s.height + 2 * tile.row) * s.width + 2 * tile.column;
+        transform_tile<lanes.value>(s, tile, room.products + t * s.filters, out,
+                                    y + pixel * s.filters);
+      }
+    });
+  }
+}
+
+// What tiles [from, until) of x and of the gradient g (N, H, W, O) are to the transformed filters'
+// gradient (place, O, C), added to `sums`.
+template <class Level>
+INLINE void add_gradient(const Shape& s, const float* x, const float* g, float* sums, int64_t from,
+                         int64_t until, const Room& room) {
+  const int64_t in = place_stride(kTiles, s.channels), out = place_stride(kTiles, s.filters);
+  for (int64_t begin = from; begin < until; begin += kTiles) {
+    const int64_t count = std::min(kTiles, until - begin);
+    transform_patches<Level>(s, x, begin, count, room);
+    with_lanes<Level>(s.filters, [&](auto lanes) INLINED {
+      Tile tile(s, begin);
+      for (int64_t t = 0; t < count; ++t, tile.next(s)) {
+        const Pixels<2> of(s, g + tile.sample * s.height * s.width * s.filters, s.filters,
+                           2 * tile.row, 2 * tile.column, room.zeros);
+        transform_gradient<lanes.value>(of, s.filters, room.products + t * s.filters, out);
+      }
+    });
+    for (int64_t place = 0; place < kPlaces; ++place) {
+      multiply<Level, true>(s.filters, count, s.channels, {1, s.filters, s.channels, s.channels},
+                            room.products + place * out, room.patches + place * in,
+                            sums + place * place_stride(s.filters, s.channels));
+    }
+  }
+}
+
+}  // namespace fedkn::winograd
+//// winograd_convolution.h
+// The 3x3 convolution by winograd.h, forward and backward, for tensors and autograd.
+
+#pragma once
+
+#include <new>
+
+#include "winograd.h"
+#include "winograd_filters.h"
+
+namespace fedkn::winograd {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// One thread's room for numbers, kept between calls and aligned to the vectors: a convolution of
+// small maps takes less time than the kernel needs to hand out its pages anew.
+class Kept {
+ public:
+  float* get(int64_t size) {
+    if (size > size_) {
+      numbers_.reset(static_cast<float*>(::operator new(sizeof(float) * size, kAlignment)));
+      size_ = size;
+    }
+    return numbers_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(float* numbers) const { ::operator delete(numbers, kAlignment); }
+  };
+  std::unique_ptr<float, Free> numbers_;
+  int64_t size_ = 0;
+};
+
+Room room_for(const Shape& s) {
+  thread_local Kept kept;
+  const int64_t most = std::max(s.channels, s.filters), each = kPlaces * place_stride(kTiles, most);
+  float* numbers = kept.get(2 * each + most);
+  std::fill_n(numbers + 2 * each, most, 0.0f);
+  return {numbers, numbers + each, numbers + 2 * each};
+}
+
+float* room_for_filters(int64_t size) {
+  thread_local Kept kept;
+  return kept.get(size);
+}
+
+// Not by target_clones: how much fits into the registers is part of the code.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define NARROW __attribute__((target("avx2,fma")))
+
+// The numbers of a vector of this processor; 0: it has none that this is for.
+int64_t winograd_lanes() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return wide ? Wide::lanes : Narrow::lanes;
+}
+#else
+#define WIDE
+#define NARROW
+
+int64_t winograd_lanes() { return 0; }
+#endif
+
+template <class F>
+WIDE void run_wide(F f) {
+  f(Wide());
+}
+template <class F>
+NARROW void run_narrow(F f) {
+  f(Narrow());
+}
+
+// Calls f(level), compiled for vectors of so many numbers.
+template <class F>
+void run(int64_t lanes, F f) {
+  lanes == Wide::lanes ? run_wide(f) : run_narrow(f);
+}
+
+constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+
+Shape shape_of(const Tensor& x, const Tensor& weight) {
+  return {x.size(0), x.size(1), weight.size(0), x.size(2), x.size(3)};
+}
+
+// Calls f(from, until, room) for parts of all tiles, on all threads.
+template <class F>
+void each_part(const Shape& s, int64_t parts, F f) {
+  const int64_t blocks = (s.tiles() + kTiles - 1) / kTiles;
+  const int64_t each = (blocks + parts - 1) / parts * kTiles;
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const Room room = room_for(s);
+    for (int64_t part = begin; part < end; ++part) {
+      f(part, std::min(part * each, s.tiles()), std::min((part + 1) * each, s.tiles()), room);
+    }
+  });
+}
+
+Tensor convolve_by(int64_t lanes, const Shape& s, const Tensor& x, const float* filters) {
+  Tensor y = at::empty({s.samples, s.filters, s.height, s.width}, x.options(), kLast);
+  const float* xs = x.const_data_ptr<float>();
+  float* ys = y.data_ptr<float>();
+  const int64_t blocks = (s.tiles() + kTiles - 1) / kTiles;
+  each_part(s, blocks, [&](int64_t, int64_t from, int64_t until, const Room& room) {
+    run(lanes, [&](auto level)
+                   INLINED { convolve<decltype(level)>(s, xs, filters, ys, from, until, room); });
+  });
+  return y;
+}
+
+Tensor winograd_forward(const Tensor& x, const Tensor& weight, int64_t lanes) {
+  const Shape s = shape_of(x, weight);
+  const Tensor w = weight.contiguous(kLast);
+  const float* ws = w.const_data_ptr<float>();
+  const int64_t size = kPlaces * place_stride(s.channels, s.filters);
+  float* filters = room_for_filters(size + 9 * s.filters);
+  run(lanes, [&](auto level)
+                 INLINED { transform_filters<decltype(level)>(s, ws, filters + size, filters); });
+  return convolve_by(lanes, s, x, filters);
+}
+
+Tensor input_gradient(int64_t lanes, const Shape& s, const Tensor& g, const Tensor& weight) {
+  const Tensor w = weight.contiguous(kLast);
+  const float* ws = w.const_data_ptr<float>();
+  float* filters = room_for_filters(kPlaces * place_stride(s.filters, s.channels));
+  run(lanes, [&](auto level) INLINED { transform_turned<decltype(level)>(s, ws, filters); });
+  return convolve_by(lanes, {s.samples, s.filters, s.channels, s.height, s.width}, g, filters);
+}
+
+Tensor weight_gradient(int64_t lanes, const Shape& s, const Tensor& g, const Tensor& x) {
+  // A sum for each part, added up in their order: the same bits on any number of threads.
+  const int64_t parts = std::clamp<int64_t>(s.tiles() / (16 * kTiles), 1, 16);
+  const int64_t size = kPlaces * place_stride(s.filters, s.channels);
+  float* sums = room_for_filters(parts * size);
+  const float *xs = x.const_data_ptr<float>(), *gs = g.const_data_ptr<float>();
+  each_part(s, parts, [&](int64_t part, int64_t from, int64_t until, const Room& room) {
+    float* own = sums + part * size;
+    std::fill_n(own, size, 0.0f);
+    run(lanes, [&](auto level)
+                   INLINED { add_gradient<decltype(level)>(s, xs, gs, own, from, until, room); });
+  });
+  Tensor dw = at::empty({s.filters, s.channels, 3, 3}, x.options(), kLast);
+  float* dws = dw.data_ptr<float>();
+  run(lanes,
+      [&](auto level) INLINED { transform_filters_back<decltype(level)>(s, sums, parts, dws); });
+  return dw;
+}
+
+// The gradients of x and of the weight, undefined where not wanted.
+std::tuple<Tensor, Tensor> winograd_backward(const Tensor& upstream, const Tensor& x,
+                                             const Tensor& weight, int64_t lanes,
+                                             std::array<bool, 2> wanted) {
+  const Shape s = shape_of(x, weight);
+  const Tensor g = upstream.contiguous(kLast);
+  return {wanted[0] ? input_gradient(lanes, s, g, weight) : Tensor(),
+          wanted[1] ? weight_gradient(lanes, s, g, x) : Tensor()};
+}
+
+struct Function : torch::autograd::Function<Function> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
+                        int64_t lanes) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto op = typed<decltype(winograd_forward)>("winograd_forward");
+    context->save_for_backward({x, weight});
+    context->saved_data["lanes"] = lanes;
+    return op.call(x, weight, lanes);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const variable_list saved = context->get_saved_variables();
+    const Tensor &g = gradients[0], &x = saved[0], &weight = saved[1];
+    const std::array<bool, 2> wanted{context->needs_input_grad(0), context->needs_input_grad(1)};
+    if (at::GradMode::is_enabled()) {  // rare: who differentiates a gradient
+      auto [dx, dw, _] =
+          at::convolution_backward(g, x, weight, c10::nullopt, {1, 1}, {1, 1}, {1, 1}, false,
+                                   {0, 0}, 1, {wanted[0], wanted[1], false});
+      return {dx, dw, Tensor()};
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto op = typed<decltype(winograd_backward)>("winograd_backward");
+    auto [dx, dw] = op.call(g, x, weight, context->saved_data["lanes"].toInt(), wanted);
+    return {dx, dw, Tensor()};
+  }
+};
+
+Tensor apply(const Tensor& x, const Tensor& weight, int64_t lanes) {
+  return Function::apply(x, weight, lanes);
+}
+
+}  // namespace fedkn::winograd
+//// winograd_filters.h
+// The filters of winograd.h: their way to the 16 places of a patch, and their gradients' way back.
+
+#pragma once
+
+#include <cstdint>
+
+#include "winograd.h"
+
+namespace fedkn::winograd {
+
+// G w G' of filters that lie beside each other in memory, `size` of them: taps[tap * step + i] to
+// out[place * stride + i].
+template <class Level>
+INLINE void transform_taps(const float* taps, int64_t step, int64_t size, bool turned, float* out,
+                           int64_t stride) {
+  with_lanes<Level>(size, [&](auto lanes) INLINED {
+    using V = typename Vector<lanes.value>::Type;
+    for (int64_t i = 0; i < size; i += lanes.value) {
+      V t[4][3];
+#pragma GCC unroll 3
+      for (int64_t j = 0; j < 3; ++j) {
+        const auto tap = [&](int64_t row) INLINED {
+          const int64_t number = 3 * row + j;
+          return load<V>(taps + (turned ? 8 - number : number) * step + i);
+        };
+        const V a = tap(0), b = tap(1) * 0.5f, c = tap(2), half = (a + c) * 0.5f;
+        t[0][j] = a, t[1][j] = half + b, t[2][j] = half - b, t[3][j] = c;
+      }
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < 4; ++r) {
+        float* p = out + 4 * r * stride + i;
+        const V half = (t[r][0] + t[r][2]) * 0.5f, b = t[r][1] * 0.5f;
+        store<V>(p, t[r][0]);
+        store<V>(p + stride, half + b);
+        store<V>(p + 2 * stride, half - b);
+        store<V>(p + 3 * stride, t[r][2]);
+      }
+    }
+  });
+}
+
+// The transformed filters (place, C, O) of weights (O, 9, C). `room` holds 9 * O numbers.
+template <class Level>
+INLINE void transform_filters(const Shape& s, const float* weight, float* room, float* out) {
+  const int64_t stride = place_stride(s.channels, s.filters);
+  for (int64_t c = 0; c < s.channels; ++c) {
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      const float* p = weight + tap * s.channels + c;
+      for (int64_t o = 0; o < s.filters; ++o) room[tap * s.filters + o] = p[o * 9 * s.channels];
+    }
+    transform_taps<Level>(room, s.filters, s.filters, false, out + c * s.filters, stride);
+  }
+}
+
+// The transformed filters (place, O, C), turned round, by which gradients go back to the input.
+template <class Level>
+INLINE void transform_turned(const Shape& s, const float* weight, float* out) {
+  const int64_t stride = place_stride(s.filters, s.channels);
+  for (int64_t o = 0; o < s.filters; ++o) {
+    transform_taps<Level>(weight + o * 9 * s.channels, s.channels, s.channels, true,
+                          out + o * s.channels, stride);
+  }
+}
+
+// G' u G of the sums of `parts` transformed gradients u, (part, place, O, C): taps (O, 9, C).
+template <class Level>
+INLINE void transform_filters_back(const Shape& s, const float* sums, int64_t parts, float* taps) {
+  const int64_t stride = place_stride(s.filters, s.channels), part = kPlaces * stride;
+  with_lanes<Level>(s.channels, [&](auto lanes) INLINED {
+    using V = typename Vector<lanes.value>::Type;
+    for (int64_t o = 0; o < s.filters; ++o) {
+      for (int64_t c = 0; c < s.channels; c += lanes.value) {
+        const auto sum = [&](int64_t place) INLINED {
+          const float* p = sums + place * stride + o * s.channels + c;
+          V total = load<V>(p);
+          for (int64_t n = 1; n < parts; ++n) total += load<V>(p + n * part);
+          return total;
+        };
+        V t[3][4];
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < 4; ++j) {
+          const V a = sum(j), b = sum(4 + j), d = sum(8 + j), e = sum(12 + j);
+          const V half = (b + d) * 0.5f;
+          t[0][j] = a + half, t[1][j] = (b - d) * 0.5f, t[2][j] = half + e;
+        }
+        float* p = taps + o * 9 * s.channels + c;
+#pragma GCC unroll 3
+        for (int64_t r = 0; r < 3; ++r) {
+          const V half = (t[r][1] + t[r][2]) * 0.5f;
+          store<V>(p + 3 * r * s.channels, t[r][0] + half);
+          store<V>(p + (3 * r + 1) * s.channels, (t[r][1] - t[r][2]) * 0.5f);
+          store<V>(p + (3 * r + 2) * s.channels, half + t[r][3]);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace fedkn::winograd
 """

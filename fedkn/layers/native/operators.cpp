@@ -9,6 +9,7 @@
 #include "kn_conv.h"
 #include "max_pool.h"
 #include "step.h"
+#include "winograd_convolution.h"
 
 TORCH_LIBRARY(fedkn_native, m) {
   m.def(
@@ -46,6 +47,12 @@ TORCH_LIBRARY(fedkn_native, m) {
   m.def("first_convolution(Tensor x, Tensor weight) -> Tensor", &fedkn::first_convolution::apply);
   m.def("first_convolution_forward(Tensor x, Tensor weight) -> Tensor");
   m.def("first_convolution_backward(Tensor g, Tensor x, Tensor weight) -> Tensor");
+  m.def("winograd_lanes() -> int", &fedkn::winograd::winograd_lanes);
+  m.def("winograd(Tensor x, Tensor weight, int lanes) -> Tensor", &fedkn::winograd::apply);
+  m.def("winograd_forward(Tensor x, Tensor weight, int lanes) -> Tensor");
+  m.def(
+      "winograd_backward(Tensor g, Tensor x, Tensor weight, int lanes, bool[2] wanted) -> "
+      "(Tensor, Tensor)");
   m.class_<fedkn::step::Step>("Step")
       .def(torch::init<std::vector<fedkn::Tensor>, int64_t>())
       .def("add", &fedkn::step::Step::add)
@@ -62,4 +69,6 @@ TORCH_LIBRARY_IMPL(fedkn_native, CPU, m) {
   m.impl("group_norm_backward", &fedkn::group_norm::group_norm_backward);
   m.impl("first_convolution_forward", &fedkn::first_convolution::first_convolution_forward);
   m.impl("first_convolution_backward", &fedkn::first_convolution::first_convolution_backward);
+  m.impl("winograd_forward", &fedkn::winograd::winograd_forward);
+  m.impl("winograd_backward", &fedkn::winograd::winograd_backward);
 }
