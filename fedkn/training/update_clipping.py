@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from fedkn.errors import UserError
 from fedkn.training.rule import LocalRule
+from fedkn.training.transfer import moved
 
-__all__ = ["CLIP_NORM", "ClippedUpdate", "clip_update", "update_norm"]
+__all__ = ["CLIP_NORM", "ClippedUpdate", "clip_update"]
 
 CLIP_NORM = "clipping_norm"
 """What the server tells: the norm to which a client is to clip its update, under Flower's name."""
 
-Arrays = Mapping[str, np.ndarray]
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,35 +45,29 @@ class ClippedUpdate(LocalRule):
         self, trained: Mapping[str, Tensor], received: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return the shared tensors, moved no further than the norm from those received."""
-        clipped = clip_update(
-            {name: value.detach().cpu().numpy() for name, value in trained.items()},
-            {name: received[name].cpu().numpy() for name in trained},
-            self.norm,
-        )
-        return {name: torch.from_numpy(value) for name, value in clipped.items()}
+        device = next((value.device for value in trained.values()), torch.device("cpu"))
+        start = moved({name: received[name] for name in trained}, device)
+        return clip_update(trained, start, self.norm)
 
 
-def update_norm(trained: Arrays, sent: Arrays) -> float:
-    """Return the Euclidean norm, in float64, of `trained` - `sent` over the tensors of `sent`."""
-    squares = (
-        float(np.square(trained[name].astype(np.float64) - start).sum())
-        for name, start in sent.items()
-    )
-    return math.sqrt(sum(squares))
+def clip_update(trained: Tensors, sent: Tensors, norm: float) -> dict[str, Tensor]:
+    """Return `sent` + d min(1, `norm`/|d|) with d = `trained` - `sent`, in float64.
 
-
-def clip_update(trained: Arrays, sent: Arrays, norm: float) -> dict[str, np.ndarray]:
-    """Return `sent` + d min(1, `norm`/|d|) with d = `trained` - `sent`, |d| its `update_norm`.
-
-    The FlatClip of arXiv 1710.06963, Section 2.2. The arrays keep the shapes and dtypes of `sent`;
-    tensors of `trained` that `sent` lacks are left out. What is not finite stays so.
+    The FlatClip of arXiv 1710.06963, Section 2.2: |d| is the Euclidean norm over all the tensors of
+    `sent` together. They keep the shapes and dtypes of `sent`, and are on its device, which nothing
+    waits for; tensors of `trained` that `sent` lacks are left out. What is not finite stays so.
     """
-    length = update_norm(trained, sent)
-    if length <= norm:
-        return {name: trained[name] for name in sent}
+    if not sent:
+        return {}
+    start = torch.cat([value.reshape(-1) for value in sent.values()])
+    end = torch.cat([trained[name].detach().reshape(-1) for name in sent])
+    move = end.double().sub_(start)
+    length = vector_norm(move)
+    clipped = move.mul_(norm / length).add_(start).to(end.dtype)
+    # Not by a factor of one, which could round.
+    flat = torch.where(length <= norm, end, clipped)
+    parts = flat.split([value.numel() for value in sent.values()])
     return {
-        name: np.asarray(
-            start + (trained[name].astype(np.float64) - start) * (norm / length), start.dtype
-        )
-        for name, start in sent.items()
+        name: part.view(value.shape).to(value.dtype)
+        for (name, value), part in zip(sent.items(), parts, strict=True)
     }

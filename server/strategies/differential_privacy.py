@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -19,11 +18,12 @@ from flwr.supercore.differential_privacy import (
     compute_stdv,
 )
 
+from fedkn.averaging import summed
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.federation import EXAMPLES, TRAIN_LOSS
 from fedkn.seeds import derive
-from fedkn.training.update_clipping import clip_update, update_norm
+from fedkn.stack import distances
 from server.gate.screening import Update
 from server.strategies.base import Arrays, Strategy
 from server.strategies.flower import FlowerStrategy
@@ -55,7 +55,7 @@ class PrivateMean(Strategy):
     Flower's server-side wrappers divide by zero when a client sends back what it got, and do not
     clip 0-dimensional parameters: the clipping is ours, and the wrapper is Flower's client-side
     one, for server-side clipping as well. It assumes equal weights and as many updates as the
-    cohort: it gets equal weights and the true number.
+    cohort: it gets their mean, taken where they lie, as the one update, and the true number.
 
     Raises:
         UserError: the cohort is too small for the noise asked of adaptive clipping.
@@ -108,10 +108,21 @@ class PrivateMean(Strategy):
         norm = wrapper.clipping_norm
         deviation = compute_stdv(wrapper.noise_multiplier, norm, len(updates))
         self._applied = {"clip_norm": norm, "noise_deviation": deviation}
-        clipped = [self._clipped(update, sent) for update in updates]
+        ends = [update.arrays for update in updates]
+        lengths = distances(ends, sent, sent)
+        parts = [min(1.0, norm / length) if length else 1.0 for length in lengths]
+        moved = summed(
+            ends, sent, lambda k, end, x: (end.double() - x) * (parts[k] / len(ends)), sent
+        )
+        with np.errstate(over="ignore"):
+            mean = {name: np.asarray(x + moved[name], x.dtype) for name, x in sent.items()}
+        limit = _AT_THE_NORM * norm if self._on_clients else norm
+        if isinstance(wrapper, _Adaptive):
+            wrapper.clipped = sum(length > limit for length in lengths)
+        metrics = {EXAMPLES: 1, TRAIN_LOSS: 0.0, KEY_NORM_BIT: 0}
         seed = None if self._secret else derive(self._seed, "privacy-noise", round_)
         with numpy_seeded(seed):
-            return self._flower.aggregate(round_, sent, clipped)
+            return self._flower.aggregate(round_, sent, [Update(0, mean, metrics)])
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the clip norm, which adaptive clipping moves."""
@@ -126,15 +137,6 @@ class PrivateMean(Strategy):
         """Return the norm to which updates were clipped and the deviation of the noise."""
         return dict(self._applied)
 
-    def _clipped(self, update: Update, sent: Arrays) -> Update:
-        """Return `update` as the wrapper is to see it: clipped, and of weight one."""
-        norm = self._wrapper.clipping_norm
-        length = update_norm(update.arrays, sent)
-        arrays = clip_update(update.arrays, sent, norm)
-        was_clipped = length > (_AT_THE_NORM * norm if self._on_clients else norm)
-        metrics = {**update.metrics, EXAMPLES: 1, KEY_NORM_BIT: int(was_clipped)}
-        return replace(update, arrays=arrays, metrics=metrics)
-
 
 class _Adaptive(DifferentialPrivacyClientSideAdaptiveClipping):
     """Flower's, moved toward the quantile, and not before the noise is drawn.
@@ -143,7 +145,12 @@ class _Adaptive(DifferentialPrivacyClientSideAdaptiveClipping):
     arXiv 1905.03871, Section 2.1, has the part that was NOT: its norm runs away from the quantile,
     to zero or without bound. It also adapts the norm before it scales the noise by it, although
     the updates were clipped to the norm before.
+
+    Attributes:
+        clipped: how many of the round's updates were; the reply that it is given stands for all.
     """
+
+    clipped = 0
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -152,6 +159,11 @@ class _Adaptive(DifferentialPrivacyClientSideAdaptiveClipping):
         result = super().aggregate_train(server_round, replies)
         self.clipping_norm = self._next_norm
         return result
+
+    def _noisy_fraction(self, count: int, total: int) -> float:
+        del count, total
+        fraction: float = super()._noisy_fraction(self.clipped, self.num_sampled_clients)
+        return fraction
 
     def _geometric_update(self, clipped_fraction: float) -> None:
         used = self.clipping_norm

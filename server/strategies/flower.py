@@ -1,9 +1,14 @@
-"""Flower's strategies, asked for their aggregation alone: no sampling, no wire."""
+"""Flower's strategies, asked for their aggregation alone: no sampling, no wire.
+
+Somebody's own gets the updates one by one, on the host. Those that fedkn offers by name work on the
+stack that the updates lie in, wherever that is (`AfterTheMean`, `Combined`), whether they came in
+messages or not; Flower's class holds the settings and what outlives a round.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +28,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlwrStrategy
 from flwr.supercore.run import Run
 
+from fedkn.averaging import weighted_mean
 from fedkn.errors import UserError
 from fedkn.federation import ARRAYS, CONFIG, EXAMPLES, METRICS, TRAIN_LOSS
 from server.gate.screening import Update
 from server.strategies.base import Arrays, NoAggregate, Strategy
 
-__all__ = ["EVERY_NODE", "FlowerStrategy", "quiet_flower"]
+__all__ = ["EVERY_NODE", "AfterTheMean", "Combined", "FlowerStrategy", "quiet_flower"]
 
 EVERY_NODE: dict[str, Any] = {
     "fraction_train": 1.0,
@@ -139,6 +145,43 @@ class FlowerStrategy(Strategy):
             named[name] = flat[begin:end].reshape(like[name].shape)
             begin = end
         return named
+
+
+class AfterTheMean(FlowerStrategy):
+    """One of Flower's server optimizers, which step from the updates' mean by examples.
+
+    It gets that mean as the round's one update: taken on the stack, with the bits of Flower's own.
+    """
+
+    def aggregate(
+        self, round_: int, sent: Arrays, updates: Sequence[Update]
+    ) -> dict[str, np.ndarray]:
+        """Return what the strategy makes of the updates' mean."""
+        examples = [update.metrics[EXAMPLES] for update in updates]
+        mean = weighted_mean([update.arrays for update in updates], examples, self._parameters)
+        alone = {**dict.fromkeys(self._metrics, 0.0), EXAMPLES: sum(examples)}
+        return super().aggregate(round_, sent, [Update(updates[0].partition, mean, alone)])
+
+
+Combine = Callable[[Any, Arrays, Sequence[Update]], dict[str, np.ndarray]]
+"""From one of Flower's strategies, whose settings it reads, the parameters sent and the updates to
+the next parameters, in float64 or their own dtype; raises `NoAggregate` where there are too few."""
+
+
+class Combined(FlowerStrategy):
+    """One of Flower's strategies, of which the aggregation is done on the stack by `combine`."""
+
+    def __init__(self, strategy: FlwrStrategy, parameters: Sequence[str], combine: Combine) -> None:
+        super().__init__(strategy, parameters)
+        self._combine = combine
+
+    def aggregate(
+        self, round_: int, sent: Arrays, updates: Sequence[Update]
+    ) -> dict[str, np.ndarray]:
+        """Return the updates combined."""
+        del round_
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            return self._combine(self._strategy, sent, updates)
 
 
 # The name of the one array that the strategies see.

@@ -30,9 +30,17 @@ from fedkn.errors import UserError, unknown_name
 from fedkn.experiment import task_of
 from fedkn.federation import TRAIN_LOSS
 from fedkn.references import registered
+from server.strategies import combining
 from server.strategies.base import Strategy
 from server.strategies.differential_privacy import PrivateMean
-from server.strategies.flower import EVERY_NODE, FlowerStrategy, quiet_flower
+from server.strategies.flower import (
+    EVERY_NODE,
+    AfterTheMean,
+    Combine,
+    Combined,
+    FlowerStrategy,
+    quiet_flower,
+)
 from server.strategies.own import OwnStrategy
 
 __all__ = ["create_strategy", "names"]
@@ -77,7 +85,7 @@ def create_strategy(config: ExperimentConfig, parameters: Sequence[str] = ()) ->
         if own:
             return OwnStrategy(config, parameters)
         if name in _FLOWERS:
-            return FlowerStrategy(_flowers(name, config), parameters)
+            return _flowers(name, config, parameters)
         strategy = _server_half(name)(config)
         return PrivateMean(config, strategy, parameters) if of_clients else strategy
 
@@ -92,8 +100,8 @@ def _plain_means() -> list[str]:
     return [name for name in algorithms.names() if _server_half(name).is_plain_mean]
 
 
-def _flowers(name: str, config: ExperimentConfig) -> FedAvg:
-    """Return Flower's strategy, which trains every node that it is shown."""
+def _flowers(name: str, config: ExperimentConfig, parameters: Sequence[str]) -> FlowerStrategy:
+    """Return Flower's strategy, which trains every node that it is shown, on the stack."""
     tolerated = config.strategy.malicious_clients
     factor, constant = _SMALLEST_COHORT.get(name, (0, 1))
     if config.cohort < (needed := factor * tolerated + constant):
@@ -101,9 +109,9 @@ def _flowers(name: str, config: ExperimentConfig) -> FedAvg:
             f"{name} with strategy.malicious_clients = {tolerated} needs cohort >= {needed}, got "
             f"{config.cohort}: raise cohort or tolerate fewer"
         )
-    build, options = _FLOWERS[name]
+    build, options, made = _FLOWERS[name]
     arguments = {key: value for key, value in options(config).items() if value != "default"}
-    return build(**EVERY_NODE, **arguments)
+    return made(build(**EVERY_NODE, **arguments), parameters)
 
 
 # Updates needed to tolerate f malicious clients, a·f + b as (a, b): arXiv 1703.02757, Prop. 4.2,
@@ -126,7 +134,14 @@ def _of(build: Callable[[StrategyConfig], dict[str, Any]]) -> Options:
     return lambda config: build(config.strategy)
 
 
-_FLOWERS: dict[str, tuple[type[FedAvg], Options]] = {
+Made = Callable[[FedAvg, Sequence[str]], FlowerStrategy]
+
+
+def _combined(combine: Combine) -> Made:
+    return lambda strategy, parameters: Combined(strategy, parameters, combine)
+
+
+_FLOWERS: dict[str, tuple[type[FedAvg], Options, Made]] = {
     "fedavgm": (
         FedAvgM,
         _of(
@@ -135,10 +150,11 @@ _FLOWERS: dict[str, tuple[type[FedAvg], Options]] = {
                 "server_momentum": s.server_momentum,
             }
         ),
+        AfterTheMean,
     ),
-    "fedadam": (FedAdam, _adaptive),
-    "fedyogi": (FedYogi, _adaptive),
-    "fedadagrad": (FedAdagrad, _adaptive),
+    "fedadam": (FedAdam, _adaptive, AfterTheMean),
+    "fedyogi": (FedYogi, _adaptive, AfterTheMean),
+    "fedadagrad": (FedAdagrad, _adaptive, AfterTheMean),
     "qfedavg": (
         QFedAvg,
         # q-FedAvg estimates the Lipschitz constant by the clients' own learning rate.
@@ -147,16 +163,30 @@ _FLOWERS: dict[str, tuple[type[FedAvg], Options]] = {
             "q": config.strategy.q,
             "train_loss_key": TRAIN_LOSS,
         },
+        _combined(combining.q_mean),
     ),
-    "fedmedian": (FedMedian, _none),
-    "fedtrimmedavg": (FedTrimmedAvg, _of(lambda s: {"beta": s.trim})),
-    "krum": (Krum, _of(lambda s: {"num_malicious_nodes": s.malicious_clients})),
+    "fedmedian": (FedMedian, _none, _combined(combining.median)),
+    "fedtrimmedavg": (
+        FedTrimmedAvg,
+        _of(lambda s: {"beta": s.trim}),
+        _combined(combining.trimmed_mean),
+    ),
+    "krum": (
+        Krum,
+        _of(lambda s: {"num_malicious_nodes": s.malicious_clients}),
+        _combined(combining.krum),
+    ),
     "multikrum": (
         MultiKrum,
         lambda config: {
             "num_malicious_nodes": config.strategy.malicious_clients,
             "num_nodes_to_select": max(1, config.cohort - config.strategy.malicious_clients),
         },
+        _combined(combining.krum),
     ),
-    "bulyan": (Bulyan, _of(lambda s: {"num_malicious_nodes": s.malicious_clients})),
+    "bulyan": (
+        Bulyan,
+        _of(lambda s: {"num_malicious_nodes": s.malicious_clients}),
+        _combined(combining.bulyan),
+    ),
 }

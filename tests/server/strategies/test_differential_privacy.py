@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 
@@ -11,7 +12,7 @@ from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.normalizers import FederationRule, TensorRole
 from fedkn.seeds import derive
-from fedkn.training.update_clipping import clip_update, update_norm
+from fedkn.training.update_clipping import clip_update
 from server.gate.screening import Update
 from server.rounds.aggregation import Aggregator
 from server.strategies.differential_privacy import numpy_seeded
@@ -62,6 +63,15 @@ def updates(norms: list[float]) -> list[Update]:
     return result
 
 
+def clipped_to(norm: float, trained: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what a client sends that clips."""
+    ends, start = (
+        {name: torch.from_numpy(value) for name, value in arrays.items()}
+        for arrays in (trained, sent())
+    )
+    return {name: value.numpy() for name, value in clip_update(ends, start, norm).items()}
+
+
 def aggregated(aggregator: Aggregator, some: list[Update], round_: int = 1):
     aggregator.training_config(round_, sent(), ConfigRecord())
     return aggregator.aggregate(round_, sent(), some)
@@ -72,8 +82,7 @@ def aggregated(aggregator: Aggregator, some: list[Update], round_: int = 1):
 
 def test_clipping_is_over_all_parameters_together_zero_dimensional_ones_too():
     (update,) = updates([5.0])
-    assert update_norm(update.arrays, sent()) == pytest.approx(5.0, rel=1e-5)
-    clipped = clip_update(update.arrays, sent(), 2.0)
+    clipped = clipped_to(2.0, update.arrays)
     for name, start in sent().items():
         expected = start + (update.arrays[name].astype(np.float64) - start) * 0.4
         np.testing.assert_allclose(clipped[name], expected, rtol=1e-4, atol=1e-6)
@@ -84,7 +93,7 @@ def test_clipping_is_over_all_parameters_together_zero_dimensional_ones_too():
 def test_small_and_zero_updates_are_left_alone():
     (update,) = updates([0.5])
     for trained in (update.arrays, sent()):
-        clipped = clip_update(trained, sent(), 2.0)
+        clipped = clipped_to(2.0, trained)
         assert all(np.array_equal(clipped[name], trained[name]) for name in SHAPES)
 
 
@@ -177,9 +186,7 @@ def test_the_norm_goes_to_the_median_of_the_updates(mechanism, start):
         if mechanism == "client_adaptive":
             told = aggregator.training_config(round_, sent(), ConfigRecord())
             limit = float(told["clipping_norm"])
-            some = [
-                Update(u.partition, clip_update(u.arrays, sent(), limit), u.metrics) for u in some
-            ]
+            some = [Update(u.partition, clipped_to(limit, u.arrays), u.metrics) for u in some]
         aggregated(aggregator, some, round_)
     assert aggregator.fields()["clip_norm"] == pytest.approx(3.0, abs=0.4)
 
