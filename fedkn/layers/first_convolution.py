@@ -19,7 +19,7 @@ def serves(layer: nn.Conv2d, x: object) -> bool:
     return (
         layer.in_channels <= 4
         and layer.out_channels % 8 == 0
-        and plain(layer, x)
+        and plain(x, layer)
         and not x.requires_grad
     )
 

@@ -13,8 +13,8 @@ from fedkn.layers.native import library
 __all__ = ["plain"]
 
 
-def plain(layer: nn.Conv2d, x: object) -> TypeGuard[Tensor]:
-    """Whether it is a plain convolution of eager float32 maps on the CPU, channels last.
+def plain(x: object, layer: nn.Conv2d) -> TypeGuard[Tensor]:
+    """Whether x are eager float32 maps on the CPU, channels last, and the layer a plain one.
 
     Plain: 3x3 with padding 1, stride 1 and one group, without bias.
     """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -16,10 +14,10 @@ def serves(layer: nn.Conv2d, x: object) -> bool:
     """Whether `winograd` takes these.
 
     A plain 3x3 convolution with padding 1, without bias, of 8 to 128 channels to as many, both
-    multiples of eight, applied to eager float32 maps on the CPU, channels last. The processor has
-    AVX2 and FMA, or more.
+    multiples of eight, applied to eager float32 maps on the CPU, channels last, of at least eight
+    tiles of 2x2 pixels in all. The processor has AVX2 and FMA, or more.
     """
-    return _few(layer.in_channels) and _few(layer.out_channels) and plain(layer, x) and _lanes() > 0
+    return plain(x, layer) and _lanes(layer, x) > 0
 
 
 def winograd(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -29,19 +27,11 @@ def winograd(layer: nn.Conv2d, x: Tensor) -> Tensor:
     products for what takes 36, forward and in both gradients. The result is channels last. The bits
     do not depend on the number of threads. Differentiable twice.
     """
-    y: Tensor = torch.ops.fedkn_native.winograd(x, layer.weight, _lanes())
+    y: Tensor = torch.ops.fedkn_native.winograd(x, layer.weight, _lanes(layer, x))
     return y
 
 
-_MOST = 128
-"""Channels up to which it was measured; all that is made of wider filters leaves the L2 cache."""
-
-
-def _few(channels: int) -> bool:
-    return channels % 8 == 0 and channels <= _MOST
-
-
-@functools.cache
-def _lanes() -> int:
-    lanes: int = torch.ops.fedkn_native.winograd_lanes()
+def _lanes(layer: nn.Conv2d, x: Tensor) -> int:
+    """The numbers of a vector; 0 where the processor has none, or the sizes are not for it."""
+    lanes: int = torch.ops.fedkn_native.winograd_lanes(x.shape, layer.out_channels)
     return lanes

@@ -1100,6 +1100,7 @@ std::tuple<Tensor, Tensor, Tensor> pooling_backward(const Given& given, const Te
 #include "kn_conv_channels_last.h"
 #include "kn_conv_contiguous.h"
 #include "plan.h"
+#include "winograd_convolution.h"
 
 namespace fedkn {
 
@@ -1164,7 +1165,19 @@ Tensor per_filter(const Plan& p, const Tensor& weight, const std::optional<Tenso
   return values;
 }
 
+// The vectors by which winograd.h takes the layer's convolution; 0: it is PyTorch's.
+int64_t own_lanes(const Plan& p) {
+  constexpr std::array<int64_t, 2> one{1, 1}, three{3, 3};
+  const bool plain = p.last && p.clients * p.groups == 1 && p.kernel == three && p.stride == one &&
+                     p.padding == one && p.dilation == one;
+  if (!plain) return 0;
+  return winograd::winograd_lanes({p.samples, p.channels, p.height, p.width}, p.filters);
+}
+
 Tensor convolve(const Plan& p, const Tensor& x, const Tensor& weight) {
+  if (const int64_t lanes = own_lanes(p)) {
+    return winograd::winograd_forward(x, p.centred ? centred(weight) : weight, lanes);
+  }
   return at::convolution(x, p.centred ? centred(weight) : weight, {}, p.stride, p.padding,
                          p.dilation, false, {0, 0}, p.clients * p.groups);
 }
@@ -1248,7 +1261,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Plan& p, const Tensor& upstrea
       unbox(p, slope, scratch, spread.get() + (2 * n + 1) * pixels);
     }
   });
-  if (wanted.x || wanted.weight) {
+  if (const int64_t lanes = own_lanes(p)) {
+    std::tie(dx, dw) = winograd::winograd_backward(dz, x, p.centred ? centred(weight) : weight,
+                                                   lanes, {wanted.x, wanted.weight});
+  } else if (wanted.x || wanted.weight) {
     std::tie(dx, dw, std::ignore) = at::convolution_backward(
         dz, x, p.centred ? centred(weight) : weight, c10::nullopt, p.stride, p.padding, p.dilation,
         false, {0, 0}, p.clients * p.groups, {wanted.x, wanted.weight, false});
@@ -2004,7 +2020,7 @@ TORCH_LIBRARY(fedkn_native, m) {
   m.def("first_convolution(Tensor x, Tensor weight) -> Tensor", &fedkn::first_convolution::apply);
   m.def("first_convolution_forward(Tensor x, Tensor weight) -> Tensor");
   m.def("first_convolution_backward(Tensor g, Tensor x, Tensor weight) -> Tensor");
-  m.def("winograd_lanes() -> int", &fedkn::winograd::winograd_lanes);
+  m.def("winograd_lanes(int[] size, int filters) -> int", &fedkn::winograd::winograd_lanes);
   m.def("winograd(Tensor x, Tensor weight, int lanes) -> Tensor", &fedkn::winograd::apply);
   m.def("winograd_forward(Tensor x, Tensor weight, int lanes) -> Tensor");
   m.def(
@@ -2901,7 +2917,7 @@ float* room_for_filters(int64_t size) {
 #define NARROW __attribute__((target("avx2,fma")))
 
 // The numbers of a vector of this processor; 0: it has none that this is for.
-int64_t winograd_lanes() {
+int64_t processors_lanes() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -2912,8 +2928,21 @@ int64_t winograd_lanes() {
 #define WIDE
 #define NARROW
 
-int64_t winograd_lanes() { return 0; }
+int64_t processors_lanes() { return 0; }
 #endif
+
+// Transformed filters are 16/9 of the weights, and kept in the cache and by threads.
+constexpr int64_t kMostChannels = 128;
+// With fewer, transforming the filters takes longer than the convolution.
+constexpr int64_t kLeastTiles = 8;
+
+// The numbers of a vector by which maps of `size` (N, C, H, W) are convolved; 0: not by this.
+int64_t winograd_lanes(IntArrayRef size, int64_t filters) {
+  static const int64_t lanes = processors_lanes();
+  const Shape s{size[0], size[1], filters, size[2], size[3]};
+  const auto few = [](int64_t n) { return n % 8 == 0 && n > 0 && n <= kMostChannels; };
+  return few(s.channels) && few(filters) && s.tiles() >= kLeastTiles ? lanes : 0;
+}
 
 template <class F>
 WIDE void run_wide(F f) {

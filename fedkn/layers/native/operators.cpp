@@ -47,7 +47,7 @@ TORCH_LIBRARY(fedkn_native, m) {
   m.def("first_convolution(Tensor x, Tensor weight) -> Tensor", &fedkn::first_convolution::apply);
   m.def("first_convolution_forward(Tensor x, Tensor weight) -> Tensor");
   m.def("first_convolution_backward(Tensor g, Tensor x, Tensor weight) -> Tensor");
-  m.def("winograd_lanes() -> int", &fedkn::winograd::winograd_lanes);
+  m.def("winograd_lanes(int[] size, int filters) -> int", &fedkn::winograd::winograd_lanes);
   m.def("winograd(Tensor x, Tensor weight, int lanes) -> Tensor", &fedkn::winograd::apply);
   m.def("winograd_forward(Tensor x, Tensor weight, int lanes) -> Tensor");
   m.def(

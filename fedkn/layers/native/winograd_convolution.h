@@ -52,7 +52,7 @@ float* room_for_filters(int64_t size) {
 #define NARROW __attribute__((target("avx2,fma")))
 
 // The numbers of a vector of this processor; 0: it has none that this is for.
-int64_t winograd_lanes() {
+int64_t processors_lanes() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -63,8 +63,21 @@ int64_t winograd_lanes() {
 #define WIDE
 #define NARROW
 
-int64_t winograd_lanes() { return 0; }
+int64_t processors_lanes() { return 0; }
 #endif
+
+// Transformed filters are 16/9 of the weights, and kept in the cache and by threads.
+constexpr int64_t kMostChannels = 128;
+// With fewer, transforming the filters takes longer than the convolution.
+constexpr int64_t kLeastTiles = 8;
+
+// The numbers of a vector by which maps of `size` (N, C, H, W) are convolved; 0: not by this.
+int64_t winograd_lanes(IntArrayRef size, int64_t filters) {
+  static const int64_t lanes = processors_lanes();
+  const Shape s{size[0], size[1], filters, size[2], size[3]};
+  const auto few = [](int64_t n) { return n % 8 == 0 && n > 0 && n <= kMostChannels; };
+  return few(s.channels) && few(filters) && s.tiles() >= kLeastTiles ? lanes : 0;
+}
 
 template <class F>
 WIDE void run_wide(F f) {
