@@ -66,7 +66,7 @@ def clip_update(trained: Tensors, sent: Tensors, norm: float) -> dict[str, Tenso
     clipped = move.mul_(norm / length).add_(start).to(end.dtype)
     # Not by a factor of one, which could round.
     flat = torch.where(length <= norm, end, clipped)
-    parts = flat.split([value.numel() for value in sent.values()])
+    parts = torch.split(flat, [value.numel() for value in sent.values()])
     return {
         name: part.view(value.shape).to(value.dtype)
         for (name, value), part in zip(sent.items(), parts, strict=True)

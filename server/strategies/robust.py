@@ -20,7 +20,7 @@ from server.strategies.base import Arrays
 __all__ = ["bulyan_mean", "median", "nearest", "trimmed_mean"]
 
 # What is sorted at once, of all clients: in it the working memory is the same for any model.
-_NUMBERS_AT_ONCE = 1 << 22
+_NUMBERS_AT_ONCE = 1 << 20
 
 
 def nearest(

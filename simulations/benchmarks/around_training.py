@@ -1,6 +1,7 @@
 """What a round costs beside its training, in processor time.
 
-``python -m simulations.benchmarks.around_training`` prints it for three set-ups.
+``python -m simulations.benchmarks.around_training`` prints it for three set-ups, and followed by
+names of strategies, or of mechanisms of clients' privacy, for the largest set-up with each of them.
 
 Training is replaced by a change of the tensors, which is not counted. One process, no workers.
 """
@@ -108,9 +109,17 @@ def _update() -> LocalUpdate:
     )
 
 
+def _with(name: str) -> Task:
+    """Return the largest set-up with the strategy, or the mechanism of privacy, of this `name`."""
+    private = name.startswith(("server_", "client_"))
+    change = {"privacy.mechanism": name} if private else {"strategy.name": name}
+    return Task("pfl-research's", 1000, 50, 12, {**_PFL, **change})
+
+
 if __name__ == "__main__":
-    for title, setup in _SETUPS.items():
-        for name in ("inprocess", "batched"):
+    asked = {name: _with(name) for name in sys.argv[1:]}
+    for title, setup in (asked or _SETUPS).items():
+        for name in ("inprocess",) if asked else ("inprocess", "batched"):
             found = milliseconds(setup, name, 40 if setup.clients == 100 else 12)
             sys.stdout.write(f"{title}, {name}: {found:.1f} ms\n")
             sys.stdout.flush()
