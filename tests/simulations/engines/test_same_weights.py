@@ -86,9 +86,10 @@ def test_auto_trains_small_models_together_and_falls_back(experiment: Experiment
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_bits_as_inprocess(experiment: ExperimentConfig) -> None:
+@pytest.mark.parametrize("strategy", ["fedavg", "bulyan"])
+def test_ray_gives_the_same_bits_as_inprocess(strategy: str, experiment: ExperimentConfig) -> None:
     pytest.importorskip("ray")
-    config = experiment.overlay(workers=2)
+    config = experiment.overlay(workers=2, strategy__name=strategy)
     one, other = (run_experiment(config.overlay(engine=e)) for e in ("inprocess", "ray"))
     assert one.weights_sha256 == other.weights_sha256
 
