@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Unpack, get_args
 
-import torch
 from torch import nn
 
 from fedkn.errors import UserError, unknown_name
@@ -42,7 +41,6 @@ class KernelNormalizer(Normalizer):
         "compiler its steps take longer than BatchNorm's (docs/benchmarks.md)."
     )
     affine: ClassVar[bool] = False
-    memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
     published_scaling: ClassVar[Literal["unit", "standardized"]] = "unit"
 
     _layer: ClassVar[type[KNConv2d]] = KNConv2d

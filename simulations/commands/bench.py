@@ -44,8 +44,7 @@ ChannelsLast = Annotated[
     bool,
     typer.Option(
         "--channels-last/--contiguous",
-        help="Memory layout of the maps. Training takes the faster: contiguous for KernelNorm, "
-        "channels last for the others.",
+        help="Memory layout of the maps. Training has channels last, for all our normalizers.",
     ),
 ]
 OutFolder = Annotated[
