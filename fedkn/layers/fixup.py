@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedkn.layers.winograd import convolve
+
 __all__ = ["Multiplier", "Shift", "ShiftedConv2d"]
 
 
@@ -49,5 +51,4 @@ class ShiftedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (N, C, H, W)."""
         shifted = input + self.shift.view(1, 1, 1)
-        output: Tensor = self._conv_forward(shifted, self.weight, self.bias)
-        return output
+        return convolve(self, shifted, self.weight)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fedkn.errors import UserError
 from fedkn.layers.per_channel import PerChannel, per_channel
+from fedkn.layers.winograd import convolve
 
 __all__ = ["CentredConv2d", "MovingAverageNorm2d"]
 
@@ -122,8 +123,7 @@ class CentredConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (N, C, H, W)."""
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        output: Tensor = self._conv_forward(input, weight, self.bias)
-        return output
+        return convolve(self, input, weight)
 
 
 class _Window(nn.Module):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fedkn.layers.native import library
 from fedkn.layers.plain_convolution import plain
 
-__all__ = ["serves", "winograd"]
+__all__ = ["convolve", "serves", "winograd"]
 
 
 def serves(layer: nn.Conv2d, x: object) -> bool:
@@ -28,6 +29,19 @@ def winograd(layer: nn.Conv2d, x: Tensor) -> Tensor:
     do not depend on the number of threads. Differentiable twice.
     """
     y: Tensor = torch.ops.fedkn_native.winograd(x, layer.weight, _lanes(layer, x))
+    return y
+
+
+def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the layer's convolution of x by `weight` in place of its own, of the same shape.
+
+    By `winograd`'s kernel where it serves, else by PyTorch's.
+    """
+    y: Tensor = (
+        torch.ops.fedkn_native.winograd(x, weight, _lanes(layer, x))
+        if serves(layer, x) and library.serves(x, weight, None)
+        else layer._conv_forward(x, weight, layer.bias)
+    )
     return y
 
 

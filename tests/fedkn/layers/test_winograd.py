@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fedkn.layers.fixup import ShiftedConv2d
+from fedkn.layers.moving_average_norm import CentredConv2d
 from fedkn.layers.native import library
+from fedkn.layers.scaled_ws_conv import ScaledWSConv2d
 from fedkn.layers.winograd import serves, winograd
+from fedkn.layers.ws_conv import WSConv2d
 from fedkn.normalizers.fused import FusedSequential
 
 NARROW, WIDE = 8, 16
@@ -159,6 +165,42 @@ def test_a_fused_sequence_convolves_so_unless_somebody_looks_on():
     assert not torch.equal(block(x), layer(x))
     layer.register_forward_hook(lambda *_: None)
     assert torch.equal(block(x), layer(x))
+
+
+def _by_weight_standardization(weight):
+    variance, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
+    return (weight - mean) / (variance + 1e-5).sqrt()
+
+
+def _by_scaled_weight_standardization(weight):
+    variance, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
+    return (weight - mean) / (variance * weight[0].numel()).clamp(min=1e-4).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("kind", "used"),
+    [
+        (WSConv2d, _by_weight_standardization),
+        (ScaledWSConv2d, _by_scaled_weight_standardization),
+        (CentredConv2d, lambda weight: weight - weight.mean((1, 2, 3), keepdim=True)),
+        (ShiftedConv2d, lambda weight: weight),
+    ],
+)
+def test_layers_that_make_their_filters_convolve_so_too(kind, used):
+    torch.manual_seed(3)
+    layer = kind(16, 24, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    x, g = _maps(2, 16, 10, 9), _maps(2, 24, 10, 9)
+    exact = _passes(
+        x.double(), layer.weight.double(), g.double(), lambda x, weight: _plain(x, used(weight))
+    )
+    found = []
+    for kernels in (True, False):
+        with contextlib.nullcontext() if kernels else library.switched_off():
+            y = layer(x.requires_grad_())
+            found.append((y, *torch.autograd.grad(y, (x, layer.weight), g)))
+    for one in found:
+        assert max(_errors(one, exact)) < 1e-5
+    assert not torch.equal(found[0][0], found[1][0])
 
 
 @pytest.mark.parametrize(
