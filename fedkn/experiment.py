@@ -37,7 +37,7 @@ from fedkn.normalizers import Normalizer
 from fedkn.options import read_options
 from fedkn.tasks import Task
 from fedkn.training.inputs import Inputs
-from fedkn.training.stackable import Stacking, try_stacking
+from fedkn.training.stackable import try_stacking
 from fedkn.training.trial import trial_step
 
 __all__ = [
@@ -51,7 +51,6 @@ __all__ = [
     "layout_on",
     "network_of",
     "normalizer_of",
-    "own_stacking",
     "task_of",
     "try_parts",
     "why_alone",
@@ -229,12 +228,7 @@ def why_alone(config: ExperimentConfig) -> str:
     known = next((reason for reason, holds in reasons.items() if holds), "")
     if known or config.model.name in models.names():
         return known
-    return own_stacking(config).reason
-
-
-def own_stacking(config: ExperimentConfig) -> Stacking:
-    """Return whether a model of somebody's own can be trained for several clients at once."""
-    return _own_stacking(
+    return _why_own_alone(
         config.model, config.normalizer, config.rounds, config.data, task=config.task
     )
 
@@ -265,14 +259,14 @@ def device_of(config: ExperimentConfig) -> torch.device:
 
 
 @lru_cache(maxsize=4)
-def _own_stacking(
+def _why_own_alone(
     model: ModelConfig,
     normalizer: NormalizerConfig,
     rounds: int,
     data: DataConfig,
     *,
     task: TaskConfig,
-) -> Stacking:
+) -> str:
     config = ExperimentConfig(
         model=model, normalizer=normalizer, rounds=rounds, data=data, task=task, device="cpu"
     )

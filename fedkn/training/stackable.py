@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,25 +17,13 @@ from fedkn.training.draws import own_draws
 from fedkn.training.stacked import forward_of
 from fedkn.training.stacked_workspace import stackable_parameters
 
-__all__ = ["Stacking", "try_stacking"]
+__all__ = ["try_stacking"]
 
 
-@dataclass(frozen=True)
-class Stacking:
-    """What a trial found.
-
-    Attributes:
-        reason: why clients cannot train the network together, naming the layer; empty if they can.
-        numbers: in the maps that the first layer with parameters gives for one example: how much
-            arithmetic a step is.
-    """
-
-    reason: str
-    numbers: int
-
-
-def try_stacking(model: nn.Module, x: Tensor) -> Stacking:
+def try_stacking(model: nn.Module, x: Tensor) -> str:
     """Run `model` on `x` (B, …), B of 2 or more, for two clients at once, and look what happens.
+
+    Return why clients cannot train it together, naming the layer; empty if they can.
 
     In training mode. It must have no tensors that change without being trained, draw no random
     numbers of its own, be made of what ``torch.func.vmap`` knows, and treat every example by
@@ -53,7 +40,7 @@ def try_stacking(model: nn.Module, x: Tensor) -> Stacking:
     return found
 
 
-def _tried(model: nn.Module, x: Tensor) -> Stacking:
+def _tried(model: nn.Module, x: Tensor) -> str:
     watch = _Watch()
     with own_draws(x.device, 0) as draws, torch.no_grad(), watch.on(model):
         try:
@@ -64,7 +51,6 @@ def _tried(model: nn.Module, x: Tensor) -> Stacking:
                 f"the model fails on {tuple(x.shape)} inputs at {watch.where}: "
                 f"{printable(f'{type(error).__name__}: {error}', 200)}"
             ) from error
-        numbers = watch.first
         try:
             parameters, fixed = stackable_parameters(model)
             before = draws.state()
@@ -75,28 +61,26 @@ def _tried(model: nn.Module, x: Tensor) -> Stacking:
             with StackedConvolutions():
                 one = forward(stacked, torch.stack([x, x]), keys)
             if draws.state() != before:
-                return Stacking(f"{_random_layer(model)} draws random numbers of its own", numbers)
+                return f"{_random_layer(model)} draws random numbers of its own"
             others = torch.cat([x[:1], 0.5 - x[1:]])
             with StackedConvolutions():
                 other = forward(stacked, torch.stack([others, others]), keys)
         except UserError as error:
-            return Stacking(str(error).partition(": set engine")[0], watch.first)
+            return str(error).partition(": set engine")[0]
         except Exception as error:  # the network's own code, under a transform it does not know
             said = printable(error, 160)
             if "randomness" in said:
-                return Stacking(f"{watch.where} draws random numbers of its own", watch.first)
-            reason = f"{watch.where} cannot be run for several clients ({said})"
-            return Stacking(reason, watch.first)
+                return f"{watch.where} draws random numbers of its own"
+            return f"{watch.where} cannot be run for several clients ({said})"
     if not torch.allclose(one[:, 0], other[:, 0], rtol=1e-4, atol=1e-5, equal_nan=True):
-        return Stacking("the network mixes the examples of a batch", numbers)
-    return Stacking("", numbers)
+        return "the network mixes the examples of a batch"
+    return ""
 
 
 class _Watch:
-    """Which layer is being run, and what the first with parameters gave."""
+    """Which layer is being run."""
 
     def __init__(self) -> None:
-        self.first = 0
         self._inside: list[str] = []
 
     @property
@@ -115,12 +99,9 @@ class _Watch:
                 self._inside.append(shown)
 
             def leave(layer: nn.Module, inputs: Any, output: Any) -> None:
-                del inputs
+                del layer, inputs, output
                 if self._inside:
                     self._inside.pop()
-                own = any(p is not None for p in layer._parameters.values())
-                if not self.first and own and isinstance(output, Tensor) and output.dim():
-                    self.first = output[0].numel()
 
             handles += [
                 module.register_forward_pre_hook(enter),

@@ -9,7 +9,7 @@ import torch
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
-from fedkn.experiment import device_of, federated_data, normalizer_of, own_stacking, why_alone
+from fedkn.experiment import device_of, why_alone
 from fedkn.gpus import visible_gpus
 from fedkn.machine import usable_cores
 from fedkn.models.catalog import ARCHITECTURES
@@ -23,24 +23,17 @@ Together = Literal["stacked", "concurrent"]
 def engine_of(config: ExperimentConfig) -> str:
     """Return ``inprocess``, ``batched`` or ``ray``; ``auto`` is resolved.
 
+    On a CPU clients are trained one after another: steps are recorded there, which those of clients
+    together are not, and convolutions of one client's are faster (docs/performance.md).
+
     A function of the configuration and the device alone, not of timings or of the number of cores:
     a run that is resumed elsewhere goes on with the same engine.
     """
     if config.engine != "auto":
         return config.engine
-    if config.cohort < _FEWEST:
-        return "inprocess"
-    if device_of(config).type == "cuda":
-        return "inprocess" if _never_together(config) else "batched"
-    if why_alone(config):
-        return "inprocess"
-    if config.model.name in ARCHITECTURES:
-        sides = federated_data(config).train.shape[1:]
-        numbers = config.train.batch_size * _width(config) * math.prod(sides)
-    else:
-        numbers = config.train.batch_size * own_stacking(config).numbers
-    one_by_one_is_fast = normalizer_of(config).memory_format is torch.channels_last
-    return "batched" if numbers <= (_SMALL if one_by_one_is_fast else 2 * _SMALL) else "inprocess"
+    on_gpu = device_of(config).type == "cuda"
+    together = on_gpu and config.cohort >= _FEWEST and not _never_together(config)
+    return "batched" if together else "inprocess"
 
 
 def together_of(config: ExperimentConfig) -> Together:
@@ -105,9 +98,3 @@ _WIDE = 64
 
 _FEWEST = 4
 """Clients of a cohort below which the groups are too small to gain by."""
-
-_SMALL = 1 << 14
-"""Numbers in a batch's first maps up to which training together is faster on a CPU; beyond that a
-step is arithmetic, of which grouped convolutions do less per second (docs/performance.md). Twice as
-many where one by one is no faster a layout: clients together have their maps contiguous.
-"""

@@ -12,7 +12,6 @@ from fedkn.experiment import build_model, network_of, why_alone
 from fedkn.federation import arrays_to_tensors
 from fedkn.reference import federated_averaging
 from server.checkpoints import weights_sha256
-from simulations.engines.choice import engine_of
 from simulations.engines.run import run_experiment
 from simulations.runs.folder import RunFolder
 
@@ -95,10 +94,9 @@ def test_together_is_one_by_one_to_rounding(normalizer, frozen):
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_auto_goes_one_by_one_where_a_layer_asks_for_it_and_the_record_says_which(tmp_path):
-    assert engine_of(configured()) == "batched"
+def test_a_layer_that_asks_for_one_by_one_is_named_in_the_record(tmp_path):
+    assert not why_alone(configured())
     config = configured(model__options={"drop": 0.5}, rounds=1, checkpoint__folder=str(tmp_path))
-    assert engine_of(config) == "inprocess"
     assert why_alone(config) == "Dropout 'drop' draws random numbers of its own"
     run_experiment(config)
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fedkn import normalizers
 from fedkn.config import ExperimentConfig
@@ -74,15 +75,15 @@ def test_batched_refuses_what_cannot_train_together(experiment: ExperimentConfig
         run_experiment(experiment.overlay(engine="batched", normalizer__name="batch"))
 
 
-def test_auto_trains_small_models_together_and_falls_back(experiment: ExperimentConfig) -> None:
-    assert engine_of(experiment) == "batched"
-    for change in (
-        {"normalizer__name": "batch"},
-        {"cohort": 2},
-        {"model__width": 256, "train__batch_size": 64},
-    ):
-        assert engine_of(experiment.overlay(**change)) == "inprocess"
+def test_auto_trains_together_on_a_gpu_alone(
+    experiment: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine_of(experiment) == "inprocess"
     assert engine_of(experiment.overlay(engine="ray")) == "ray"
+    monkeypatch.setattr("simulations.engines.choice.device_of", lambda config: torch.device("cuda"))
+    assert engine_of(experiment) == "batched"
+    for change in ({"cohort": 2}, {"privacy__mechanism": "example", "privacy__noise": 1.0}):
+        assert engine_of(experiment.overlay(**change)) == "inprocess"
 
 
 @pytest.mark.slow
