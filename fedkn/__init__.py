@@ -3,6 +3,7 @@
 What is public is what `__all__` names; docs/api.md shows its use.
 """
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +20,10 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# On some processors MKL's products depend on where in memory the numbers begin, unless it is told
+# otherwise before the first of them: the same seed is to give the same bits in every engine.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 # On demand: `import fedkn` must not cost the seconds that importing torch takes. By a name in a
 # text, because what runs experiments stands above this package, which imports nothing of it: a

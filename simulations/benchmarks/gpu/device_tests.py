@@ -53,7 +53,7 @@ def run_marked(case: MarkedFile, device: Gpu) -> MarkedOutcome:
     """
     device.clear()  # they share its memory
     # The checkout's own options may quieten pytest once more, and its last line would be gone.
-    options = ["-o", "addopts=", "--strict-markers", "-q", "-p", "no:cacheprovider"]
+    options = ["-o", "addopts=", "-q", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", *options]
     done = subprocess.run(
         [*command, case.path],
