@@ -82,7 +82,10 @@ def test_auto_trains_together_on_a_gpu_alone(
     assert engine_of(experiment.overlay(engine="ray")) == "ray"
     monkeypatch.setattr("simulations.engines.choice.device_of", lambda config: torch.device("cuda"))
     assert engine_of(experiment) == "batched"
-    for change in ({"cohort": 2}, {"privacy__mechanism": "example", "privacy__noise_multiplier": 1.0}):
+    for change in (
+        {"cohort": 2},
+        {"privacy__mechanism": "example", "privacy__noise_multiplier": 1.0},
+    ):
         assert engine_of(experiment.overlay(**change)) == "inprocess"
 
 
