@@ -21,14 +21,16 @@ def serves(layer: nn.Conv2d, x: object) -> bool:
     return plain(x, layer) and _lanes(layer, x) > 0
 
 
-def winograd(layer: nn.Conv2d, x: Tensor) -> Tensor:
+def winograd(layer: nn.Conv2d, x: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return ``layer(x)``, (N, C, H, W) to (N, O, H, W), equal to rounding; only what it `serves`.
 
-    Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1: 16
-    products for what takes 36, forward and in both gradients. The result is channels last. The bits
-    do not depend on the number of threads. Differentiable twice.
+    By `weight` in place of the layer's own where it is given. Lavin and Gray, "Fast Algorithms for
+    Convolutional Neural Networks", CVPR 2016, section 4.1: 16 products for what takes 36, forward
+    and in both gradients. The result is channels last. The bits do not depend on the number of
+    threads. Differentiable twice.
     """
-    y: Tensor = torch.ops.fedkn_native.winograd(x, layer.weight, _lanes(layer, x))
+    used = layer.weight if weight is None else weight
+    y: Tensor = torch.ops.fedkn_native.winograd(x, used, _lanes(layer, x))
     return y
 
 
@@ -37,11 +39,9 @@ def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
 
     By `winograd`'s kernel where it serves, else by PyTorch's.
     """
-    y: Tensor = (
-        torch.ops.fedkn_native.winograd(x, weight, _lanes(layer, x))
-        if serves(layer, x) and library.serves(x, weight, None)
-        else layer._conv_forward(x, weight, layer.bias)
-    )
+    if serves(layer, x) and library.serves(x, weight, None):
+        return winograd(layer, x, weight)
+    y: Tensor = layer._conv_forward(x, weight, layer.bias)
     return y
 
 

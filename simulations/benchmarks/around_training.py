@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -33,10 +34,11 @@ __all__ = ["milliseconds"]
 ValueT = TypeVar("ValueT")
 
 _PFL = {"cohort": 50, "train.batch_size": 10, "train.learning_rate": 0.1}
+_LARGEST = Task("pfl-research's", 1000, 50, 12, _PFL)
 _SETUPS = {
     "small": TASKS["small"],
     "fixed": TASKS["fixed"],
-    "1,000 clients x 50, cohort 50, batch 10": Task("pfl-research's", 1000, 50, 12, _PFL),
+    "1,000 clients x 50, cohort 50, batch 10": _LARGEST,
 }
 
 
@@ -113,7 +115,7 @@ def _with(name: str) -> Task:
     """Return the largest set-up with the strategy, or the mechanism of privacy, of this `name`."""
     private = name.startswith(("server_", "client_"))
     change = {"privacy.mechanism": name} if private else {"strategy.name": name}
-    return Task("pfl-research's", 1000, 50, 12, {**_PFL, **change})
+    return replace(_LARGEST, settings={**_PFL, **change})
 
 
 if __name__ == "__main__":

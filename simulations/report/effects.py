@@ -26,11 +26,6 @@ from simulations.runs.statistics import Comparison, compare_all_pairs
 
 __all__ = ["Effect", "Varied", "effect_sentences", "effects_of"]
 
-_BATCH_SIZE = "batch size"
-_PARTITION = "partition"
-_SHOWN = 6
-
-
 Varied = tuple[str, ...]
 """The names of what varies: one of a main effect, two of an interaction."""
 
@@ -77,9 +72,8 @@ def effects_of(
     ):
         return []
     seeds = frozenset.intersection(*(frozenset(by_seed) for by_seed in results.values()))
-    values = {tuple(_place(spot)[name] for name in levels): of for spot, of in results.items()}
-
     names = list(levels)
+    values = {tuple(map(_place(spot).__getitem__, names)): of for spot, of in results.items()}
     scores: dict[Varied, dict[str, dict[int, float]]] = {}
     for at, name in enumerate(names):
         scores[name,] = {level: _mean(values, (at,), {(level,)}, seeds) for level in levels[name]}

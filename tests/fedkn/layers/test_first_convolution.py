@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from fedkn.layers.first_convolution import first_convolution, serves
 from fedkn.layers.native import library
+from tests.fedkn.layers.plain_convolutions import maps, plain_layer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -17,15 +17,7 @@ def _kernels():
 
 
 def _layer(channels=3, filters=16, **options):
-    layer = nn.Conv2d(
-        channels, filters, **{"kernel_size": 3, "padding": 1, "bias": False} | options
-    )
-    return layer.to(memory_format=torch.channels_last)
-
-
-def _images(*shape):
-    draw = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=draw).contiguous(memory_format=torch.channels_last)
+    return plain_layer(channels, filters, **options)
 
 
 @settings(deadline=None, max_examples=60)
@@ -40,9 +32,9 @@ def test_outputs_and_gradients_are_those_of_the_definition(
     samples, channels, filters, height, width
 ):
     torch.manual_seed(filters)
-    layer, x = _layer(channels, filters), _images(samples, channels, height, width)
+    layer, x = _layer(channels, filters), maps(samples, channels, height, width)
     assert serves(layer, x)
-    g = _images(samples, filters, height, width)
+    g = maps(samples, filters, height, width)
     y = first_convolution(layer, x)
     (dw,) = torch.autograd.grad(y, layer.weight, g)
     exact = layer.weight.detach().double().requires_grad_()
@@ -54,7 +46,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(
 
 
 def test_gradients_of_gradients_are_those_of_autograd():
-    layer, x = _layer(), _images(2, 3, 5, 6)
+    layer, x = _layer(), maps(2, 3, 5, 6)
     found = []
     for forward in (first_convolution, lambda layer, x: layer(x)):
         (first,) = torch.autograd.grad(
@@ -65,7 +57,7 @@ def test_gradients_of_gradients_are_those_of_autograd():
 
 
 def test_the_number_of_threads_does_not_change_a_bit():
-    layer, x = _layer(), _images(5, 3, 8, 8)
+    layer, x = _layer(), maps(5, 3, 8, 8)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
@@ -93,18 +85,18 @@ def test_the_number_of_threads_does_not_change_a_bit():
 )
 def test_it_serves_no_other_layers(options):
     layer = _layer(**options)
-    assert not serves(layer, _images(2, layer.in_channels, 6, 6))
+    assert not serves(layer, maps(2, layer.in_channels, 6, 6))
 
 
-def test_it_serves_no_other_images():
-    layer, x = _layer(), _images(2, 3, 6, 6)
+def test_it_serves_no_othermaps():
+    layer, x = _layer(), maps(2, 3, 6, 6)
     assert serves(layer, x)
     others = (
         x.contiguous(),
         x.double(),
         x[:0],
         x[0],
-        _images(2, 4, 6, 6),
+        maps(2, 4, 6, 6),
         x.clone().requires_grad_(),
     )
     assert not any(serves(layer, other) for other in others)

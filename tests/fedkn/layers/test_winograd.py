@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from fedkn.layers.fixup import ShiftedConv2d
 from fedkn.layers.moving_average_norm import CentredConv2d
@@ -15,6 +14,7 @@ from fedkn.layers.scaled_ws_conv import ScaledWSConv2d
 from fedkn.layers.winograd import serves, winograd
 from fedkn.layers.ws_conv import WSConv2d
 from fedkn.normalizers.fused import FusedSequential
+from tests.fedkn.layers.plain_convolutions import maps, plain_layer
 
 NARROW, WIDE = 8, 16
 EIGHTS = st.sampled_from([8, 16, 24, 32, 40, 64])
@@ -29,15 +29,7 @@ def _kernels():
 
 
 def _layer(channels=16, filters=24, **options):
-    layer = nn.Conv2d(
-        channels, filters, **{"kernel_size": 3, "padding": 1, "bias": False} | options
-    )
-    return layer.to(memory_format=torch.channels_last)
-
-
-def _maps(*shape):
-    draw = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=draw).contiguous(memory_format=torch.channels_last)
+    return plain_layer(channels, filters, **options)
 
 
 def _passes(x, weight, g, convolve):
@@ -80,11 +72,11 @@ def _errors(found, exact):
 )
 def test_outputs_and_gradients_are_those_of_the_definition(samples, channels, filters, sides, last):
     torch.manual_seed(filters)
-    layer, x = _layer(channels, filters), _maps(samples, channels, *sides)
+    layer, x = _layer(channels, filters), maps(samples, channels, *sides)
     if not last:
         layer = layer.to(memory_format=torch.contiguous_format)
     assert serves(layer, x) == (samples * -(-sides[0] // 2) * -(-sides[1] // 2) >= 8)
-    weight, g = layer.weight.detach(), _maps(samples, filters, *sides)
+    weight, g = layer.weight.detach(), maps(samples, filters, *sides)
     exact = _passes(x.double(), weight.double(), g.double(), _plain)
     by_level = [_passes(x, weight, g, _by(lanes)) for lanes in _levels()]
     for found in by_level:
@@ -100,7 +92,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(samples, channels, fi
 @pytest.mark.parametrize("shape", [(8, 32, 64, 16), (8, 64, 64, 8), (2, 16, 16, 32)])
 def test_errors_are_a_small_multiple_of_those_of_pytorchs_convolutions(shape):
     samples, channels, filters, side = shape
-    x, g = _maps(samples, channels, side, side), _maps(samples, filters, side, side)
+    x, g = maps(samples, channels, side, side), maps(samples, filters, side, side)
     weight = _layer(channels, filters).weight.detach()
     exact = _passes(x.double(), weight.double(), g.double(), _plain)
 
@@ -125,7 +117,7 @@ def test_one_weight_at_one_pixel_reaches_its_neighbour_alone():
 
 
 def test_gradients_nobody_wants_are_not_computed():
-    x, weight, g = _maps(2, 8, 6, 6), _layer(8, 16).weight.detach(), _maps(2, 16, 6, 6)
+    x, weight, g = maps(2, 8, 6, 6), _layer(8, 16).weight.detach(), maps(2, 16, 6, 6)
     backward = torch.ops.fedkn_native.winograd_backward
     for wanted in ([True, False], [False, True], [False, False]):
         found = backward(g, x, weight, _levels()[-1], wanted)
@@ -133,7 +125,7 @@ def test_gradients_nobody_wants_are_not_computed():
 
 
 def test_gradients_of_gradients_are_those_of_autograd():
-    layer, x = _layer(8, 8), _maps(2, 8, 5, 6).requires_grad_()
+    layer, x = _layer(8, 8), maps(2, 8, 5, 6).requires_grad_()
     found = []
     for forward in (winograd, lambda layer, x: layer(x)):
         first = torch.autograd.grad(
@@ -147,7 +139,7 @@ def test_gradients_of_gradients_are_those_of_autograd():
 
 def test_the_number_of_threads_does_not_change_a_bit():
     # Enough tiles that the filters' gradient is a sum of several parts.
-    x, weight, g = _maps(9, 8, 32, 32), _layer(8, 16).weight, _maps(9, 16, 32, 32)
+    x, weight, g = maps(9, 8, 32, 32), _layer(8, 16).weight, maps(9, 16, 32, 32)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
@@ -159,7 +151,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
 
 
 def test_a_fused_sequence_convolves_so_unless_somebody_looks_on():
-    layer, x = _layer(16, 24), _maps(2, 16, 6, 6)
+    layer, x = _layer(16, 24), maps(2, 16, 6, 6)
     block = FusedSequential(layer)
     assert torch.equal(block(x), winograd(layer, x))
     assert not torch.equal(block(x), layer(x))
@@ -189,7 +181,7 @@ def _by_scaled_weight_standardization(weight):
 def test_layers_that_make_their_filters_convolve_so_too(kind, used):
     torch.manual_seed(3)
     layer = kind(16, 24, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
-    x, g = _maps(2, 16, 10, 9), _maps(2, 24, 10, 9)
+    x, g = maps(2, 16, 10, 9), maps(2, 24, 10, 9)
     exact = _passes(
         x.double(), layer.weight.double(), g.double(), lambda x, weight: _plain(x, used(weight))
     )
@@ -221,14 +213,14 @@ def test_layers_that_make_their_filters_convolve_so_too(kind, used):
 )
 def test_it_serves_no_other_layers(options):
     layer = _layer(**options)
-    assert not serves(layer, _maps(2, layer.in_channels, 6, 6))
+    assert not serves(layer, maps(2, layer.in_channels, 6, 6))
 
 
-def test_it_serves_no_other_maps():
-    layer, x = _layer(), _maps(2, 16, 6, 6)
+def test_it_serves_no_othermaps():
+    layer, x = _layer(), maps(2, 16, 6, 6)
     assert serves(layer, x)
     assert serves(layer, x.clone().requires_grad_())
-    for other in (x.contiguous(), x.double(), x[:0], x[0], _maps(2, 8, 6, 6), _maps(1, 16, 4, 6)):
+    for other in (x.contiguous(), x.double(), x[:0], x[0], maps(2, 8, 6, 6), maps(1, 16, 4, 6)):
         assert not serves(layer, other)
     with torch.autocast("cpu"):
         assert not serves(layer, x)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import gc
-
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord
@@ -14,7 +12,8 @@ from server.gate.screening import Update
 from server.rounds.aggregation import Aggregator, NoAggregate
 from server.rounds.participation import begin
 from server.strategies.registry import create_strategy, names
-from tests.server.fake_grid import ScriptedGrid
+
+pytestmark = pytest.mark.usefixtures("server_process")
 
 ROLES = {
     "conv.weight": TensorRole.SHARED,
@@ -29,17 +28,6 @@ RULE = FederationRule(ROLES)
 PARAMETERS = ("conv.weight", "temperature", "fc.weight")
 BUFFERS = ("norm.mean", "norm.var")
 EXAMPLES = (10, 40, 25, 5, 20)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _server_process():
-    ScriptedGrid([], lambda message: [])
-    # Some of Flower's strategies collect garbage for every update, which takes long in a process
-    # that has imported as much as a test run.
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def configured(name: str, **changes) -> ExperimentConfig:

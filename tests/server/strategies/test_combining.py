@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
@@ -34,7 +33,8 @@ from server.strategies.base import NoAggregate
 from server.strategies.differential_privacy import numpy_seeded
 from server.strategies.flower import EVERY_NODE, Combined, FlowerStrategy
 from server.strategies.registry import create_strategy
-from tests.server.fake_grid import ScriptedGrid
+
+pytestmark = pytest.mark.usefixtures("server_process")
 
 SHAPES = {"conv.weight": (3, 2, 2), "norm.mean": (3,), "gain": (), "fc.weight": (2, 3)}
 PARAMETERS = ("conv.weight", "gain", "fc.weight")
@@ -49,16 +49,6 @@ def normal(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 def tied(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Values of which many are equal, and of which float32 sums are exact."""
     return random.integers(-3, 4, size=shape)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _server_process():
-    ScriptedGrid([], lambda message: [])
-    # Some of Flower's strategies collect garbage for every update.
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def tensors(random: np.random.Generator, values: Values) -> dict[str, np.ndarray]:
