@@ -17,6 +17,7 @@ from fedkn import models
 from fedkn.config import ModelConfig
 from fedkn.errors import UserError
 from fedkn.files import expanded
+from fedkn.layers.convolution import convolve_by_kernels
 from fedkn.models import own
 from fedkn.models.catalog import ARCHITECTURES
 from fedkn.models.changes import Conversion
@@ -166,6 +167,8 @@ _SMALL_SIDE = 64
 def _finished(model: ModelConfig, network: Network, before: Iterable[str] = ()) -> Network:
     """Freeze what is to be frozen; `before` are the tensors that there were before a conversion."""
     frozen = freeze(network.module, patterns(model.frozen), before)
+    if model.name not in ARCHITECTURES:
+        convolve_by_kernels(network.module)
     if frozen or model.name not in ARCHITECTURES:
         lay_out_inputs(network.module)
     return replace(network, frozen=tuple(frozen))

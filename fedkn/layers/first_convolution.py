@@ -13,7 +13,7 @@ __all__ = ["first_convolution", "serves"]
 def serves(layer: nn.Conv2d, x: object) -> bool:
     """Whether `first_convolution` takes these.
 
-    A plain 3x3 convolution with padding 1, without bias, of one to four channels to a multiple of
+    A plain 3x3 convolution with padding 1, of one to four channels to a multiple of
     eight, applied to eager float32 images on the CPU, channels last, whose gradient nobody wants.
     """
     return (
@@ -24,12 +24,15 @@ def serves(layer: nn.Conv2d, x: object) -> bool:
     )
 
 
-def first_convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return ``layer(x)``, (N, C, H, W) to (N, O, H, W), equal to rounding; only what it `serves`.
+def first_convolution(layer: nn.Conv2d, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return x convolved as by the layer, (N, C, H, W) to (N, O, H, W); only what it `serves`.
+
+    Without the layer's bias, by `weight` in place of its own where it is given, equal to rounding.
 
     PyTorch's convolutions fill their vectors with channels; this one does with filters. The result
     is laid out channels last, also for grey images, in which both layouts are one.
     Differentiable twice.
     """
-    y: Tensor = torch.ops.fedkn_native.first_convolution(x, layer.weight)
+    used = layer.weight if weight is None else weight
+    y: Tensor = torch.ops.fedkn_native.first_convolution(x, used)
     return y

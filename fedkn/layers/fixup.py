@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedkn.layers.winograd import convolve
+from fedkn.layers.convolution import convolve
 
 __all__ = ["Multiplier", "Shift", "ShiftedConv2d"]
 
@@ -51,4 +51,4 @@ class ShiftedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (N, C, H, W)."""
         shifted = input + self.shift.view(1, 1, 1)
-        return convolve(self, shifted, self.weight)
+        return convolve(self, shifted, self.weight, self.bias)

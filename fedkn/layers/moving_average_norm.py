@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fedkn.errors import UserError
+from fedkn.layers.convolution import convolve
 from fedkn.layers.per_channel import PerChannel, per_channel
-from fedkn.layers.winograd import convolve
 
 __all__ = ["CentredConv2d", "MovingAverageNorm2d"]
 
@@ -123,7 +123,7 @@ class CentredConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (N, C, H, W)."""
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return convolve(self, input, weight)
+        return convolve(self, input, weight, self.bias)
 
 
 class _Window(nn.Module):

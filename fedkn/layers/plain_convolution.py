@@ -16,11 +16,10 @@ __all__ = ["plain"]
 def plain(x: object, layer: nn.Conv2d) -> TypeGuard[Tensor]:
     """Whether x are eager float32 maps on the CPU, channels last, and the layer a plain one.
 
-    Plain: 3x3 with padding 1, stride 1 and one group, without bias.
+    Plain: 3x3 with padding 1, stride 1 and one group.
     """
     return (
-        layer.bias is None
-        and layer.kernel_size == (3, 3)
+        layer.kernel_size == (3, 3)
         and layer.padding == (1, 1)
         and layer.stride == layer.dilation == (1, 1)
         and layer.groups == 1
@@ -32,5 +31,5 @@ def plain(x: object, layer: nn.Conv2d) -> TypeGuard[Tensor]:
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.is_autocast_enabled("cpu")
-        and bool(library.serves(x, layer.weight, None))
+        and bool(library.serves(x, layer.weight, layer.bias))
     )

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fedkn.errors import UserError
 from fedkn.layers import circumstances, side_by_side, triton_switch
-from fedkn.layers.winograd import convolve
+from fedkn.layers.convolution import convolve
 
 __all__ = ["Gain", "ScaledWSConv2d"]
 
@@ -35,7 +35,7 @@ class ScaledWSConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (N, C, H, W)."""
-        return convolve(self, input, self.standardized_weight())
+        return convolve(self, input, self.standardized_weight(), self.bias)
 
     def standardized_weight(self) -> Tensor:
         """Return the filters that the convolution uses, in the shape of ``weight``."""

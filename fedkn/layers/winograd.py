@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedkn.layers.native import library
 from fedkn.layers.plain_convolution import plain
 
-__all__ = ["convolve", "serves", "winograd"]
+__all__ = ["serves", "winograd"]
 
 
 def serves(layer: nn.Conv2d, x: object) -> bool:
     """Whether `winograd` takes these.
 
-    A plain 3x3 convolution with padding 1, without bias, of 8 to 128 channels to as many, both
+    A plain 3x3 convolution with padding 1, of 8 to 128 channels to as many, both
     multiples of eight, applied to eager float32 maps on the CPU, channels last, of at least eight
     tiles of 2x2 pixels in all. The processor has AVX2 and FMA, or more.
     """
@@ -22,26 +21,15 @@ def serves(layer: nn.Conv2d, x: object) -> bool:
 
 
 def winograd(layer: nn.Conv2d, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return ``layer(x)``, (N, C, H, W) to (N, O, H, W), equal to rounding; only what it `serves`.
+    """Return x convolved as by the layer, (N, C, H, W) to (N, O, H, W); only what it `serves`.
 
-    By `weight` in place of the layer's own where it is given. Lavin and Gray, "Fast Algorithms for
-    Convolutional Neural Networks", CVPR 2016, section 4.1: 16 products for what takes 36, forward
-    and in both gradients. The result is channels last. The bits do not depend on the number of
-    threads. Differentiable twice.
+    Without the layer's bias, by `weight` in place of its own where it is given, equal to rounding.
+    Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1: 16
+    products for what takes 36, forward and in both gradients. The result is channels last. The bits
+    do not depend on the number of threads. Differentiable twice.
     """
     used = layer.weight if weight is None else weight
     y: Tensor = torch.ops.fedkn_native.winograd(x, used, _lanes(layer, x))
-    return y
-
-
-def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """Return the layer's convolution of x by `weight` in place of its own, of the same shape.
-
-    By `winograd`'s kernel where it serves, else by PyTorch's.
-    """
-    if serves(layer, x) and library.serves(x, weight, None):
-        return winograd(layer, x, weight)
-    y: Tensor = layer._conv_forward(x, weight, layer.bias)
     return y
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkn.layers.winograd import convolve
+from fedkn.layers.convolution import convolve
 
 __all__ = ["WSConv2d"]
 
@@ -20,4 +20,4 @@ class WSConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (N, C, H, W)."""
         weight = F.layer_norm(self.weight, self.weight.shape[1:], eps=1e-5)
-        return convolve(self, input, weight)
+        return convolve(self, input, weight, self.bias)

@@ -10,6 +10,7 @@ from torch import nn
 
 from fedkn import normalizers
 from fedkn.errors import UserError, unknown_name
+from fedkn.layers.convolution import convolve_by_kernels
 from fedkn.models.blocks import branches
 from fedkn.models.catalog import ARCHITECTURES
 from fedkn.models.initial import initialize
@@ -72,6 +73,7 @@ def build(
     head = model.get_submodule("head.fc")
     assert isinstance(head, nn.Linear)
     spec.normalizer.begin(branches(model), head)
+    convolve_by_kernels(model)
     return model
 
 

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkn.errors import UserError
-from fedkn.layers.first_convolution import first_convolution
-from fedkn.layers.first_convolution import serves as takes_images
 from fedkn.layers.group_norm import group_norm, pools, serves
-from fedkn.layers.winograd import serves as takes_maps
-from fedkn.layers.winograd import winograd
 from fedkn.normalizers.base import Normalizer
 from fedkn.normalizers.factory import ConvOptions
 
@@ -54,8 +50,7 @@ class FusedNormalizer(Normalizer):
 class FusedSequential(nn.Sequential):
     """A sequence in which a norm, and the ReLU after it, are one operation where that is possible.
 
-    So is a pooling after them (`pooled`), and 3x3 convolutions of few channels have kernels of
-    their own.
+    So is a pooling after them (`pooled`).
 
     The layers stay what they are, so whatever goes by their types or names need not know. Layers
     with hooks are called one by one: whoever hooks a layer should see its own output.
@@ -78,9 +73,6 @@ class FusedSequential(nn.Sequential):
         while place < len(layers):
             layer = layers[place]
             place += 1
-            if type(layer) is nn.Conv2d and not hooked(layer):
-                x = _convolved(layer, x)
-                continue
             if not isinstance(layer, nn.GroupNorm | nn.InstanceNorm2d) or not _fusible(layer, x):
                 x = layer(x)
                 continue
@@ -95,15 +87,6 @@ class FusedSequential(nn.Sequential):
             if pooled:
                 return x
         return x if pool is None else pool(x)
-
-
-def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    if takes_images(layer, x):
-        return first_convolution(layer, x)
-    if takes_maps(layer, x):
-        return winograd(layer, x)
-    y: Tensor = layer(x)
-    return y
 
 
 def refuse_single_value(layer: nn.Module, inputs: tuple[object, ...]) -> None:

@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,15 +26,13 @@ _TURNS = 15
 _CLIENTS = 5
 
 
-def step_seconds(config: ExperimentConfig) -> tuple[float, float]:
+def step_seconds(config: ExperimentConfig, workspaces: Sequence[Workspace]) -> list[float]:
     """Return the processor seconds of a step, a client's whole local round by its steps.
 
-    As it comes, and recorded.
+    In each of the `workspaces`, whose networks are those of `config`, in turn.
     """
     data, inputs = federated_data(config), inputs_of(config, torch.device("cpu"))
     normalizer, goal = normalizer_of(config), task_of(config)
-    workspaces = [Workspace(build_model(config)) for _ in range(2)]
-    workspaces[0].host_recorder = None
 
     def seconds(workspace: Workspace, round_: int) -> float:
         begun, steps = time.process_time(), 0
@@ -54,8 +53,14 @@ def step_seconds(config: ExperimentConfig) -> tuple[float, float]:
             seconds(workspace, round_)
     gc.freeze()
     taken = [[seconds(workspace, turn) for workspace in workspaces] for turn in range(_TURNS)]
-    comes, recorded = (statistics.median(column) for column in zip(*taken, strict=True))
-    return comes, recorded
+    return [statistics.median(column) for column in zip(*taken, strict=True)]
+
+
+def _both_ways(config: ExperimentConfig) -> list[float]:
+    """Return the seconds of a step as it comes, and recorded."""
+    workspaces = [Workspace(build_model(config)) for _ in range(2)]
+    workspaces[0].host_recorder = None
+    return step_seconds(config, workspaces)
 
 
 if __name__ == "__main__":
@@ -63,5 +68,5 @@ if __name__ == "__main__":
     print("| task | as it comes, ms a step | recorded, ms a step | ratio |\n|---|---|---|---|")  # noqa: T201
     with tempfile.TemporaryDirectory() as folder:
         for name in sys.argv[1:] or ("small", "fixed", "kernel"):
-            one, other = step_seconds(prepared(TASKS[name], Path(folder)))
+            one, other = _both_ways(prepared(TASKS[name], Path(folder)))
             print(f"| {name} | {1e3 * one:.2f} | {1e3 * other:.2f} | {other / one:.2f} |")  # noqa: T201

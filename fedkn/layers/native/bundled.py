@@ -80,18 +80,12 @@ class Buffer {
 
 #pragma once
 
-#include "common.h"
+#include "vectors.h"
 
 namespace fedkn::first_convolution {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// Numbers of `size` filters at once. Not aligned: a filter starts where it starts.
-template <int64_t size>
-struct Vector {
-  typedef float Type __attribute__((vector_size(4 * size), aligned(4), may_alias));
-};
 
 struct Shape {
   int64_t samples, channels, height, width, filters;
@@ -127,13 +121,13 @@ INLINE void convolve_pixels(const Shape& s, const float* x, const float* w, floa
     const float* line = x + row * s.line();
 #pragma GCC unroll 12
     for (int64_t k = 0; k < 3 * channels; ++k, w += s.filters) {
-      const V weight = *reinterpret_cast<const V*>(w);
+      const V weight = load<V>(w);
 #pragma GCC unroll 4
       for (int64_t p = 0; p < n; ++p) sums[p] += line[p * channels + k] * weight;
     }
   }
 #pragma GCC unroll 4
-  for (int64_t p = 0; p < n; ++p) *reinterpret_cast<V*>(y + p * s.filters) = sums[p];
+  for (int64_t p = 0; p < n; ++p) store(y + p * s.filters, sums[p]);
 }
 
 template <int64_t lanes, int64_t channels>
@@ -165,44 +159,41 @@ INLINE void add_gradient(const Shape& s, const float* x, const float* g, float* 
         const float* line = x + (r + row) * s.line();
         V sums[3 * channels] = {};
         for (int64_t c = 0; c < s.width; ++c, line += channels) {
-          const V h = *reinterpret_cast<const V*>(upstream + c * s.filters);
+          const V h = load<V>(upstream + c * s.filters);
 #pragma GCC unroll 12
           for (int64_t k = 0; k < 3 * channels; ++k) sums[k] += line[k] * h;
         }
         float* own = dw + row * 3 * channels * s.filters + from;
 #pragma GCC unroll 12
         for (int64_t k = 0; k < 3 * channels; ++k) {
-          *reinterpret_cast<V*>(own + k * s.filters) += sums[k];
+          store(own + k * s.filters, load<V>(own + k * s.filters) + sums[k]);
         }
       }
     }
   }
 }
 
-// Calls f(lanes, channels) with both as constants: 16 filters at once where that fits, else 8.
+// Calls f(level, channels) with both as constants, for the widest vectors that the filters fill.
 template <class F>
-INLINE void with_constants(const Shape& s, F f) {
-  const auto by = [&](auto lanes) INLINED {
-    if (s.channels == 1) f(lanes, std::integral_constant<int64_t, 1>());
-    if (s.channels == 2) f(lanes, std::integral_constant<int64_t, 2>());
-    if (s.channels == 3) f(lanes, std::integral_constant<int64_t, 3>());
-    if (s.channels == 4) f(lanes, std::integral_constant<int64_t, 4>());
-  };
-  if (s.filters % 16) {
-    by(std::integral_constant<int64_t, 8>());
-  } else {
-    by(std::integral_constant<int64_t, 16>());
-  }
+void with_constants(const Shape& s, F f) {
+  static const int64_t widest = processors_lanes();
+  const int64_t lanes = s.filters % Wide::lanes ? std::min(widest, Narrow::lanes) : widest;
+  run(lanes, [&](auto level) INLINED {
+    if (s.channels == 1) f(level, std::integral_constant<int64_t, 1>());
+    if (s.channels == 2) f(level, std::integral_constant<int64_t, 2>());
+    if (s.channels == 3) f(level, std::integral_constant<int64_t, 3>());
+    if (s.channels == 4) f(level, std::integral_constant<int64_t, 4>());
+  });
 }
 
-KERNEL void convolve(const Shape& s, const float* x, const float* w, float* y) {
-  with_constants(s, [&](auto lanes, auto channels)
-                        INLINED { convolve_sample<lanes.value, channels.value>(s, x, w, y); });
+void convolve(const Shape& s, const float* x, const float* w, float* y) {
+  with_constants(s, [&](auto level, auto channels)
+                        INLINED { convolve_sample<level.lanes, channels.value>(s, x, w, y); });
 }
 
-KERNEL void gradient(const Shape& s, const float* x, const float* g, float* dw) {
-  with_constants(s, [&](auto lanes, auto channels)
-                        INLINED { add_gradient<lanes.value, channels.value>(s, x, g, dw); });
+void gradient(const Shape& s, const float* x, const float* g, float* dw) {
+  with_constants(s, [&](auto level, auto channels)
+                        INLINED { add_gradient<level.lanes, channels.value>(s, x, g, dw); });
 }
 
 // (O, C, 3, 3) as (3, 3, C, O), which is (9 * C, O).
@@ -2532,44 +2523,18 @@ class Step : public torch::CustomClassHolder {
 };
 
 }  // namespace fedkn::step
-//// winograd.h
-// The loops of a 3x3 convolution by Winograd's algorithm F(2x2, 3x3): 16 products for what
-// takes 36.
-//
-// Every 2x2 tile of the output is A'[(G w G') . (B' d B)]A of its 4x4 patch d of the input, where .
-// multiplies number by number: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
-// CVPR 2016, arXiv 1509.09308, section 4.1. So each of the 16 places is a product of matrices,
-// tiles by channels times channels by filters. The gradients are its adjoints: the input's is the
-// same convolution by the filters turned round, the filters' is G'[(A g A') . (B' d B)]G, summed
-// over the tiles. Maps are channels last; vectors run over channels or filters.
+//// vectors.h
+// Vectors of the processor's width, for kernels in which how much fits into the registers is part
+// of the code: for these the compiler's target_clones will not do.
 
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "common.h"
 
-namespace fedkn::winograd {
-
-constexpr int64_t kPlaces = 16;  // of a patch
-constexpr int64_t kTiles = 32;   // at once: what is made of them stays in the L2 cache
-// Between the places: else all 16 would share a few sets of the L1 cache.
-constexpr int64_t kGap = 16;
-
-struct Shape {
-  int64_t samples, channels, filters, height, width;
-
-  int64_t down() const { return (height + 1) / 2; }
-  int64_t across() const { return (width + 1) / 2; }
-  int64_t tiles() const { return samples * down() * across(); }
-  int64_t weights() const { return channels * filters; }
-};
-
-// Numbers from one place to the next, where each place has `rows` rows of `columns` numbers.
-INLINE int64_t place_stride(int64_t rows, int64_t columns) { return rows * columns + kGap; }
+namespace fedkn {
 
 // How wide the vectors are and how many numbers of a product are kept in registers: for 32
 // registers of 16 numbers, and for 16 of 8.
@@ -2596,6 +2561,82 @@ template <class V>
 INLINE void store(float* p, const V& v) {
   std::memcpy(p, &v, sizeof v);
 }
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define NARROW __attribute__((target("avx2,fma")))
+
+// The numbers of a vector of this processor; 0: it has none of these.
+inline int64_t processors_lanes() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return wide ? Wide::lanes : Narrow::lanes;
+}
+#else
+#define WIDE
+#define NARROW
+
+inline int64_t processors_lanes() { return 0; }
+#endif
+
+template <class F>
+WIDE void run_wide(F f) {
+  f(Wide());
+}
+template <class F>
+NARROW void run_narrow(F f) {
+  f(Narrow());
+}
+
+// Calls f(level), compiled for vectors of so many numbers.
+template <class F>
+void run(int64_t lanes, F f) {
+  if (lanes == Wide::lanes) return run_wide(f);
+  if (lanes == Narrow::lanes) return run_narrow(f);
+  f(Narrow());  // by whatever the processor has
+}
+
+}  // namespace fedkn
+//// winograd.h
+// The loops of a 3x3 convolution by Winograd's algorithm F(2x2, 3x3): 16 products for what
+// takes 36.
+//
+// Every 2x2 tile of the output is A'[(G w G') . (B' d B)]A of its 4x4 patch d of the input, where .
+// multiplies number by number: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
+// CVPR 2016, arXiv 1509.09308, section 4.1. So each of the 16 places is a product of matrices,
+// tiles by channels times channels by filters. The gradients are its adjoints: the input's is the
+// same convolution by the filters turned round, the filters' is G'[(A g A') . (B' d B)]G, summed
+// over the tiles. Maps are channels last; vectors run over channels or filters.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "vectors.h"
+
+namespace fedkn::winograd {
+
+constexpr int64_t kPlaces = 16;  // of a patch
+constexpr int64_t kTiles = 32;   // at once: what is made of them stays in the L2 cache
+// Between the places: else all 16 would share a few sets of the L1 cache.
+constexpr int64_t kGap = 16;
+
+struct Shape {
+  int64_t samples, channels, filters, height, width;
+
+  int64_t down() const { return (height + 1) / 2; }
+  int64_t across() const { return (width + 1) / 2; }
+  int64_t tiles() const { return samples * down() * across(); }
+  int64_t weights() const { return channels * filters; }
+};
+
+// Numbers from one place to the next, where each place has `rows` rows of `columns` numbers.
+INLINE int64_t place_stride(int64_t rows, int64_t columns) { return rows * columns + kGap; }
 
 // A tile's place in the maps, and the next.
 struct Tile {
@@ -2911,26 +2952,6 @@ float* room_for_filters(int64_t size) {
   return kept.get(size);
 }
 
-// Not by target_clones: how much fits into the registers is part of the code.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#define NARROW __attribute__((target("avx2,fma")))
-
-// The numbers of a vector of this processor; 0: it has none that this is for.
-int64_t processors_lanes() {
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return wide ? Wide::lanes : Narrow::lanes;
-}
-#else
-#define WIDE
-#define NARROW
-
-int64_t processors_lanes() { return 0; }
-#endif
-
 // Transformed filters are 16/9 of the weights, and kept in the cache and by threads.
 constexpr int64_t kMostChannels = 128;
 // With fewer, transforming the filters takes longer than the convolution.
@@ -2942,21 +2963,6 @@ int64_t winograd_lanes(IntArrayRef size, int64_t filters) {
   const Shape s{size[0], size[1], filters, size[2], size[3]};
   const auto few = [](int64_t n) { return n % 8 == 0 && n > 0 && n <= kMostChannels; };
   return few(s.channels) && few(filters) && s.tiles() >= kLeastTiles ? lanes : 0;
-}
-
-template <class F>
-WIDE void run_wide(F f) {
-  f(Wide());
-}
-template <class F>
-NARROW void run_narrow(F f) {
-  f(Narrow());
-}
-
-// Calls f(level), compiled for vectors of so many numbers.
-template <class F>
-void run(int64_t lanes, F f) {
-  lanes == Wide::lanes ? run_wide(f) : run_narrow(f);
 }
 
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;

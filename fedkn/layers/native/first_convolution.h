@@ -5,18 +5,12 @@
 
 #pragma once
 
-#include "common.h"
+#include "vectors.h"
 
 namespace fedkn::first_convolution {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// Numbers of `size` filters at once. Not aligned: a filter starts where it starts.
-template <int64_t size>
-struct Vector {
-  typedef float Type __attribute__((vector_size(4 * size), aligned(4), may_alias));
-};
 
 struct Shape {
   int64_t samples, channels, height, width, filters;
@@ -52,13 +46,13 @@ INLINE void convolve_pixels(const Shape& s, const float* x, const float* w, floa
     const float* line = x + row * s.line();
 #pragma GCC unroll 12
     for (int64_t k = 0; k < 3 * channels; ++k, w += s.filters) {
-      const V weight = *reinterpret_cast<const V*>(w);
+      const V weight = load<V>(w);
 #pragma GCC unroll 4
       for (int64_t p = 0; p < n; ++p) sums[p] += line[p * channels + k] * weight;
     }
   }
 #pragma GCC unroll 4
-  for (int64_t p = 0; p < n; ++p) *reinterpret_cast<V*>(y + p * s.filters) = sums[p];
+  for (int64_t p = 0; p < n; ++p) store(y + p * s.filters, sums[p]);
 }
 
 template <int64_t lanes, int64_t channels>
@@ -90,44 +84,41 @@ INLINE void add_gradient(const Shape& s, const float* x, const float* g, float* 
         const float* line = x + (r + row) * s.line();
         V sums[3 * channels] = {};
         for (int64_t c = 0; c < s.width; ++c, line += channels) {
-          const V h = *reinterpret_cast<const V*>(upstream + c * s.filters);
+          const V h = load<V>(upstream + c * s.filters);
 #pragma GCC unroll 12
           for (int64_t k = 0; k < 3 * channels; ++k) sums[k] += line[k] * h;
         }
         float* own = dw + row * 3 * channels * s.filters + from;
 #pragma GCC unroll 12
         for (int64_t k = 0; k < 3 * channels; ++k) {
-          *reinterpret_cast<V*>(own + k * s.filters) += sums[k];
+          store(own + k * s.filters, load<V>(own + k * s.filters) + sums[k]);
         }
       }
     }
   }
 }
 
-// Calls f(lanes, channels) with both as constants: 16 filters at once where that fits, else 8.
+// Calls f(level, channels) with both as constants, for the widest vectors that the filters fill.
 template <class F>
-INLINE void with_constants(const Shape& s, F f) {
-  const auto by = [&](auto lanes) INLINED {
-    if (s.channels == 1) f(lanes, std::integral_constant<int64_t, 1>());
-    if (s.channels == 2) f(lanes, std::integral_constant<int64_t, 2>());
-    if (s.channels == 3) f(lanes, std::integral_constant<int64_t, 3>());
-    if (s.channels == 4) f(lanes, std::integral_constant<int64_t, 4>());
-  };
-  if (s.filters % 16) {
-    by(std::integral_constant<int64_t, 8>());
-  } else {
-    by(std::integral_constant<int64_t, 16>());
-  }
+void with_constants(const Shape& s, F f) {
+  static const int64_t widest = processors_lanes();
+  const int64_t lanes = s.filters % Wide::lanes ? std::min(widest, Narrow::lanes) : widest;
+  run(lanes, [&](auto level) INLINED {
+    if (s.channels == 1) f(level, std::integral_constant<int64_t, 1>());
+    if (s.channels == 2) f(level, std::integral_constant<int64_t, 2>());
+    if (s.channels == 3) f(level, std::integral_constant<int64_t, 3>());
+    if (s.channels == 4) f(level, std::integral_constant<int64_t, 4>());
+  });
 }
 
-KERNEL void convolve(const Shape& s, const float* x, const float* w, float* y) {
-  with_constants(s, [&](auto lanes, auto channels)
-                        INLINED { convolve_sample<lanes.value, channels.value>(s, x, w, y); });
+void convolve(const Shape& s, const float* x, const float* w, float* y) {
+  with_constants(s, [&](auto level, auto channels)
+                        INLINED { convolve_sample<level.lanes, channels.value>(s, x, w, y); });
 }
 
-KERNEL void gradient(const Shape& s, const float* x, const float* g, float* dw) {
-  with_constants(s, [&](auto lanes, auto channels)
-                        INLINED { add_gradient<lanes.value, channels.value>(s, x, g, dw); });
+void gradient(const Shape& s, const float* x, const float* g, float* dw) {
+  with_constants(s, [&](auto level, auto channels)
+                        INLINED { add_gradient<level.lanes, channels.value>(s, x, g, dw); });
 }
 
 // (O, C, 3, 3) as (3, 3, C, O), which is (9 * C, O).

@@ -15,7 +15,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "common.h"
+#include "vectors.h"
 
 namespace fedkn::winograd {
 
@@ -35,32 +35,6 @@ struct Shape {
 
 // Numbers from one place to the next, where each place has `rows` rows of `columns` numbers.
 INLINE int64_t place_stride(int64_t rows, int64_t columns) { return rows * columns + kGap; }
-
-// How wide the vectors are and how many numbers of a product are kept in registers: for 32
-// registers of 16 numbers, and for 16 of 8.
-struct Wide {
-  static constexpr int64_t lanes = 16, rows = 8;
-};
-struct Narrow {
-  static constexpr int64_t lanes = 8, rows = 4;
-};
-
-template <int64_t lanes>
-struct Vector {
-  typedef float Type __attribute__((vector_size(4 * lanes)));
-};
-
-// A vector begins where it begins: not aligned.
-template <class V>
-INLINE V load(const float* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class V>
-INLINE void store(float* p, const V& v) {
-  std::memcpy(p, &v, sizeof v);
-}
 
 // A tile's place in the maps, and the next.
 struct Tile {

@@ -46,26 +46,6 @@ float* room_for_filters(int64_t size) {
   return kept.get(size);
 }
 
-// Not by target_clones: how much fits into the registers is part of the code.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#define NARROW __attribute__((target("avx2,fma")))
-
-// The numbers of a vector of this processor; 0: it has none that this is for.
-int64_t processors_lanes() {
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return wide ? Wide::lanes : Narrow::lanes;
-}
-#else
-#define WIDE
-#define NARROW
-
-int64_t processors_lanes() { return 0; }
-#endif
-
 // Transformed filters are 16/9 of the weights, and kept in the cache and by threads.
 constexpr int64_t kMostChannels = 128;
 // With fewer, transforming the filters takes longer than the convolution.
@@ -77,21 +57,6 @@ int64_t winograd_lanes(IntArrayRef size, int64_t filters) {
   const Shape s{size[0], size[1], filters, size[2], size[3]};
   const auto few = [](int64_t n) { return n % 8 == 0 && n > 0 && n <= kMostChannels; };
   return few(s.channels) && few(filters) && s.tiles() >= kLeastTiles ? lanes : 0;
-}
-
-template <class F>
-WIDE void run_wide(F f) {
-  f(Wide());
-}
-template <class F>
-NARROW void run_narrow(F f) {
-  f(Narrow());
-}
-
-// Calls f(level), compiled for vectors of so many numbers.
-template <class F>
-void run(int64_t lanes, F f) {
-  lanes == Wide::lanes ? run_wide(f) : run_narrow(f);
 }
 
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;

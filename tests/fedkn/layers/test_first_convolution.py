@@ -74,7 +74,6 @@ def test_the_number_of_threads_does_not_change_a_bit():
     [
         {"channels": 5},
         {"filters": 12},
-        {"bias": True},
         {"stride": 2},
         {"padding": 0},
         {"padding": 2, "dilation": 2},

@@ -13,7 +13,6 @@ from fedkn.layers.native import library
 from fedkn.layers.scaled_ws_conv import ScaledWSConv2d
 from fedkn.layers.winograd import serves, winograd
 from fedkn.layers.ws_conv import WSConv2d
-from fedkn.normalizers.fused import FusedSequential
 from tests.fedkn.layers.plain_convolutions import maps, plain_layer
 
 NARROW, WIDE = 8, 16
@@ -150,15 +149,6 @@ def test_the_number_of_threads_does_not_change_a_bit():
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
-def test_a_fused_sequence_convolves_so_unless_somebody_looks_on():
-    layer, x = _layer(16, 24), maps(2, 16, 6, 6)
-    block = FusedSequential(layer)
-    assert torch.equal(block(x), winograd(layer, x))
-    assert not torch.equal(block(x), layer(x))
-    layer.register_forward_hook(lambda *_: None)
-    assert torch.equal(block(x), layer(x))
-
-
 def _by_weight_standardization(weight):
     variance, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
     return (weight - mean) / (variance + 1e-5).sqrt()
@@ -202,7 +192,6 @@ def test_layers_that_make_their_filters_convolve_so_too(kind, used):
         {"filters": 20},
         {"channels": 136},
         {"filters": 136},
-        {"bias": True},
         {"stride": 2},
         {"padding": 0},
         {"padding": 2, "dilation": 2},
