@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import weakref
 
 from torch import Tensor, nn
 
@@ -41,4 +41,27 @@ def convolve_by_kernels(model: nn.Module) -> None:
             and type(layer)._conv_forward is nn.Conv2d._conv_forward
             and layer.kernel_size == (3, 3)
         ):
-            layer._conv_forward = partial(convolve, layer)  # type: ignore[method-assign]
+            layer._conv_forward = _ByKernels(layer)  # type: ignore[method-assign, assignment]  # called as that is
+
+
+class _ByKernels:
+    """What a layer has for `_conv_forward`.
+
+    It refers to its layer weakly: in a cycle a network would keep its memory until the garbage
+    collector comes by.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self._layer = weakref.ref(layer)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return convolve(self._of(), x, weight, bias)
+
+    def __reduce__(self) -> tuple[type[_ByKernels], tuple[nn.Conv2d]]:
+        return _ByKernels, (self._of(),)
+
+    def _of(self) -> nn.Conv2d:
+        layer = self._layer()
+        if layer is None:
+            raise ReferenceError("the convolution that this one is a shallow copy of is gone")
+        return layer

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -142,6 +144,18 @@ def test_a_copy_convolves_by_its_own_weights(copied):
         network[2].weight.zero_()
     assert torch.allclose(other(x), expected, atol=1e-5)
     assert not torch.allclose(network(x), expected, atol=1e-5)
+
+
+def test_a_network_is_freed_without_the_garbage_collector():
+    network = _network()
+    convolve_by_kernels(network)
+    weight = weakref.ref(network[0].weight)
+    gc.disable()
+    try:
+        del network
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_exported_compiled_and_transformed_networks_are_pytorchs():
