@@ -61,6 +61,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
             self._places[tensor] = number
         self._others = len(inputs)
         self._written: list[_Operation | int] = []
+        # The formula of autograd's that is under way, and the first place of what it makes.
+        self._formula: Any = None
+        self._own = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -97,9 +100,28 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         del types
         kwargs = kwargs or {}
         _check(func)
+        func = self._unwatched(func, args)
         result = func(*args, **kwargs)
         self._write(func, args, kwargs, result)
         return result
+
+    def _unwatched(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Return what is called for `func` where no dispatch mode looks on.
+
+        Some formulas of autograd's fill a tensor that they made in place, but if a mode is there a
+        copy, which has another layout: sums over it are taken in another order.
+        """
+        formula = torch._C._current_autograd_node()
+        if formula is not self._formula:
+            self._formula, self._own = formula, self._others
+        if (
+            func is torch.ops.aten.masked_fill.Scalar
+            and formula is not None
+            and formula.name() in _FILLING
+            and self._places.get(args[0], -1) >= self._own
+        ):
+            return torch.ops.aten.masked_fill_.Scalar
+        return func
 
     def _write(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
@@ -268,6 +290,12 @@ def _check(func: Any) -> None:
     if torch.Tag.inplace_view in tags:
         raise CannotRecord(f"it changes the shape of a tensor in place ({func})")
 
+
+_FILLING = {
+    "ClampBackward0", "ClampMaxBackward1", "ClampMinBackward1",
+    "FmaxBackward0", "FminBackward0", "MaximumBackward0", "MinimumBackward0",
+}  # fmt: skip
+"""Formulas that fill in place what they made, but for modes a copy of it: those of torch 2.14."""
 
 _RETURNS = ("Tensor", "List[Tensor]")
 

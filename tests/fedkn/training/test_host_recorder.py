@@ -143,6 +143,44 @@ def test_draws_of_pytorchs_own_dropout_are_those_of_the_steps_seed(accumulate: i
     assert_recorded(workspace)
 
 
+BOUNDS = {
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "fmax": torch.fmax,
+    "fmin": torch.fmin,
+    "clamp": lambda x, bound: x.clamp(bound, bound + 0.5),
+    "clamp_min": lambda x, bound: x.clamp_min(bound),
+    "clamp_max": lambda x, bound: x.clamp_max(bound),
+    "atan2": torch.atan2,
+    "masked_fill": lambda x, bound: (x * bound).masked_fill(x > bound, 0.0),
+}
+
+
+class Bounding(nn.Module):
+    """Holds maps against a learned number of each channel."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.bound = nn.Parameter(torch.linspace(-0.5, 0.5, 8).view(8, 1, 1))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(BOUNDS[self.name](self.conv(x), self.bound).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_formulas_of_autograd_are_replayed_as_they_are_without_a_look_at_them(name, layout) -> None:
+    inputs = Inputs("unit", memory_format=layout)
+    torch.manual_seed(0)
+    workspace, other = Workspace(Bounding(name)), Bounding(name)
+    other.load_state_dict(workspace._initial)
+    assert_same(train(as_it_comes(other), TASK, inputs), train(workspace, TASK, inputs))
+    assert_recorded(workspace)
+
+
 def test_a_network_of_torchvision() -> None:
     torchvision = vision.import_torchvision()
     torch.manual_seed(0)

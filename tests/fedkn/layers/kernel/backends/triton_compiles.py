@@ -10,6 +10,8 @@ import itertools
 import re
 
 import triton
+from packaging.version import Version
+from triton.backends import compiler
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -26,21 +28,33 @@ NUMBERS = ("eps", "first", "excess", "least")
 
 def compile_(kernel, types, constants, *, capability=90, sixteens=(), ones=()) -> str:
     """Compile it and return its PTX; `sixteens` are multiples of 16, `ones` are 1."""
-    signature, values, attributes = {}, {}, {}
+    signature, values, divisible = {}, {}, []
     constants = constants | dict.fromkeys(ones, 1)
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
-            signature[name], values[(i,)] = "constexpr", constants[name]
+            values[name] = constants[name]
             continue
         signature[name] = types.get(name, "fp32" if name in NUMBERS else "i32")
         if name in sixteens or (sixteens and signature[name].startswith("*")):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+            divisible.append(i)
+    source = source_of(kernel, signature, values, divisible)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
 
 
+def source_of(kernel, signature, values, divisible) -> ASTSource:
+    """Return the kernel with `values` of constants, and these places `divisible` by 16."""
+    if Version(triton.__version__) < Version("3.3"):
+        attributes = compiler.AttrsDescriptor.from_hints(dict.fromkeys(divisible, 16))
+        return ASTSource(kernel, signature, values, attributes)
+    names = kernel.arg_names
+    whole = {name: signature.get(name, "constexpr") for name in names}
+    places = {(names.index(name),): value for name, value in values.items()}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    return ASTSource(kernel, whole, constexprs=places, attrs=attributes)
+
+
 def check_accesses(ptx: str, width: str) -> None:
-    assert "f64" not in ptx
+    assert ".f64" not in ptx
     assert re.search(rf"ld\.global\S*\.v{width}", ptx), "no access of that width"
 
 
@@ -82,13 +96,13 @@ for (x, masked), taps in zip(
     types = STATISTICS | {"filters": FLOAT, "weight": x, "used": x}
     own = {"MASKED": masked, "CENTRED": not masked, "COPY": not masked or taps > 1, "TAPS": taps}
     ptx = compile_(kernels.moments, types, TAPS | own | {"SPLITS": 2, "BLOCK": 128})
-    assert "f64" not in ptx
+    assert ".f64" not in ptx
 compile_(mask_kernel.draw_masks, {"keys": "*i64", "out": FLOAT}, {"BLOCK": 256})
 for x, relu in itertools.product((FLOAT, "*bf16"), (True, False)):
     maps = dict.fromkeys(("x", "y", "g", "dx", "weight", "bias"), x) | STATISTICS
     common = {"RELU": relu, "BLOCK_C": 16, "BLOCK_P": 128}
-    assert "f64" not in compile_(norms.normalize, maps, common)
-    assert "f64" not in compile_(norms.normalize_back, maps, common)
+    assert ".f64" not in compile_(norms.normalize, maps, common)
+    assert ".f64" not in compile_(norms.normalize_back, maps, common)
     # What is 1 is a constant to Triton.
     for kernel in (norms.normalize, norms.normalize_back):
         compile_(kernel, maps, common, ones=("N", "EACH", "PIXELS"))
