@@ -9,17 +9,16 @@ from __future__ import annotations
 import logging
 import selectors
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedkn.config import ExperimentConfig
-from fedkn.experiment import data_summary
+from fedkn.experiment import data_summary, device_of
 from fedkn.gpus import GpuFull
 from server.run_data import refuse_changes
-from simulations.engines.channel import ClosedError, Letter, receive
-from simulations.engines.host import Answer, ClientHost, Request
-from simulations.engines.records import Bytes, pack, unpack, unpacked_records
+from simulations.engines.channel import ClosedError, Letter
+from simulations.engines.host import Answer, ClientHost, Request, layout_of
+from simulations.engines.records import Bytes, pack, pack_kept, unpack_answers, unpack_kept
 from simulations.engines.worker import FULL, IDLE, OTHER, READY, WorkerProcess, WorkQueue
 
 __all__ = ["PATIENCE", "Crew"]
@@ -57,6 +56,7 @@ class Crew:
     ) -> None:
         self._host = host
         self._task = task
+        self._device = device_of(task[0])
         self._size = size
         self._gpus = gpus
         self._queue = WorkQueue()
@@ -166,7 +166,7 @@ class Crew:
 
     def _hear(self, worker: WorkerProcess) -> None:
         try:
-            number, value, read = receive(worker.socket)
+            number, value, received = worker.inbox.receive()
         except ClosedError:
             self._bury(worker)
             return
@@ -182,9 +182,15 @@ class Crew:
         elif number == IDLE:
             worker.idle_since = value
         elif self._round is not None:
-            wave, packed = value
+            wave, contents, rest = value
             if wave == self._wave:
-                self._round.settle(number, [_unpacked(answer, read) for answer in packed])
+                group = self._round.groups[number]
+                found = unpack_answers(contents, layout_of(group), received, self._device)
+                answers = [
+                    Answer(content, error, unpack_kept(state, received, request.state))
+                    for request, content, (error, state) in zip(group, found, rest, strict=True)
+                ]
+                self._round.settle(number, answers)
 
     def _bury(self, worker: WorkerProcess) -> None:
         """Note that `worker` is dead, and start another unless it never came to life."""
@@ -230,7 +236,7 @@ class _Round:
             data = Bytes()
             packed = [
                 [
-                    (r.node, r.message_type, pack(r.content, data), pack(r.state, data))
+                    (r.node, r.message_type, pack(r.content, data), pack_kept(r.state, data))
                     for r in group
                 ]
                 for group in self.groups
@@ -248,9 +254,3 @@ class _Round:
     def close(self) -> None:
         if self._letter is not None:
             self._letter.close()
-
-
-def _unpacked(packed: tuple[Any, str, Any], read: Callable[[int, int], bytes]) -> Answer:
-    content, error, state = packed
-    answer = None if content is None else unpack(content, read)
-    return Answer(answer, error, unpacked_records(state, read))
