@@ -81,7 +81,8 @@ class Crew:
         """
         answers: list[list[Answer]] = []
         for start in range(0, len(groups), WorkQueue.CAPACITY):
-            answers += self._answer(groups[start : start + WorkQueue.CAPACITY], timeout)
+            part = groups[start : start + WorkQueue.CAPACITY]
+            answers += self._answer(part, timeout, anew=start == 0)
         return answers
 
     def close(self) -> None:
@@ -93,11 +94,11 @@ class Crew:
         self._queue.close()
 
     def _answer(
-        self, groups: Sequence[Sequence[Request]], timeout: float | None
+        self, groups: Sequence[Sequence[Request]], timeout: float | None, *, anew: bool
     ) -> list[list[Answer]]:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._wave += 1
-        self._round = current = _Round(groups)
+        self._round = current = _Round(groups, anew)
         try:
             if self._size == 1:
                 for index in range(len(groups)):
@@ -217,6 +218,8 @@ class Crew:
 @dataclass
 class _Round:
     groups: Sequence[Sequence[Request]]
+    anew: bool
+    """Whether workers may write over what they answered before."""
     causes: list[str] = field(default_factory=list)
     """Why workers died."""
 
@@ -241,7 +244,7 @@ class _Round:
                 ]
                 for group in self.groups
             ]
-            self._letter = Letter(wave, packed, data)
+            self._letter = Letter(wave, (self.anew, packed), data)
         return self._letter
 
     def results(self) -> list[list[Answer]]:

@@ -14,7 +14,7 @@ import socket
 import struct
 import subprocess
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from clients.local_state import Kept, Room
 from fedkn.config import ExperimentConfig
@@ -23,7 +23,14 @@ from fedkn.gpus import GpuFull, gpu_kind
 from simulations.engines.channel import ClosedError, Inbox, Outbox, send
 from simulations.engines.host import Request, layout_of
 from simulations.engines.local_host import host_of
-from simulations.engines.records import Bytes, pack_answers, pack_kept, unpack, unpack_kept
+from simulations.engines.records import (
+    Bytes,
+    Received,
+    pack_answers,
+    pack_kept,
+    unpack,
+    unpack_kept,
+)
 from simulations.terminal import name_cell
 
 __all__ = ["FULL", "IDLE", "OTHER", "READY", "WorkQueue", "WorkerProcess", "work"]
@@ -178,17 +185,22 @@ def _main(parent: socket.socket, queue: WorkQueue) -> NoReturn:
     device = device_of(config)
     gc.freeze()  # as in the parent, but for good
     send(parent, READY, found)
-    wave, groups, received = inbox.receive()
+
+    def read() -> tuple[int, list[list[Any]], Received]:
+        wave, (anew, groups), received = inbox.receive()
+        if anew:
+            outbox.restart()
+        return wave, groups, received
+
+    wave, groups, received = read()
     while True:
         item = queue.take_any()
         if item is None:
             send(parent, IDLE, wave)
-            wave, groups, received = inbox.receive()
-            outbox.restart()
+            wave, groups, received = read()
             continue
         while wave < item[0]:
-            wave, groups, received = inbox.receive()
-            outbox.restart()
+            wave, groups, received = read()
         if wave > item[0]:
             continue  # left over from a wave that was broken off
         requests = [

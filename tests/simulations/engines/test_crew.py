@@ -36,6 +36,7 @@ from simulations.engines import crew as crew_module
 from simulations.engines.crew import Crew
 from simulations.engines.host import FIRST_NODE, Answer, Request
 from simulations.engines.local_host import host_of
+from simulations.engines.worker import WorkQueue
 from tests.server.fake_grid import small
 
 
@@ -117,9 +118,11 @@ def test_answers_come_in_the_order_of_the_requests(
     assert [_partition(a) for (a,) in answers] == list(range(len(requests)))
 
 
+@pytest.mark.parametrize("at_a_time", [2, WorkQueue.CAPACITY])
 def test_updates_are_the_same_whoever_made_them_until_the_next_are_asked_for(
-    experiment: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+    at_a_time: int, experiment: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(WorkQueue, "CAPACITY", at_a_time)
     requests = _requests(experiment, directly=True)
     monkeypatch.setattr(crew_module, "PATIENCE", 0.0)
     crew = Crew(host_of(experiment, together=False), (experiment, False), 2)
@@ -131,6 +134,7 @@ def test_updates_are_the_same_whoever_made_them_until_the_next_are_asked_for(
         for _ in range(3):
             # All of them by the worker: this process finds none left to take.
             monkeypatch.setattr(crew._queue, "take", lambda wave: None)
+            assert crew._workers[0].ready
             found = [_tensors(answer) for (answer,) in crew.answer(requests)]
             for one, other in zip(found, expected, strict=True):
                 assert one.keys() == other.keys()
