@@ -46,6 +46,7 @@ from fedkn.training import LocalRule, LocalTask, carried_part, evaluate
 from fedkn.training.privacy_spent import PRIVACY, PrivacySpent
 from fedkn.training.private import steps_of_a_round
 from fedkn.training.rule import OWN_MODEL
+from fedkn.training.transfer import moved
 
 __all__ = ["app", "train_directly"]
 
@@ -147,6 +148,8 @@ def _trained(
     account = _account(session, context, partition, told)
     rules = local_rules(session.config, told, given, session.workspace.model)
     kept, lost = own.restore(_state_round(session, rules, told))
+    # Rules reckon with both and with the model: one copy, if they are not there.
+    given, kept = (moved(tensors, session.workspace.device) for tensors in (given, kept))
     task = LocalTask(
         seed=session.config.seed,
         round_=round_,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from fedkn.errors import UserError
 from fedkn.text import printable
 
-__all__ = ["expanded", "write_atomically"]
+__all__ = ["expanded", "make_durable", "write_atomically"]
 
 
 def expanded(path: str) -> Path:
@@ -26,10 +27,16 @@ def expanded(path: str) -> Path:
         ) from None
 
 
-def write_atomically(path: Path, content: bytes, *, mode: int | None = None) -> None:
+def write_atomically(
+    path: Path, content: bytes, *, mode: int | None = None, durable: bool = True
+) -> None:
     """Write a file so that a reader or a kill sees the old content or the new, nothing between.
 
-    `mode`: its permissions from its first byte on, as in 0o600; None for the process's usual ones.
+    Args:
+        mode: its permissions from its first byte on, as in 0o600; None for the process's usual
+            ones.
+        durable: so that a power cut does too, for which each file waits for the disk. Who writes
+            many does without, and then calls `make_durable` once.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -39,14 +46,37 @@ def write_atomically(path: Path, content: bytes, *, mode: int | None = None) -> 
                 os.fchmod(file.fileno(), mode)
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
+    if not durable:
+        return
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_durable(folder: Path) -> None:
+    """Wait until everything that was written in `folder`, by any process, is on its disk.
+
+    What else waits to be written on that disk is waited for too.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:
+        os.sync()
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if syncfs(descriptor):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
     finally:
         os.close(descriptor)

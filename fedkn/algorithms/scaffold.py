@@ -125,8 +125,8 @@ def next_control(
     """Return c_i+ = c_i - c + (x - y)/(K lr) by parameter, for each of `control_server`.
 
     arXiv 1910.06378, Eq. 4, option II: x is `received`, y is `trained`, K is `steps`. Without a
-    step c_i stays. Computed in float64 on the CPU, as the server does, and returned in the dtypes
-    of c.
+    step c_i stays. Computed in float64, as the server does, where the tensors lie, all on one
+    device, and returned in the dtypes of c.
     """
     following: dict[str, Tensor] = {}
     for name, c in control_server.items():
@@ -134,14 +134,10 @@ def next_control(
         if not steps:
             following[name] = own
             continue
-        moved = _double(received[name]) - _double(trained[name])
+        moved = received[name].detach().double() - trained[name].detach().double()
         gradient = moved / (steps * learning_rate)
         following[name] = (own.double() - c.double() + gradient).to(c.dtype)
     return following
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().double()
 
 
 RULE = Scaffold

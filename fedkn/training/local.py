@@ -37,8 +37,8 @@ class LocalTask:
         goal: what the network is trained for, which says the loss.
         learning_rate: of this round, which the server knows from its schedule.
         rules: what is to be changed of plain local SGD (none: nothing, as in FedAvg).
-        given: what the server sent for the rules beside the model, by parameter.
-        carried: what the client kept of its last round: `LocalUpdate.carried` of then.
+        given: what the server sent for the rules beside the model, by parameter, on its device.
+        carried: what the client kept of its last round, there too: `LocalUpdate.carried` of then.
         largest_batch: what the device can bear: larger local batches are divided, and a step takes
             the same examples as ever (0: no limit).
     """

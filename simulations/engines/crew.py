@@ -9,17 +9,16 @@ from __future__ import annotations
 import logging
 import selectors
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedkn.config import ExperimentConfig
-from fedkn.experiment import data_summary
+from fedkn.experiment import data_summary, device_of
 from fedkn.gpus import GpuFull
 from server.run_data import refuse_changes
-from simulations.engines.channel import ClosedError, Letter, receive
-from simulations.engines.host import Answer, ClientHost, Request
-from simulations.engines.records import Bytes, pack, unpack, unpacked_records
+from simulations.engines.channel import ClosedError, Letter
+from simulations.engines.host import Answer, ClientHost, Request, layout_of
+from simulations.engines.records import Bytes, pack, pack_kept, unpack_answers, unpack_kept
 from simulations.engines.worker import FULL, IDLE, OTHER, READY, WorkerProcess, WorkQueue
 
 __all__ = ["PATIENCE", "Crew"]
@@ -57,6 +56,7 @@ class Crew:
     ) -> None:
         self._host = host
         self._task = task
+        self._device = device_of(task[0])
         self._size = size
         self._gpus = gpus
         self._queue = WorkQueue()
@@ -81,7 +81,8 @@ class Crew:
         """
         answers: list[list[Answer]] = []
         for start in range(0, len(groups), WorkQueue.CAPACITY):
-            answers += self._answer(groups[start : start + WorkQueue.CAPACITY], timeout)
+            part = groups[start : start + WorkQueue.CAPACITY]
+            answers += self._answer(part, timeout, anew=start == 0)
         return answers
 
     def close(self) -> None:
@@ -93,11 +94,11 @@ class Crew:
         self._queue.close()
 
     def _answer(
-        self, groups: Sequence[Sequence[Request]], timeout: float | None
+        self, groups: Sequence[Sequence[Request]], timeout: float | None, *, anew: bool
     ) -> list[list[Answer]]:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._wave += 1
-        self._round = current = _Round(groups)
+        self._round = current = _Round(groups, anew)
         try:
             if self._size == 1:
                 for index in range(len(groups)):
@@ -166,7 +167,7 @@ class Crew:
 
     def _hear(self, worker: WorkerProcess) -> None:
         try:
-            number, value, read = receive(worker.socket)
+            number, value, received = worker.inbox.receive()
         except ClosedError:
             self._bury(worker)
             return
@@ -182,9 +183,15 @@ class Crew:
         elif number == IDLE:
             worker.idle_since = value
         elif self._round is not None:
-            wave, packed = value
+            wave, contents, rest = value
             if wave == self._wave:
-                self._round.settle(number, [_unpacked(answer, read) for answer in packed])
+                group = self._round.groups[number]
+                found = unpack_answers(contents, layout_of(group), received, self._device)
+                answers = [
+                    Answer(content, error, unpack_kept(state, received, request.state))
+                    for request, content, (error, state) in zip(group, found, rest, strict=True)
+                ]
+                self._round.settle(number, answers)
 
     def _bury(self, worker: WorkerProcess) -> None:
         """Note that `worker` is dead, and start another unless it never came to life."""
@@ -211,6 +218,8 @@ class Crew:
 @dataclass
 class _Round:
     groups: Sequence[Sequence[Request]]
+    anew: bool
+    """Whether workers may write over what they answered before."""
     causes: list[str] = field(default_factory=list)
     """Why workers died."""
 
@@ -230,12 +239,12 @@ class _Round:
             data = Bytes()
             packed = [
                 [
-                    (r.node, r.message_type, pack(r.content, data), pack(r.state, data))
+                    (r.node, r.message_type, pack(r.content, data), pack_kept(r.state, data))
                     for r in group
                 ]
                 for group in self.groups
             ]
-            self._letter = Letter(wave, packed, data)
+            self._letter = Letter(wave, (self.anew, packed), data)
         return self._letter
 
     def results(self) -> list[list[Answer]]:
@@ -248,9 +257,3 @@ class _Round:
     def close(self) -> None:
         if self._letter is not None:
             self._letter.close()
-
-
-def _unpacked(packed: tuple[Any, str, Any], read: Callable[[int, int], bytes]) -> Answer:
-    content, error, state = packed
-    answer = None if content is None else unpack(content, read)
-    return Answer(answer, error, unpacked_records(state, read))

@@ -10,6 +10,7 @@ from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.run import Run
 
+from clients.local_state import Kept, Room
 from fedkn.direct import Asked, Trained
 from fedkn.stack import Flat, Layout
 from server.wire import DirectGrid, Order
@@ -51,7 +52,8 @@ class InProcessGrid(DirectGrid):
         self._sizes = sizes
         self._group = group
         # Only of clients who have any: most never keep a thing.
-        self._states: dict[int, RecordDict] = {}
+        self._states: dict[int, Kept] = {}
+        self._room = Room()
         self._run = Run.create_empty(RUN_ID)
         self._replies: dict[str, Message] = {}
         self._ids = itertools.count(1)
@@ -130,6 +132,7 @@ class InProcessGrid(DirectGrid):
                 content = answer.content
                 assert content is None or isinstance(content, Trained)
                 found[nodes[request.node]] = answer.error if content is None else content
+        self._host.make_durable()
         return {partition: found[partition] for partition in order.nodes}
 
     def _deliver(self, messages: Sequence[Message], timeout: float | None) -> list[str]:
@@ -158,8 +161,8 @@ class InProcessGrid(DirectGrid):
         known = 0 <= partition < len(self._sizes)
         return (-self._sizes[partition] if known else 0, node)
 
-    def _state(self, node: int) -> RecordDict:
-        return self._states.get(node) or RecordDict()
+    def _state(self, node: int) -> Kept:
+        return self._states.get(node) or Kept(self._room)
 
     def _request(self, message: Message) -> Request:
         node = message.metadata.dst_node_id
@@ -176,7 +179,7 @@ class InProcessGrid(DirectGrid):
         self._replies[message.metadata.message_id] = reply
 
     def _keep(self, node: int, answer: Answer) -> None:
-        if len(answer.state):
+        if answer.state:
             self._states[node] = answer.state
         else:
             self._states.pop(node, None)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.local_state import STATE_FOLDER
+from clients.local_state import STATE_FOLDER, Kept, Room
 from clients.trainer import Passes, Wanted, alone
 from clients.trainer import Trained as TrainedPass
 from fedkn.direct import Asked, Trained
+from fedkn.errors import UserError
+from fedkn.files import make_durable
 from fedkn.gpus import GpuFull, full_gpu
+from fedkn.stack import Layout
 from fedkn.text import printable
 from simulations.engines.gathering import gathered
 from simulations.engines.identity import RUN_ID
 from simulations.engines.records import Content, copied
 
-__all__ = ["FIRST_NODE", "Answer", "ClientHost", "Request"]
+__all__ = ["FIRST_NODE", "Answer", "ClientHost", "Request", "layout_of"]
 
 FIRST_NODE = 1000
 """Node ids are this plus the partition."""
@@ -33,7 +37,7 @@ class Request:
     node: int
     message_type: str
     content: Content
-    state: RecordDict
+    state: Kept
 
     def copied(self) -> Request:
         """Return the request with a copy of the content that is the client's own."""
@@ -46,7 +50,7 @@ class Answer:
 
     content: Content | None
     error: str
-    state: RecordDict
+    state: Kept
 
 
 class ClientHost:
@@ -75,6 +79,9 @@ class ClientHost:
         self._clients = clients
         self._run_config = dict(run_config)
         self._train = train
+        # Where there is a folder: of each client what it last kept there, to be read no more.
+        self._kept: dict[int, Kept] = {}
+        self._room = Room()
         self._full = ""
         """Which client found the GPU full, if one did."""
 
@@ -89,7 +96,7 @@ class ClientHost:
         if self._train is not None and len(asked) == len(requests):
             contexts = [self._context(request) for request in requests]
             found = gathered(list(map(self._directly, asked, contexts)), self._train)
-            answers = list(map(self._answer, found, contexts))
+            answers = list(map(self._answer, found, requests))
         else:
             answers = [self.answer_one(request) for request in requests]
         if self._full:
@@ -105,13 +112,32 @@ class ClientHost:
         context = self._context(request)
         try:
             if isinstance(request.content, Asked):
-                return self._answer(alone(self._directly(request.content, context)), context)
+                return self._answer(alone(self._directly(request.content, context)), request)
             reply = self._app(_message(request), context)
         except Exception as error:  # whatever a client raises is its error reply
-            return self._answer(error, context)
+            return self._answer(error, request)
         if reply.has_error():
-            return Answer(None, reply.error.reason or "no reason given", context.state)
-        return Answer(reply.content, "", context.state)
+            return Answer(None, reply.error.reason or "no reason given", request.state)
+        return Answer(reply.content, "", request.state)
+
+    def make_durable(self) -> None:
+        """See to it that what clients have left in the state folder outlives a power cut.
+
+        Raises:
+            UserError: the disk failed.
+        """
+        folder = Path(self._state_folder)
+        if not self._state_folder or not folder.is_dir():
+            return
+        try:
+            make_durable(folder)
+        except OSError as error:
+            raise UserError(f"cannot write in '{folder}': {error.strerror or error}") from None
+
+    def _state(self, request: Request) -> Kept:
+        if not self._state_folder:
+            return request.state
+        return self._kept.setdefault(request.node, Kept(self._room))
 
     def _context(self, request: Request) -> Context:
         return Context(
@@ -122,16 +148,22 @@ class ClientHost:
                 "num-partitions": self._clients,
                 STATE_FOLDER: self._state_folder,
             },
-            state=request.state,
+            state=self._state(request),
             run_config=dict(self._run_config),
         )
 
-    def _answer(self, found: Trained | Exception, context: Context) -> Answer:
+    def _answer(self, found: Trained | Exception, request: Request) -> Answer:
         if isinstance(found, Exception):
             if full_gpu(found):
-                self._full = f"client {context.node_id - FIRST_NODE}: {found}"
-            return Answer(None, "".join(traceback.format_exception(found)), context.state)
-        return Answer(found, "", context.state)
+                self._full = f"client {request.node - FIRST_NODE}: {found}"
+            return Answer(None, "".join(traceback.format_exception(found)), request.state)
+        return Answer(found, "", request.state)
+
+
+def layout_of(requests: Sequence[Request]) -> Layout | None:
+    """Return the layout in which a group is asked for its updates; None where messages ask."""
+    contents = (request.content for request in requests)
+    return next((c.sent.layout for c in contents if isinstance(c, Asked)), None)
 
 
 def _message(request: Request) -> Message:

@@ -14,18 +14,26 @@ import socket
 import struct
 import subprocess
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from clients.local_state import Kept, Room
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import data_summary, device_of
 from fedkn.gpus import GpuFull, gpu_kind
-from simulations.engines.channel import ClosedError, receive, send
-from simulations.engines.host import Request
+from simulations.engines.channel import ClosedError, Inbox, Outbox, send
+from simulations.engines.host import Request, layout_of
 from simulations.engines.local_host import host_of
-from simulations.engines.records import Bytes, pack, unpack, unpacked_records
+from simulations.engines.records import (
+    Bytes,
+    Received,
+    pack_answers,
+    pack_kept,
+    unpack,
+    unpack_kept,
+)
 from simulations.terminal import name_cell
 
-__all__ = ["FULL", "IDLE", "OTHER", "READY", "WorkQueue", "WorkerProcess"]
+__all__ = ["FULL", "IDLE", "OTHER", "READY", "WorkQueue", "WorkerProcess", "work"]
 
 READY, IDLE, OTHER, FULL = -1, -2, -3, -4
 """Numbers of a worker's messages that are not the index of a group: it has come up, with these data
@@ -33,6 +41,9 @@ READY, IDLE, OTHER, FULL = -1, -2, -3, -4
 which; its GPU was full, and why."""
 
 _ITEM = struct.Struct("<II")
+
+_MODULE = "simulations.engines.worker"
+"""What a worker process runs, with the two descriptors of `work`."""
 
 
 class WorkQueue:
@@ -87,6 +98,7 @@ class WorkerProcess:
     Attributes:
         place: which of the processes it is. ready: whether it has come up.
         idle_since: the last wave in which it found nothing more to do.
+        inbox: what it sends.
     """
 
     def __init__(
@@ -97,13 +109,14 @@ class WorkerProcess:
         self.idle_since = 0
         self._cause = ""
         self.socket, theirs = socket.socketpair()
+        self.inbox = Inbox(self.socket)
         with theirs:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
                     "-P",
                     "-m",
-                    "simulations.engines.worker",
+                    _MODULE,
                     str(theirs.fileno()),
                     str(queue.reader),
                 ],
@@ -157,7 +170,8 @@ def _environment(gpu: str) -> dict[str, str]:
 
 
 def _main(parent: socket.socket, queue: WorkQueue) -> NoReturn:
-    _, (run_config, together, parent_id, kind), _ = receive(parent)
+    inbox, outbox = Inbox(parent), Outbox(parent)
+    _, (run_config, together, parent_id, kind), _ = inbox.receive()
     _die_with(parent_id)
     config = ExperimentConfig.resolve(run_config)
     name_cell(config.checkpoint.cell)
@@ -165,41 +179,52 @@ def _main(parent: socket.socket, queue: WorkQueue) -> NoReturn:
     if own != kind:
         send(parent, OTHER, own or "none")
         while True:  # until its parent ends it
-            receive(parent)
+            inbox.receive()
+    room = Room()
     host, found = host_of(config, together=together), data_summary(config)
     device = device_of(config)
     gc.freeze()  # as in the parent, but for good
     send(parent, READY, found)
-    wave, groups, read = receive(parent)
+
+    def read() -> tuple[int, list[list[Any]], Received]:
+        wave, (anew, groups), received = inbox.receive()
+        if anew:
+            outbox.restart()
+        return wave, groups, received
+
+    wave, groups, received = read()
     while True:
         item = queue.take_any()
         if item is None:
             send(parent, IDLE, wave)
-            wave, groups, read = receive(parent)
+            wave, groups, received = read()
             continue
         while wave < item[0]:
-            wave, groups, read = receive(parent)
+            wave, groups, received = read()
         if wave > item[0]:
             continue  # left over from a wave that was broken off
         requests = [
-            Request(node, kind, unpack(content, read, device), unpacked_records(state, read))
+            Request(
+                node,
+                kind,
+                unpack(content, received, device),
+                unpack_kept(state, received, Kept(room)),
+            )
             for node, kind, content, state in groups[item[1]]
         ]
+        known = [dict(request.state.versions) for request in requests]
         data = Bytes()
         try:
-            answered = host.answer(requests)
+            answers = host.answer(requests)
         except GpuFull as error:
             send(parent, FULL, str(error))
             continue
-        answers = [
-            (
-                None if answer.content is None else pack(answer.content, data),
-                answer.error,
-                pack(answer.state, data),
-            )
-            for answer in answered
+        contents = pack_answers([one.content for one in answers], layout_of(requests), data)
+        rest = [
+            (one.error, pack_kept(one.state, data, there))
+            for one, there in zip(answers, known, strict=True)
         ]
-        send(parent, item[1], (wave, answers), data)
+        outbox.send(item[1], (wave, contents, rest), data)
 
 
 def _die_with(parent: int) -> None:
@@ -212,9 +237,12 @@ def _die_with(parent: int) -> None:
 
 _PR_SET_PDEATHSIG = 1
 
-if __name__ == "__main__":
+
+def work(parent: int, queue: int) -> None:
+    """Be a worker until the parent is gone: `parent` and `queue` are descriptors from it."""
     with contextlib.suppress(ClosedError):
-        _main(
-            socket.socket(fileno=int(sys.argv[1])),
-            WorkQueue(int(sys.argv[2])),
-        )
+        _main(socket.socket(fileno=parent), WorkQueue(queue))
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), int(sys.argv[2]))

@@ -8,18 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import Context, RecordDict
+from torch._subclasses import FakeTensorMode
 
-from clients.local_state import STATE_FOLDER, LocalState, local_state
+from clients.local_state import STATE_FOLDER, Kept, LocalState, Room, local_state
 from fedkn.data.fingerprint import Fingerprint
 from fedkn.errors import UserError
 
 RUN = "0123456789abcdef"
 
 
-@pytest.fixture(params=["disk", "memory"])
+# On a device, and in an engine, whose states are of a kind of their own.
+@pytest.fixture(params=["disk", "memory", "disk, engine", "memory, engine"])
 def context(request, tmp_path) -> Context:
-    node_config = {STATE_FOLDER: str(tmp_path)} if request.param == "disk" else {}
-    return Context(run_id=1, node_id=9, node_config=node_config, state=RecordDict(), run_config={})
+    node_config = {STATE_FOLDER: str(tmp_path)} if "disk" in request.param else {}
+    own = Kept(Room()) if "engine" in request.param else RecordDict()
+    return Context(run_id=1, node_id=9, node_config=node_config, state=own, run_config={})
 
 
 def state(context: Context, run: str = RUN, partition: int = 3) -> LocalState:
@@ -69,7 +72,8 @@ def test_of_what_no_resume_can_ask_for_the_newest_is_kept(context):
 def test_runs_and_clients_do_not_meet(context, tmp_path):
     state(context).keep(1, kept(1), horizon=4)
     assert state(context, run="ff" * 8).restore(1)[1]
-    if context.node_config:
+    # An engine's state is one client's.
+    if context.node_config and not isinstance(context.state, Kept):
         assert state(context, partition=4).restore(1)[1]
 
 
@@ -80,6 +84,62 @@ def test_only_the_newest_runs_are_kept(tmp_path):
         state(context, run).keep(1, kept(1), horizon=4)
     assert not state(context, runs[-1]).restore(1)[1]
     assert len(list((tmp_path / "client-3").iterdir())) <= 3
+
+
+def in_engine(room: Room, folder: Path | None = None) -> Context:
+    node_config = {} if folder is None else {STATE_FOLDER: str(folder)}
+    return Context(1, 9, node_config, Kept(room), {})
+
+
+def test_an_engine_reads_no_file_that_it_wrote_while_there_is_room(tmp_path):
+    context, crowded = in_engine(Room(), tmp_path), in_engine(Room(most=10), tmp_path / "crowded")
+    for where in (context, crowded):
+        state(where).keep(2, kept(2), horizon=10)
+        state(where).keep(5, kept(5), horizon=10)
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(b"")
+    found, lost = state(context).restore(5)
+    assert not lost
+    assert all(torch.equal(found[name], value) for name, value in kept(5).items())
+    assert state(context).restore(2)[1]
+    assert state(crowded).restore(5)[1]
+
+
+def test_what_is_kept_nowhere_else_needs_no_room():
+    context = in_engine(Room(most=0))
+    state(context).keep(2, kept(2), horizon=10)
+    assert not state(context).restore(2)[1]
+
+
+def test_on_a_device_clients_keep_as_much_as_there_is_room_for_the_rest_on_the_host():
+    with FakeTensorMode():
+        room = Room(most=1000)
+        many = [Kept(room) for _ in range(4)]
+        for one in many:
+            one.put("run", 1, {"v": torch.empty(100, device="cuda")}, only=True)
+        devices = [part.device.type for one in many for part in one.versions["run", 1].parts]
+    assert devices == ["cuda", "cuda", "cpu", "cpu"]
+
+
+def test_room_is_given_back_with_what_took_it(tmp_path):
+    room = Room(most=100)
+    for client in (0, 1):
+        context = in_engine(room, tmp_path)
+        for round_ in range(1, 9):
+            state(context, partition=client).keep(round_, kept(round_), horizon=2)
+            assert room.left == 100 - (client + 1) * (6 * 4 + 8)
+    # Of a future that was taken back too.
+    state(context, partition=1).keep(3, kept(3), horizon=2)
+    assert room.left == 100 - 2 * (6 * 4 + 8)
+
+
+def test_who_reads_what_is_kept_cannot_change_it():
+    context = in_engine(Room())
+    given = kept(2)
+    state(context).keep(2, given, horizon=10)
+    given["n"].zero_()
+    state(context).restore(2)[0]["n"].zero_()
+    assert state(context).restore(2)[0]["n"] == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clients.app import train_directly
-from clients.local_state import LocalState
+from clients.local_state import Kept, Room
 from clients.trainer import SequentialTrainer, alone
 from fedkn.config import ExperimentConfig
 from fedkn.direct import Asked, Trained
@@ -24,7 +24,7 @@ from server.strategies.registry import names
 from server.wire import DirectGrid, Order
 from tests.server.fake_grid import FakeGrid, run, small
 
-# Whose server half is FedAvg's, and whose clients keep models of their own on the host.
+# Whose server half is FedAvg's, and whose clients keep models of their own.
 PERSONAL = ("fedper", "fedrep", "ditto", "apfl")
 
 Tamper = Callable[[int, int, Trained], Trained | str]
@@ -36,6 +36,9 @@ class DirectFake(FakeGrid, DirectGrid):
     def __init__(self, config: ExperimentConfig, tamper: Tamper | None = None) -> None:
         super().__init__(config)
         self.change = tamper
+        room = Room()
+        for context in self._contexts.values():
+            context.state = Kept(room)  # as an engine's clients have it
 
     def train(self, order: Order, timeout: float | None) -> Mapping[int, Trained | str]:
         sent = Flat.sent(Layout(order.tensors, order.parameters), order.tensors)
@@ -208,7 +211,6 @@ def counted() -> Iterator[list[tuple[str, int]]]:
     """List what is fetched from a device, or waits for one, outside local training.
 
     Each with how many numbers. Updates are sorted as on a device, where NumPy does not do it.
-    What clients keep for themselves, as SCAFFOLD's do, is kept on the host.
     """
     found: list[tuple[str, int]] = []
     paused = 0
@@ -237,7 +239,6 @@ def counted() -> Iterator[list[tuple[str, int]]]:
     names = ("cpu", "numpy", "item", "tolist", "__bool__", "__int__", "__float__", "__array__")
     with (
         patch.object(SequentialTrainer, "train", quietly(SequentialTrainer.train)),
-        patch.object(LocalState, "keep", quietly(LocalState.keep)),
         patch.object(robust, "_ascending", lambda values: values.sort(dim=0).values),
     ):
         patches = [patch.object(Tensor, name, counting(name)) for name in names]
@@ -250,8 +251,14 @@ def counted() -> Iterator[list[tuple[str, int]]]:
                 one.stop()
 
 
+OWN = [
+    {"strategy__name": "fedper", "evaluation__client_fraction": 0.2},
+    {"train__keep_momentum": True, "train__momentum": 0.9},
+]
+
+
 @pytest.mark.parametrize("normalizer", ["group", "batch"])
-@pytest.mark.parametrize("changes", WAYS, ids=way)
+@pytest.mark.parametrize("changes", [*WAYS, *OWN], ids=way)
 def test_nothing_is_fetched_from_the_device_for_a_single_client(normalizer, changes):
     if normalizer == "batch" and "privacy__mechanism" in changes:
         pytest.skip("its statistics would get through without noise")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from fedkn.algorithms.scaffold import Scaffold
+from fedkn.algorithms.scaffold import Scaffold, correction, next_control
 from fedkn.config import TrainConfig
 from fedkn.training.optimizer import FlatSGD
 from fedkn.training.rule import take_step
@@ -82,3 +83,12 @@ def test_the_next_client_begins_without_the_last_ones_velocity():
         torch.testing.assert_close(velocity, torch.full_like(velocity, control))
         optimizer.gradients.fill_(1.0)
         take_step(optimizer, ((rule, begun),), RATE, TrainConfig(momentum=0.9), clip_norm=0)
+
+
+def test_control_variates_stay_on_the_device_of_the_model() -> None:
+    """A GPU that is not there: tensors of two devices do not go together, and none is fetched."""
+    with FakeTensorMode():
+        here = {"w": torch.zeros(3, device="cuda")}
+        following = next_control(here, here, here, here, steps=2, learning_rate=0.1)["w"]
+        assert (following.device.type, following.dtype) == ("cuda", torch.float32)
+        assert correction(here, here)["w"].device.type == "cuda"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clients import local_state
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from server import run as server_run
 from server.rounds.loop import run_round
+from simulations.engines import crew, host
 from simulations.engines.run import run_experiment
 from tests.server.fake_grid import small
 
@@ -107,7 +111,34 @@ def test_in_memory_and_on_disk_are_the_same(tmp_path):
     )
 
 
-def test_workers_find_the_state_that_others_left(tmp_path):
+def test_the_disk_is_waited_for_once_a_round(tmp_path, monkeypatch):
+    """Not for every client: a state outlives a power cut before the checkpoint that asks for it."""
+    durable, written = [], []
+    write = local_state.write_atomically
+
+    def writing(path: Path, content: bytes, **options: Any) -> None:
+        written.append((path, options["durable"]))
+        write(path, content, **options)
+
+    monkeypatch.setattr(local_state, "write_atomically", writing)
+    monkeypatch.setattr(host, "make_durable", lambda folder: durable.append(len(written)))
+    run_experiment(config(tmp_path / "run", normalizer__name="fedbn"))
+    assert len(written) == 10
+    assert not any(waits for _, waits in written)
+    assert durable == [2, 4, 6, 8, 10]
+
+
+def test_a_disk_that_fails_then_ends_the_run_and_is_named(tmp_path, monkeypatch):
+    def failing(folder: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+
+    monkeypatch.setattr(host, "make_durable", failing)
+    with pytest.raises(UserError, match=r"cannot write in '.*clients': Input/output error"):
+        run_experiment(config(tmp_path / "run", normalizer__name="fedbn"))
+
+
+def test_workers_find_the_state_that_others_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "PATIENCE", 0.0)
     one = run_experiment(config(tmp_path / "one", normalizer__name="hbn"))
     several = run_experiment(config(tmp_path / "several", normalizer__name="hbn", workers=2))
     assert one.weights_sha256 == several.weights_sha256
