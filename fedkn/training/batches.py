@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -58,30 +59,40 @@ def plan_batches(
     it: other batches, the same examples in every step.
     """
     steps: list[tuple[Tensor, ...]] = []
-    skipped = skipped_examples = 0
+    examples = skipped = skipped_examples = 0
     for epoch in range(train.local_epochs):
         if train.local_steps and len(steps) >= train.local_steps:
             break
         generator = torch_generator(seed, "shuffle", round_, client, epoch)
+        sizes = list(_sizes(size, train, largest_batch))
+        # One call for all: to cut each step by itself takes longer than to draw the order.
         order = torch.randperm(size, generator=generator)
-        for together in torch.split(order, train.batch_size * train.accumulate):
+        parts = iter(torch.split(order, [each for step in sizes for each in step]))
+        for of_step in sizes:
             if train.local_steps and len(steps) >= train.local_steps:
                 break
             step: list[Tensor] = []
-            for batch in torch.split(together, train.batch_size):
-                for part in _divided(batch, largest_batch):
-                    if len(part) < minimum_batch:
-                        skipped += 1
-                        skipped_examples += len(part)
-                    else:
-                        step.append(part)
+            for each in of_step:
+                part = next(parts)
+                if each < minimum_batch:
+                    skipped += 1
+                    skipped_examples += each
+                else:
+                    step.append(part)
+                    examples += each
             if step:
                 steps.append(tuple(step))
-    examples = sum(len(batch) for step in steps for batch in step)
     return BatchPlan(tuple(steps), examples, skipped, skipped_examples)
 
 
-def _divided(batch: Tensor, largest: int) -> tuple[Tensor, ...]:
-    if not largest or len(batch) <= largest:
-        return (batch,)
-    return torch.tensor_split(batch, -(-len(batch) // largest))
+def _sizes(size: int, train: TrainConfig, largest: int) -> Iterator[list[int]]:
+    """Yield for each step of an epoch over `size` examples the sizes of its batches."""
+    for begin in range(0, size, train.batch_size * train.accumulate):
+        left = min(train.batch_size * train.accumulate, size - begin)
+        step: list[int] = []
+        while left:
+            batch = min(train.batch_size, left)
+            pieces = -(-batch // largest) if largest else 1
+            step += [batch // pieces + (piece < batch % pieces) for piece in range(pieces)]
+            left -= batch
+        yield step

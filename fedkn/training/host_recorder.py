@@ -282,19 +282,15 @@ class _Recorded:
 
     def replay(self, chunk: StepChunk, begin: int, end: int, rate: float) -> None:
         """Take steps `begin` to `end` of the `chunk`, which are all of its kind."""
-        sizes, row, steps = chunk.sizes[begin], chunk.rows[begin], end - begin
-        rows = slice(row, row + sum(sizes) * steps)
-        x = torch.split(chunk.x[rows], list(sizes) * steps)
-        targets = torch.split(chunk.targets[rows], list(sizes) * steps)
-        inputs = [tensor for pair in zip(x, targets, strict=True) for tensor in pair]
-        each = 2 * len(sizes)
+        sizes, row = chunk.sizes[begin], chunk.rows[begin]
+        rows = slice(row, row + sum(sizes) * (end - begin))
         keys: list[int] = []
         seeds: list[int] = []
-        for step in range(steps):
-            if not self.quiet:
-                seeds = [chunk.seed(begin + step, part) for part in range(len(sizes))]
-                keys = [key_number(seeds[part], call) for part, call in self._keys]
-            self._step.take(inputs[step * each : (step + 1) * each], keys, seeds, rate)
+        for step in range(begin, begin if self.quiet else end):
+            own = [chunk.seed(step, part) for part in range(len(sizes))]
+            keys += [key_number(own[part], call) for part, call in self._keys]
+            seeds += own
+        self._step.take(chunk.x[rows], chunk.targets[rows], sizes, keys, seeds, rate)
 
 
 class _Watched(Draws):

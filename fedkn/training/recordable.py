@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Hashable
 from copy import copy
 from itertools import chain
 from operator import is_
@@ -78,26 +79,41 @@ class Held:
         self._parameters = list(model.parameters())
         self.watched = False
         self._last: list[object] = []
+        self._containers: list[Any] = []
         self._contents: list[object] = []
-        self._values: tuple[object, ...] = ()
+        self._values = _Values(())
 
-    def values(self) -> tuple[object, ...]:
+    def values(self) -> Hashable:
         """Return what is equal to an earlier result if nothing of it has changed."""
         now: list[object] = list(chain.from_iterable(map(dict.values, self._own)))
         now += map(len, self._hooks)
         for parameter in self._parameters:
             now += (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
-        contents = [_contents(value) for own in self._own for value in _containers(own)]
         # Mostly nothing was set since the last look, not even to an equal number.
-        if (
-            len(now) != len(self._last)
-            or not all(map(is_, now, self._last))
-            or contents != self._contents
-        ):
+        same = len(now) == len(self._last) and all(map(is_, now, self._last))
+        if not same:
+            self._containers = [value for own in self._own for value in _containers(own)]
+        contents = list(map(_contents, self._containers))
+        if not same or contents != self._contents:
             self._last, self._contents = now, contents
-            self._values = (*(v if isinstance(v, _PLAIN) else _Same(v) for v in now), *contents)
+            values = (*(v if isinstance(v, _PLAIN) else _Same(v) for v in now), *contents)
+            self._values = _Values(values)
             self.watched = any(map(watched, self._model.modules()))
         return self._values
+
+
+class _Values:
+    """Hundreds of things whose hash is asked for again and again, and worked out once."""
+
+    def __init__(self, things: tuple[object, ...]) -> None:
+        self._things = things
+        self._hash = hash(things)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Values) and self._things == other._things)
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 _PLAIN = (int, float, str, torch.Size)

@@ -1,6 +1,6 @@
 // A local step's operations, recorded once and replayed: no Python and no autograd between them.
 //
-// fedkn.training.host_steps writes one down. Its tensors are numbered: first those that are always
+// fedkn.training.operations writes one down. Its tensors are numbered: first those that are always
 // there, then the inputs of a step, then what the operations make, which is freed after its last
 // use. The operations are PyTorch's and those of operators.cpp, in the order in which they were
 // recorded, with the same arguments: so are the bits.
@@ -12,6 +12,7 @@
 #include <torch/custom_class.h>
 
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -28,8 +29,8 @@ enum Kind : int64_t { kNone, kTensor, kInt, kFloat, kBool, kWord, kKey, kRate, k
 
 // What changes from step to step.
 struct Given {
-  const std::vector<int64_t>& keys;
-  const std::vector<int64_t>& seeds;
+  const int64_t* keys;
+  const int64_t* seeds;
   double rate;
 };
 
@@ -85,15 +86,30 @@ class Step : public torch::CustomClassHolder {
     ready_ = false;
   }
 
-  // Takes a step on the `inputs`, with these keys of dropout, seeds and learning rate.
-  void take(std::vector<Tensor> inputs, std::vector<int64_t> keys, std::vector<int64_t> seeds,
-            double rate) {
-    at::AutoDispatchBelowADInplaceOrView guard;
+  // Takes steps, each on as many examples as `sizes` say of its batches, one step after another
+  // from the beginning of `x` and `targets` to their end; with the keys of dropout and the seeds
+  // of all these steps, and their learning rate.
+  void take(const Tensor& x, const Tensor& targets, std::vector<int64_t> sizes,
+            std::vector<int64_t> keys, std::vector<int64_t> seeds, double rate) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
     if (!ready_) free_after_last_use();
-    const Given given{keys, seeds, rate};
-    for (size_t i = 0; i < inputs.size(); ++i) tensors_[kept_ + i] = std::move(inputs[i]);
+    const int64_t examples = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
+    const int64_t steps = x.size(0) / examples;
+    const int64_t keys_each = keys.size() / steps, seeds_each = seeds.size() / steps;
+    Given given{keys.data(), seeds.data(), rate};
+    int64_t row = 0;
     try {
-      for (const Operation& operation : operations_) run(operation, given);
+      for (int64_t step = 0; step < steps; ++step) {
+        int64_t place = kept_;
+        for (const int64_t size : sizes) {
+          tensors_[place++] = x.narrow(0, row, size);
+          tensors_[place++] = targets.narrow(0, row, size);
+          row += size;
+        }
+        for (const Operation& operation : operations_) run(operation, given);
+        given.keys += keys_each;
+        given.seeds += seeds_each;
+      }
     } catch (...) {
       for (size_t i = kept_; i < tensors_.size(); ++i) tensors_[i].reset();
       throw;
@@ -201,7 +217,7 @@ class Step : public torch::CustomClassHolder {
         return argument.last ? IValue(std::move(tensors_[argument.place]))
                              : IValue(tensors_[argument.place]);
       case kKey:
-        return given.keys.at(argument.place);
+        return given.keys[argument.place];
       case kRate:
         return number(argument.place < 0 ? -given.rate : given.rate, *argument.type);
       case kList:
@@ -216,7 +232,7 @@ class Step : public torch::CustomClassHolder {
       at::Generator generator = at::detail::getDefaultCPUGenerator();
       const std::lock_guard<std::mutex> lock(generator.mutex());
       at::check_generator<at::CPUGeneratorImpl>(generator)->set_current_seed(
-          static_cast<uint64_t>(given.seeds.at(operation.seed)));
+          static_cast<uint64_t>(given.seeds[operation.seed]));
       return;
     }
     stack_.clear();
