@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,20 +143,6 @@ class Flat:
         """Return a copy of `arrays` on the CPU, which must be those of the `layout`."""
         flat = Stack.of(layout, [arrays])
         return cls(layout, [part[0] for part in flat.parts])
-
-    @classmethod
-    def read(cls, layout: Layout, data: Sequence[bytes]) -> Flat:
-        """Return what had this `data`, on the CPU."""
-        arrays = (
-            np.frombuffer(one, _numpy_dtype(dtype)).copy()
-            for one, (dtype, _) in zip(data, layout.kinds, strict=True)
-        )
-        return cls(layout, [torch.from_numpy(array) for array in arrays])
-
-    @cached_property
-    def data(self) -> tuple[bytes, ...]:
-        """The bytes of each part."""
-        return tuple(part.cpu().numpy().tobytes() for part in self.parts)
 
     def to(self, device: torch.device) -> Flat:
         """Return it on `device`."""

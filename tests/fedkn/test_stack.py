@@ -76,8 +76,6 @@ def test_a_flat_state_is_a_copy_both_ways():
     value = tensors["fc.weight"].clone()
     tensors["fc.weight"].add_(1)
     assert torch.equal(flat.tensors()["fc.weight"], value)
-    read = Flat.read(layout, flat.data)
-    assert all(map(torch.equal, read.parts, flat.parts))
 
 
 @pytest.mark.parametrize(
