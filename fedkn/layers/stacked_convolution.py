@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from fedkn.layers import circumstances, group_norm, triton_switch
 from fedkn.layers.kernel.settings import Geometry
 from fedkn.layers.side_by_side import clients_of, outside, put_back, taken_out
+from fedkn.layers.tf32 import convolutions_take_tf32
 
 __all__ = [
     "StackedConvolutions",
@@ -168,7 +169,7 @@ class _Convolution(torch.autograd.Function):
 
 def grouped(x: Tensor, geometry: Geometry) -> bool:
     """Whether cuDNN's grouped convolution takes these: half or TF32, where it was faster."""
-    return x.dtype != torch.float32 or geometry.groups != 1 or bool(torch.backends.cudnn.allow_tf32)
+    return x.dtype != torch.float32 or geometry.groups != 1 or convolutions_take_tf32()
 
 
 def laid_out(x: Tensor, geometry: Geometry) -> Tensor:

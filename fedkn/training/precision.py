@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkn.errors import UserError
+from fedkn.layers import tf32
 
 __all__ = ["check_precision", "computing_in", "training_scores"]
 
@@ -40,14 +41,14 @@ def computing_in(precision: str, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic
-    cudnn.allow_tf32 = products.allow_tf32 = precision in ("auto", "tf32")
-    cudnn.deterministic = True
+    before, deterministic = tf32.switches(), torch.backends.cudnn.deterministic
+    tf32.take_tf32(precision in ("auto", "tf32"))
+    torch.backends.cudnn.deterministic = True
     try:
         yield
     finally:
-        cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic = before
+        tf32.put_back(before)
+        torch.backends.cudnn.deterministic = deterministic
 
 
 def check_precision(precision: str, device: torch.device) -> None:

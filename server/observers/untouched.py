@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedkn.layers import tf32
+
 __all__ = ["untouched"]
 
 
@@ -74,13 +76,10 @@ _STATES: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, torch.set_default_device),
     (torch.get_num_threads, torch.set_num_threads),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (tf32.switches, tf32.put_back),
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
     _attribute(torch.backends.mkldnn, "enabled"),
-    *(
-        _attribute(torch.backends.cudnn, name)
-        for name in ("enabled", "benchmark", "deterministic", "allow_tf32")
-    ),
+    *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
     (_folder, _go_to),
 ]
 """How each is read, and how it is set."""
