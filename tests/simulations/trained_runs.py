@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,6 +20,7 @@ from simulations import cli
 
 __all__ = [
     "CLASSES",
+    "EXPORTS",
     "HEIGHT",
     "WIDTH",
     "cell_folder",
@@ -29,6 +31,9 @@ __all__ = [
     "make_images",
     "make_run",
 ]
+
+EXPORTS = Version(torch.__version__) >= Version("2.7")
+"""Whether this PyTorch writes these networks as ONNX, and reads its own programs without fedkn."""
 
 CLASSES = ("cat", "dog", "owl")
 # Not square, so that a mix-up of the two shows.
