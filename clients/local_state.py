@@ -31,7 +31,7 @@ from fedkn.files import write_atomically
 from fedkn.stack import Flat, Layout
 from fedkn.training.transfer import moved
 
-__all__ = ["STATE_FOLDER", "Kept", "LocalState", "folder_in_run", "local_state"]
+__all__ = ["STATE_FOLDER", "Kept", "LocalState", "Room", "folder_in_run", "local_state"]
 
 _LOG = logging.getLogger("flwr")
 

@@ -20,7 +20,7 @@ from fedkn.training import LocalTask, LocalUpdate
 from fedkn.training.rule import BegunRules
 from simulations.engines import local_host, worker
 
-__all__ = ["idle_training"]
+__all__ = ["REST", "idle_training"]
 
 ValueT = TypeVar("ValueT")
 
@@ -98,7 +98,7 @@ def idle_training(seconds: float = 0.0) -> Iterator[None]:
     with (
         patch.object(SequentialTrainer, "train", single),
         patch.object(local_host, "train_together", several),
-        patch.object(worker, "_MODULE", __name__ if __name__ != "__main__" else _NAME),
+        patch.object(worker, "_MODULE", _NAME),
     ):
         yield
 
