@@ -36,13 +36,16 @@ def put_back(before: Switches) -> None:
 
 def take_tf32(on: bool) -> None:
     """Let cuDNN and products of matrices on NVIDIA's GPUs take TF32, or float32 as it is."""
-    if all(_allowed(owner) is not None for owner in _OLD):
-        for owner in _OLD:
+    for owner in _OLD:
+        if _allowed(owner) is not None:
             owner.allow_tf32 = on
+    if not _places():
         return
+    # Where a more general one says "tf32" and an old one forbids it, the general one holds.
     cudnn: Any = torch.backends.cudnn
     for place in (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul):
-        place.fp32_precision = "tf32" if on else "ieee"
+        if (place.fp32_precision == "tf32") != on:
+            place.fp32_precision = "tf32" if on else "ieee"
 
 
 def convolutions_take_tf32() -> bool:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedkn.layers import tf32
 from server.observers.untouched import untouched
@@ -58,6 +60,49 @@ def test_tf32_is_taken_and_left_whoever_set_what(change, on):
         )
     else:
         assert backends.cudnn.allow_tf32 == backends.cuda.matmul.allow_tf32 == on
+
+
+SETTERS = [
+    *(
+        lambda value=value: torch.set_float32_matmul_precision(value)
+        for value in ("medium", "high")
+    ),
+    *(
+        lambda owner=owner, on=on: setattr(owner, "allow_tf32", on)
+        for owner in (backends.cudnn, backends.cuda.matmul)
+        for on in (True, False)
+    ),
+    *(lambda on=on: tf32.take_tf32(on) for on in (True, False)),
+]
+if NEW:
+    SETTERS += [
+        lambda place=place, value=value: setattr(place, "fp32_precision", value)
+        for place in (
+            *(backends, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn),
+            backends.cuda.matmul,
+        )
+        for value in ("tf32", "ieee", "none")
+    ]
+
+
+# What an earlier setting left where nobody can ask for it decides how a later one is taken.
+@given(setters=st.lists(st.sampled_from(SETTERS), max_size=5), on=st.booleans())
+def test_tf32_is_taken_and_left_and_put_back_after_any_settings(setters, on):
+    start = tf32.switches()
+    for setter in setters:
+        setter()
+    before = tf32.switches()
+    tf32.take_tf32(on)
+    assert tf32.convolutions_take_tf32() == on
+    if NEW:
+        places = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+        assert {place.fp32_precision == "tf32" for place in places} == {on}
+    else:
+        assert backends.cudnn.allow_tf32 == backends.cuda.matmul.allow_tf32 == on
+    tf32.put_back(before)
+    assert tf32.switches() == before
+    tf32.put_back(start)
+    assert tf32.switches() == start
 
 
 @pytest.mark.parametrize("change", CHANGES)
