@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,18 +54,31 @@ class Stream:
         self._number = seed if isinstance(seed, int) else None
         # A tensor from the start: made within a compiled function it would be a constant of it.
         self._seed = torch.tensor(seed) if isinstance(seed, int) else seed
+        self._captured = not self.on_host and _capturing()
+        self._ahead: _Ahead | None = None
 
     @property
     def on_host(self) -> bool:
         """Whether keys can be read without waiting for a device."""
         return self._seed.device.type == "cpu"
 
-    def key(self, device: torch.device) -> Tensor:
-        """Take the next key, an int64 tensor without dimensions on `device`."""
+    def key(self, device: torch.device, eager: bool = False) -> Tensor:
+        """Take the next key, an int64 tensor without dimensions on `device`.
+
+        On a GPU the keys of many calls are computed at once where tensors are `eager`: of one key
+        it is a dozen launches.
+        """
         self.calls += 1
         if self.keys is not None:
             return self.keys[self.calls - 1].to(device)
-        return _key(self._seed.to(device), self.calls)
+        seed = self._seed.to(device)
+        when = self._when(seed) if eager else None
+        if when is None:
+            return _key(seed, self.calls)
+        ahead = self._ahead
+        if ahead is None or ahead.when != when or self.calls >= ahead.first + len(ahead.keys):
+            ahead = self._ahead = _Ahead(when, self.calls, _keys(seed, self.calls, _AT_ONCE))
+        return ahead.keys[self.calls - ahead.first]
 
     def number(self) -> int:
         """Take the next key as a Python int."""
@@ -74,6 +88,23 @@ class Stream:
         if self._number is None:
             self._number = int(self._seed)
         return key_number(self._number, self.calls)
+
+    def _when(self, seed: Tensor) -> tuple[int, ...] | None:
+        """Return what holds as long as keys computed ahead do, None where that cannot be told.
+
+        A seed that changes in place has other keys. What one CUDA stream computes another would
+        have to wait for; what is computed outside of a graph is gone when it is replayed, and what
+        is within it does not come outside.
+        """
+        stream = _stream_of(seed.device)
+        if (
+            stream is None
+            or seed.is_inference()  # then it has no version
+            or self._captured != _capturing()
+            or torch._C._len_torch_dispatch_stack()  # keys would be what such a mode makes of them
+        ):
+            return None
+        return stream, seed._version
 
 
 @contextmanager
@@ -115,8 +146,7 @@ def keys_of(seeds: Tensor, calls: int) -> Tensor:
 
     `seeds` (...), int64; the result is (..., calls), int64.
     """
-    numbers = torch.arange(1, calls + 1, dtype=torch.int64, device=seeds.device)
-    return _mixed(seeds.unsqueeze(-1) + numbers.mul_(_GAMMA))
+    return _keys(seeds, 1, calls)
 
 
 def key_number(seed: int, call: int) -> int:
@@ -163,7 +193,8 @@ def draw_key(device: torch.device, eager: bool) -> int | Tensor:
     """
     if eager and (device.type == "cpu" or _seeded_on_host()):
         return next_number()
-    return next_key(device)
+    stream = _active.stream
+    return next_key(device) if stream is None else stream.key(device, eager)
 
 
 def draw_mask(x: Tensor, settings: Settings) -> Tensor | None:
@@ -241,6 +272,30 @@ _MIX = (_signed(host_masks.MIX[0]), _signed(host_masks.MIX[1]))
 _KEY_MIX = (_signed(0xFF51AFD7ED558CCD), _signed(0xC4CEB9FE1A85EC53))
 
 
+_AT_ONCE = 64  # more than most networks ask for in a step
+
+
+class _Ahead(NamedTuple):
+    """The keys of the calls from `first` on."""
+
+    when: tuple[int, ...]
+    first: int
+    keys: Tensor
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    if torch.compiler.is_compiling():
+        return False
+    ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch annotates it so
+    return ready and torch.cuda.is_current_stream_capturing()
+
+
+def _stream_of(device: torch.device) -> int | None:
+    """Return a number of the CUDA stream of `device` that work goes to, None on other devices."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
 class _Active(threading.local):
     stream: Stream | None = None
 
@@ -284,6 +339,11 @@ _VIEWS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 def _key(seed: Tensor, call: int) -> Tensor:
     return _mixed(seed + _signed(call * _GAMMA))
+
+
+def _keys(seeds: Tensor, first: int, calls: int) -> Tensor:
+    numbers = torch.arange(first, first + calls, dtype=torch.int64, device=seeds.device)
+    return _mixed(seeds.unsqueeze(-1) + numbers.mul_(_GAMMA))
 
 
 def _mixed(z: Tensor) -> Tensor:

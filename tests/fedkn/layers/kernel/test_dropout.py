@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkn.errors import UserError
 from fedkn.layers import KNConv2d, dropout_stream
 from fedkn.layers.kernel import dropout
 from fedkn.layers.kernel.dropout import (
     LEVELS,
+    Stream,
     drop_level,
     dropout_keys,
     keep_mask,
     keep_mask_and_bits,
+    key_number,
     keys_of,
     mask_of_bits,
     next_key,
@@ -100,6 +105,99 @@ def test_number_and_tensor_keys_agree() -> None:
         with dropout_stream(torch.tensor(seed)):
             assert [next_number() for _ in range(3)] == keys
         assert len(set(keys)) == 3
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations, but for views, and is not asked what it makes of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        self.count += not function.is_view
+        return function(*arguments, **(settings or {}))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The CPU as if work went to a stream of a GPU: its number, and whether it is recorded."""
+    state = SimpleNamespace(stream=7, capturing=False)
+    monkeypatch.setattr(dropout, "_stream_of", lambda _: state.stream)
+    monkeypatch.setattr(dropout, "_capturing", lambda: state.capturing)
+    monkeypatch.setattr(Stream, "on_host", False)
+    return state
+
+
+def keys_one_by_one(seed, first=1, count=3):
+    return [key_number(seed, call) for call in range(first, first + count)]
+
+
+def test_on_a_gpu_keys_are_computed_many_at_once(gpu, monkeypatch):
+    monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+    with dropout_stream(torch.tensor(5)) as stream, Launches() as launches:
+        first = stream.key(CPU, eager=True)
+        once = launches.count
+        keys = [first, *(stream.key(CPU, eager=True) for _ in range(63))]
+        assert launches.count == once < 20
+        more = [stream.key(CPU, eager=True) for _ in range(10)]
+        assert launches.count == 2 * once
+    assert [int(key) for key in (*keys, *more)] == keys_one_by_one(5, count=74)
+
+
+def test_keys_of_a_seed_that_changes_in_place_change_with_it(gpu):
+    seed = torch.tensor(5)
+    with dropout_stream(seed) as stream:
+        before = [int(stream.key(CPU, eager=True)) for _ in range(3)]
+        seed.add_(1)
+        after = [int(stream.key(CPU, eager=True)) for _ in range(3)]
+    assert before + after == keys_one_by_one(5) + keys_one_by_one(6, first=4)
+
+
+def test_another_cuda_stream_does_not_take_what_the_first_computes(gpu):
+    with dropout_stream(torch.tensor(5)) as stream:
+        stream.key(CPU, eager=True)
+        first = stream._ahead
+        gpu.stream = 8
+        stream.key(CPU, eager=True)
+        assert stream._ahead is not first
+        assert int(stream.key(CPU, eager=True)) == key_number(5, 3)
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_graph_computes_the_keys_that_it_is_replayed_with(gpu, monkeypatch, within):
+    """A stream opened outside is read in the graph; one opened within computes many there."""
+    monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+    gpu.capturing = within
+    with dropout_stream(torch.tensor(5)) as stream:
+        if not within:
+            stream.key(CPU, eager=True)
+        gpu.capturing = True
+        before = stream._ahead
+        with Launches() as launches:
+            keys = [int(stream.key(CPU, eager=True)) for _ in range(3)]
+            assert (launches.count < 20) == within
+        assert keys == keys_one_by_one(5, first=1 if within else 2)
+        assert (stream._ahead is before) != within
+        gpu.capturing = False
+        if within:
+            with Launches() as launches:
+                assert int(stream.key(CPU, eager=True)) == key_number(5, 4)
+                assert launches.count > 10
+
+
+def test_keys_computed_under_a_mode_or_of_an_inference_tensor_are_not_kept(gpu):
+    with torch.inference_mode():
+        seed = torch.tensor(5)
+    with dropout_stream(seed) as stream:
+        assert int(stream.key(CPU, eager=True)) == key_number(5, 1)
+        assert stream._ahead is None
+    with dropout_stream(torch.tensor(5)) as stream:
+        with Launches():
+            assert int(stream.key(CPU, eager=True)) == key_number(5, 1)
+        assert stream._ahead is None
+        assert int(stream.key(CPU, eager=False)) == key_number(5, 2)
+        assert stream._ahead is None
 
 
 def test_a_sample_does_not_depend_on_the_batch_behind_it() -> None:
