@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from fedkn.layers import circumstances, side_by_side, triton_switch
 from fedkn.layers.map_layout import in_one_piece, laid_out_as, maps_of
 from fedkn.layers.native import library
+from fedkn.layers.triton_launch import launch
 
 __all__ = ["group_norm", "pools", "serves"]
 
@@ -112,7 +113,8 @@ class _Normalized(torch.autograd.Function):
         mean = x.new_empty((maps.all, groups), dtype=torch.float32)
         scale = torch.empty_like(mean)
         each = maps.channels // groups
-        kernels.normalize[(groups, maps.all)](
+        launch(
+            kernels.normalize, (groups, maps.all),
             x, y, weight, bias, mean, scale, maps.samples, each, maps.pixels, eps, *maps.strides,
             RELU=relu, **maps.group_blocks(each),
         )  # fmt: skip
@@ -130,7 +132,8 @@ class _Normalized(torch.autograd.Function):
         each = maps.channels // groups
         dx = torch.empty_like(x)
         parts = mean.new_empty((maps.clients, maps.samples, 2, maps.channels))
-        kernels.normalize_back[(groups, maps.all)](
+        launch(
+            kernels.normalize_back, (groups, maps.all),
             laid_out_as(g, x), x, weight, bias, mean, scale, dx, parts,
             maps.samples, each, maps.pixels, *maps.strides,
             RELU=ctx.relu, **maps.group_blocks(each),

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from fedkn.errors import UserError
 from fedkn.layers import circumstances, side_by_side, triton_switch
 from fedkn.layers.convolution import convolve
+from fedkn.layers.triton_launch import launch
 
 __all__ = ["Gain", "ScaledWSConv2d"]
 
@@ -83,7 +84,9 @@ class _Standardized(torch.autograd.Function):
             torch.empty_like(gain),
         )
         weights = weight[0, 0].numel()
-        kernels.standardize[(gain.numel(),)](weight, gain, used, mean, energy, weights, _LEAST)
+        launch(
+            kernels.standardize, (gain.numel(),), weight, gain, used, mean, energy, weights, _LEAST
+        )
         ctx.save_for_backward(weight, gain, mean, energy)
         return used
 
@@ -94,8 +97,18 @@ class _Standardized(torch.autograd.Function):
 
         weight, gain, mean, energy = ctx.saved_tensors
         dw, dgain = torch.empty_like(weight), torch.empty_like(gain)
-        kernels.standardize_back[(gain.numel(),)](
-            g.contiguous(), weight, gain, mean, energy, dw, dgain, weight[0, 0].numel(), _LEAST
+        launch(
+            kernels.standardize_back,
+            (gain.numel(),),
+            g.contiguous(),
+            weight,
+            gain,
+            mean,
+            energy,
+            dw,
+            dgain,
+            weight[0, 0].numel(),
+            _LEAST,
         )
         return dw, dgain
 

@@ -22,6 +22,7 @@ from fedkn.layers import circumstances, group_norm, triton_switch
 from fedkn.layers.kernel.settings import Geometry
 from fedkn.layers.side_by_side import clients_of, outside, put_back, taken_out
 from fedkn.layers.tf32 import convolutions_take_tf32
+from fedkn.layers.triton_launch import launch
 
 __all__ = [
     "StackedConvolutions",
@@ -254,7 +255,8 @@ def _gather(
     block_o, block_c = _block(outputs, 64), _block(channels, 32)
     block_m = 64 if block_o == 64 else 128
     grid = (-(-samples * rows * columns // block_m), -(-outputs // block_o), clients)
-    kernels.gather_product[grid](
+    launch(
+        kernels.gather_product, grid,
         x, weight, weight if bias is None else bias.contiguous(), y,
         samples, channels, height, width, outputs, rows, columns, *strides,
         **_taps(geometry), TRANSPOSED=transposed, BIAS=bias is not None,
@@ -273,7 +275,8 @@ def _weight_gradient(x: Tensor, g: Tensor, weight: Tensor, geometry: Geometry) -
     pixels = -(-samples * rows * columns // block_m)
     splits = max(1, min(pixels // 4, _PROGRAMS // (tiles * clients), 16))
     parts = x.new_empty((splits, clients, outputs, inner))
-    kernels.weight_product[tiles, splits, clients](
+    launch(
+        kernels.weight_product, (tiles, splits, clients),
         x, g, parts, samples, channels, height, width, outputs, rows, columns,
         **_taps(geometry), SPLITS=splits,
         BLOCK_O=block_o, BLOCK_C=block_c, BLOCK_M=block_m,

@@ -8,6 +8,7 @@ from torch._C import _functorch
 
 from fedkn.layers import triton_switch
 from fedkn.layers.side_by_side import outside, put_back
+from fedkn.layers.triton_launch import launch
 
 __all__ = ["draw_lanes", "serves"]
 
@@ -49,7 +50,7 @@ def drawn(keys: Tensor, words: int, level: int, dtype: torch.dtype) -> Tensor:
     lanes = torch.empty((len(keys), 4 * words), dtype=dtype, device=keys.device)
     if words:
         grid = (-(-words // _BLOCK), len(keys))
-        mask_kernel.draw_masks[grid](keys, lanes, words, level, BLOCK=_BLOCK)
+        launch(mask_kernel.draw_masks, grid, keys, lanes, words, level, BLOCK=_BLOCK)
     return lanes
 
 

@@ -23,6 +23,7 @@ from fedkn.layers.kernel.host_masks import LEVELS
 from fedkn.layers.kernel.settings import Settings
 from fedkn.layers.kernel.statistics import moment_weights
 from fedkn.layers.map_layout import Maps, cdiv, dense, laid_out_as, maps_of
+from fedkn.layers.triton_launch import launch
 from fedkn.layers.triton_switch import load
 
 __all__ = ["backward", "forward", "load", "norm", "norm_gradient", "serves", "takes"]
@@ -143,7 +144,8 @@ def _statistics(x: Tensor, weight: Tensor | None, settings: Settings) -> tuple[_
     tiles = cdiv(cdiv(maps.pixels, 4), block_q)
     splits = _splits(maps.all * tiles, maps.channels, block_c)
     sums = x.new_empty((splits, 3, maps.all, maps.pixels), dtype=torch.float32)
-    kernels.channel_sums[(tiles, maps.all, splits)](
+    launch(
+        kernels.channel_sums, (tiles, maps.all, splits),
         x, _key(settings), sums, maps.samples, maps.channels, maps.pixels,
         *_words(maps, settings), _key_stride(settings), *maps.strides,
         **_masking(settings), ALIGNED=maps.pixels % 4 == 0, QUADS=maps.quads(x),
@@ -164,7 +166,8 @@ def _statistics(x: Tensor, weight: Tensor | None, settings: Settings) -> tuple[_
     mean = x.new_empty((maps.all, rows * columns), dtype=torch.float32)
     scale = torch.empty_like(mean)
     programs += cdiv(rows * columns, _POSITIONS) * maps.all
-    kernels.moments[(programs,)](
+    launch(
+        kernels.moments, (programs,),
         sums, mean, scale, weight, used, filters,
         maps.all, *maps.size, columns, rows * columns,
         settings.n, *_moment_weights(settings), settings.eps, weight.numel() // len(filters),
@@ -187,7 +190,8 @@ def _epilogue(
     maps = maps_of(z)
     block_o, block_p = maps.blocks()
     grid = (cdiv(maps.pixels, block_p), cdiv(maps.channels, block_o), maps.all)
-    _kernels().epilogue[grid](
+    launch(
+        _kernels().epilogue, grid,
         z, y, *units, _pointer(bias, z),
         maps.samples, maps.channels, maps.pixels, *maps.strides,
         CENTRED=centred, BIAS=bias is not None, RELU=relu, KEEP_Z=keep_z,
@@ -212,7 +216,8 @@ def _reduced(
     splits = _splits(maps.all * tiles, maps.channels, block_o)
     through = kept.new_empty((splits, 2, maps.all, maps.pixels), dtype=torch.float32)
     parts = kept.new_empty((maps.all, tiles, 2, maps.channels), dtype=torch.float32)
-    _kernels().reduce_gradient[(tiles, maps.all, splits)](
+    launch(
+        _kernels().reduce_gradient, (tiles, maps.all, splits),
         laid_out_as(g, kept), kept, *units, _pointer(bias, kept), dz, through, parts,
         maps.samples, maps.channels, maps.pixels, *maps.strides,
         CENTRED=centred, BIAS=bias is not None, RELU=relu, OUTPUT=output,
@@ -246,7 +251,8 @@ def _finish(  # noqa: PLR0917 - what has come of the pass so far, in its order
     others = 0 if dw is None and db is None else len(units.sums)
     if not programs + others:
         return
-    _kernels().finish_gradients[(programs + others,)](
+    launch(
+        _kernels().finish_gradients, (programs + others,),
         x, target, _key(settings), units.mean, units.scale, through, parts,
         _pointer(dw, x), _pointer(own, x), _pointer(db, x),
         programs, source.all, source.samples, source.channels, *source.size,
