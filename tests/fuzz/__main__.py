@@ -78,7 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--slice", metavar="TARGET:FIRST:CASES", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    logging.disable(logging.CRITICAL)
     if given.only:
         name, _, number = given.only.partition(":")
         print(TARGETS[name].run(_generator(given.seed, name, int(number))))
@@ -194,4 +193,5 @@ def _address_space() -> int:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.CRITICAL)
     sys.exit(main())

@@ -88,7 +88,6 @@ CASES = {
 
 def main(chosen: list[str]) -> None:
     """Print a line for each of the experiments, or for those that are named."""
-    logging.disable(logging.CRITICAL)
     print(f"{'':24} {'params':>8} {'by step':>8} {'others':>8} {'move':>8} {'of bound':>8}")
     for name, changes in CASES.items():
         if chosen and name not in chosen:
@@ -151,4 +150,5 @@ def _median(values: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.CRITICAL)
     main(sys.argv[1:])

@@ -1,0 +1,38 @@
+"""Every test leaves the process's settings as it found them: the next is not to depend on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedkn.layers import tf32
+
+
+@pytest.fixture(autouse=True)
+def _settings_are_left_as_they_were():
+    before = _settings()
+    yield
+    assert _settings() == before, "the test has changed a setting of the process and left it so"
+
+
+def _settings():
+    own, cudnn = logging.getLogger("fedkn"), torch.backends.cudnn
+    environment = {name: v for name, v in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {
+        "folder": Path.cwd(),
+        "environment": environment,
+        "logging": (logging.root.manager.disable, logging.root.level),
+        "fedkn's log": (own.level, own.disabled, own.propagate, list(own.handlers)),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "precision": tf32.switches(),
+        "cudnn": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        "mkldnn": torch.backends.mkldnn.enabled,
+    }
