@@ -16,15 +16,18 @@ from fedkn.layers import tf32
 def _settings_are_left_as_they_were():
     before = _settings()
     yield
-    assert _settings() == before, "the test has changed a setting of the process and left it so"
+    after = _settings()
+    changed = {name: (before.get(name), after.get(name)) for name in before | after}
+    changed = {name: values for name, values in changed.items() if values[0] != values[1]}
+    assert not changed, "the test has changed settings of the process and left them so"
 
 
 def _settings():
     own, cudnn = logging.getLogger("fedkn"), torch.backends.cudnn
-    environment = {name: v for name, v in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    return {
+    environment = {f"${name}": value for name, value in os.environ.items()}
+    del environment["$PYTEST_CURRENT_TEST"]
+    return environment | {
         "folder": Path.cwd(),
-        "environment": environment,
         "logging": (logging.root.manager.disable, logging.root.level),
         "fedkn's log": (own.level, own.disabled, own.propagate, list(own.handlers)),
         "threads": torch.get_num_threads(),
