@@ -2,7 +2,7 @@
 
 Triton launches on the current device, whatever device the tensors are on, and examines every
 argument of every launch for what it might have to compile. Here a launch like an earlier one goes
-straight to what was compiled then: on the host it takes a fifth of the time.
+straight to what was compiled then.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 class _Kernel(NamedTuple):
     itself: Any
     """Held, so that its id stays its own."""
-    unexamined: frozenset[int]
+    unexamined: tuple[int, ...]
     """Places of the arguments of which Triton looks at the type alone."""
     names: tuple[str, ...]
     """Of all arguments."""
@@ -55,20 +55,22 @@ def _launch(
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> None:
-    known_kernel = _kernels.get(id(kernel)) or _met(kernel)
-    unexamined = known_kernel.unexamined
+    met = _kernels.get(id(kernel)) or _met(kernel)
     # Triton compiles for types, for whether a number is 1 or divisible by 16, and for whether
     # memory begins where 16 bytes may be read at once. Launches alike here are alike in these.
-    alike = (
-        id(kernel),
-        device,
-        *(
-            _type(argument) if place in unexamined else _described(argument)
-            for place, argument in enumerate(arguments)
-        ),
-        *constants.items(),
-    )
-    known = _known.get(alike)
+    alike: list[Any] = []
+    for argument in arguments:
+        if type(argument) is int:
+            alike.append(argument)
+        elif isinstance(argument, Tensor):
+            alike.append((argument.dtype, argument.data_ptr() % 16 == 0))
+        else:
+            alike.append((type(argument), argument))
+    for place in met.unexamined:
+        if type(arguments[place]) is int:
+            alike[place] = arguments[place] in _INT32
+    like = (id(kernel), device, *alike, *constants.items())
+    known = _known.get(like)
     if known is not None:
         compiled, last = known
         compiled[(*grid, 1, 1)](*arguments, *last)
@@ -77,26 +79,13 @@ def _launch(
     if _takes_all(compiled):
         if len(_known) >= _MOST:
             _known.clear()
-        names = known_kernel.names[len(arguments) :]
-        _known[alike] = compiled, tuple(constants[name] for name in names)
+        names = met.names[len(arguments) :]
+        _known[like] = compiled, tuple(constants[name] for name in names)
 
 
 def _met(kernel: Any) -> _Kernel:
-    unexamined = frozenset(p.num for p in kernel.params if p.do_not_specialize)
-    known = _Kernel(kernel, unexamined, tuple(kernel.arg_names))
-    return _kernels.setdefault(id(kernel), known)
-
-
-def _described(argument: Any) -> Any:
-    if type(argument) is int:
-        return argument
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return type(argument), argument
-
-
-def _type(argument: Any) -> Any:
-    return argument in _INT32 if type(argument) is int else _described(argument)
+    unexamined = tuple(p.num for p in kernel.params if p.do_not_specialize)
+    return _kernels.setdefault(id(kernel), _Kernel(kernel, unexamined, tuple(kernel.arg_names)))
 
 
 def _gpu_of(arguments: tuple[Any, ...]) -> int | None:
