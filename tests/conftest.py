@@ -22,10 +22,14 @@ def _settings_are_left_as_they_were():
     assert not changed, "the test has changed settings of the process and left them so"
 
 
+# Libraries set some of their own where they are first used.
+_VARIABLES = set(os.environ) - {"PYTEST_CURRENT_TEST"}
+_OURS = {"FEDKN_TRITON", "FEDKN_NATIVE", "FLWR_HOME", "RAY_ADDRESS", "CUDA_VISIBLE_DEVICES"}
+
+
 def _settings():
     own, cudnn = logging.getLogger("fedkn"), torch.backends.cudnn
-    environment = {f"${name}": value for name, value in os.environ.items()}
-    del environment["$PYTEST_CURRENT_TEST"]
+    environment = {f"${name}": os.environ.get(name) for name in _VARIABLES | _OURS}
     return environment | {
         "folder": Path.cwd(),
         "logging": (logging.root.manager.disable, logging.root.level),
