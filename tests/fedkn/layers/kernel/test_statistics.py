@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedkn.layers import tf32
 from fedkn.layers.kernel.settings import Geometry
 from fedkn.layers.kernel.statistics import box, box_quickly, unbox, unbox_quickly
 
@@ -45,9 +46,9 @@ def test_large_maps_are_filtered_without_products() -> None:
 
 def test_box_filters_keep_their_digits_where_products_may_not() -> None:
     geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
-    maps, before = torch.randn(2, 2, 32, 32), torch.get_float32_matmul_precision()
+    maps, before = torch.randn(2, 2, 32, 32), tf32.switches()
     try:
         torch.set_float32_matmul_precision("medium")
         assert torch.equal(box_quickly(maps, geometry), box(maps, geometry))
     finally:
-        torch.set_float32_matmul_precision(before)
+        tf32.put_back(before)
