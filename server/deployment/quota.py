@@ -121,7 +121,10 @@ class Quota:
         request: PushObjectRequest,
         state: LinkState,
     ) -> PushObjectResponse:
-        """Refuse what goes beyond the device's quota."""
+        """Refuse what goes beyond the device's quota.
+
+        What is there already is stored: its answer was lost, and the device asks once more.
+        """
         account = self._account(request.run_id, request.node.node_id, state)
         size = len(request.object_content)
         with self._lock:
@@ -137,6 +140,8 @@ class Quota:
             # Counted before it is stored, so that calls at once do not pass together.
             account.stored[request.object_id] = size
         answer = honest(request=request, state=state)
+        if not answer.stored:
+            answer.stored = state.object_store.get(request.object_id) == request.object_content
         if not answer.stored:
             with self._lock:
                 account.stored.pop(request.object_id, None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from flwr.app import Message
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.superlink.grid import HttpGrid
 
 from fedkn.federation import record_bytes
@@ -16,6 +18,8 @@ from server.signing import sign_messages
 
 __all__ = ["Arrived", "exchange"]
 
+_LOG = logging.getLogger("flwr")
+_PUSHES = 3
 # Flower's grid of deployed nodes would look for replies every three seconds.
 _POLL_SECONDS = 0.25
 
@@ -44,9 +48,26 @@ def exchange(
     deadline = time.monotonic() + timeout
     if isinstance(grid, HttpGrid):
         sign_messages(messages)
-    # A message that the SuperLink did not take has an empty id: nobody will answer it.
-    waiting = {one for one in grid.push_messages(messages) if one}
+    waiting = _pushed(grid, messages)
     return _arriving(grid, waiting, deadline, _largest_reply(messages))
+
+
+def _pushed(grid: Grid, messages: Sequence[Message]) -> set[str]:
+    """Push the messages and return the ids of those that the SuperLink has taken.
+
+    One that was restarted meanwhile refuses a part that it has already, whose answer was lost, and
+    all parts after three minutes: pushed again, the messages are the same, and it asks for the
+    parts that it lacks.
+    """
+    for left in reversed(range(_PUSHES)):
+        try:
+            # A message that the SuperLink did not take has an empty id: nobody will answer it.
+            return {one for one in grid.push_messages(messages) if one}
+        except ObjectPushError as error:
+            if not left:
+                raise
+            _LOG.warning("the messages are pushed again: %s", error)
+    raise AssertionError
 
 
 def _arriving(grid: Grid, waiting: set[str], deadline: float, largest: int) -> Iterator[Arrived]:
