@@ -115,7 +115,12 @@ def _logged(grid: Grid, config: ExperimentConfig, hold: Callable[[], None]) -> O
         # The error itself must get through, also where the log is what cannot be written.
         with suppress(LogNotWritten):
             audience.write(
-                "end", status="failed", seconds=time.monotonic() - started, error=str(error)
+                "end",
+                status="failed",
+                seconds=time.monotonic() - started,
+                error=str(error),
+                # What it was to do: no line has said it.
+                **({} if audience.begun else {"config": config.flat()}),
             )
         raise
     finally:

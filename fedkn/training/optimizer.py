@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from fedkn.errors import UserError
 
-__all__ = ["FlatSGD"]
+__all__ = ["FlatSGD", "shared_kind"]
 
 
 class FlatSGD:
@@ -34,7 +34,7 @@ class FlatSGD:
     def __init__(self, model: nn.Module) -> None:
         named = _trainable(model)
         self.parameters = list(named.values())
-        dtype, device = _kind(named)
+        dtype, device = shared_kind(named)
         size = sum(p.numel() for p in self.parameters)
         self.values = torch.empty(size, dtype=dtype, device=device)
         self.gradients = torch.zeros(size, dtype=dtype, device=device)
@@ -153,12 +153,12 @@ class FlatSGD:
         return self.values, self.gradients, self._velocity
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def shared_kind(named: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
+    """Return the one dtype and device that parameters, by name, are to be trained with.
 
-
-def _kind(named: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
-    """Return the one dtype and device of parameters; UserError if there is no such."""
+    Raises:
+        UserError: they differ in these, have no shape yet, or there are none.
+    """
     first: tuple[str, torch.dtype, torch.device] | None = None
     for name, parameter in named.items():
         if is_lazy(parameter):
@@ -176,6 +176,10 @@ def _kind(named: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]
     if first is None:
         raise UserError("the model has no parameter to train: requires_grad is off for all")
     return first[1:]
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _laid_out(flat: Tensor, parameter: Tensor) -> Tensor:

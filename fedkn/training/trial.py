@@ -13,6 +13,7 @@ from fedkn.errors import UserError
 from fedkn.tasks import Task
 from fedkn.text import printable
 from fedkn.training.draws import own_draws
+from fedkn.training.optimizer import shared_kind
 
 __all__ = ["trial_step"]
 
@@ -32,10 +33,11 @@ def trial_step(
         outputs: how many the network was built with, as the task asked for.
 
     Raises:
-        UserError: outputs of another shape or dtype, or not finite; losses that are not one number
-            for each example, depend on the others, are not finite or have no gradient; metrics
-            that are not what the task says, or no sums.
+        UserError: parameters that cannot be trained together; outputs of another shape or dtype,
+            or not finite; losses that are not one number for each example, depend on the others,
+            are not finite or have no gradient; metrics that are not what the task says, or no sums.
     """
+    shared_kind({name: p for name, p in model.named_parameters() if p.requires_grad})
     with own_draws(x.device, 0) as draws, draws.seeded(0):
         model.train()
         found = _guarded("the network", lambda: model(x))

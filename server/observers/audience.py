@@ -40,6 +40,9 @@ class Audience:
     The log is the one observer without which a run cannot go on. Another that fails is named in a
     warning, and told nothing more. Observers see copies, and whatever they do to global state is
     undone, so that none can change a bit of the result.
+
+    Attributes:
+        begun: whether a line said that the run begins, or goes on.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Audience:
         self._config = config
         self._log = log
         self._observers = list(observers)
+        self.begun = False
 
     def write(
         self, kind: str, state: Mapping[str, np.ndarray] | None = None, /, **fields: Any
@@ -60,6 +64,7 @@ class Audience:
             LogNotWritten: the log cannot be written.
         """
         self._log.write(kind, **fields)
+        self.begun = self.begun or kind in ("start", "resume")
         if kind in _CALLS:
             self._tell(_CALLS[kind], kind, state or {}, fields)
 

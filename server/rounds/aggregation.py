@@ -13,6 +13,7 @@ from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.federation import EXAMPLES
 from fedkn.normalizers import FederationRule, TensorRole
+from fedkn.text import printable
 from server.gate.screening import Update
 from server.strategies.base import Arrays, NoAggregate
 from server.strategies.registry import create_strategy
@@ -83,7 +84,11 @@ class Aggregator:
                 }
             for name, value in {**following, **self.state()}.items():
                 if not np.isfinite(value).all():
-                    raise NoAggregate(f"together the updates overflow '{name}'")
+                    raise NoAggregate(
+                        f"strategy '{printable(self._config.strategy.name, 60)}' makes "
+                        f"'{printable(name, 60)}' infinite or NaN of updates that are finite: they "
+                        "overflow together, or it divides by 0"
+                    )
         except NoAggregate:
             self._strategy = create_strategy(self._config, self._parameters)
             self.load_state(before)

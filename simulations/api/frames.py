@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -213,9 +213,14 @@ def _which(cell: CellRecord, axes: Iterable[str]) -> dict[str, Any]:
 def _cell_row(cell: CellRecord, axes: Iterable[str]) -> dict[str, Any]:
     split = cell.config.evaluation.split
     evaluations = {e.round: e for e in cell.evaluations if e.split == split}
-    # Of a cell that is not at its end the last that is known.
+    # Of a cell that is not at its end the last that is known. One that failed has no result: what
+    # it was at first, or before its loss was infinite, is in the table of rounds.
     last = evaluations.get(cell.result_round, next(reversed(evaluations.values()), None))
     own = cell.client_evaluation
+    metrics: Mapping[str, float | None] = {} if last is None else last.metrics
+    if cell.status in ("failed", "untrainable"):
+        last = own = None
+        metrics = dict.fromkeys(metrics)
     return {
         **_which(cell, axes),
         "learning_rate": cell.config.train.learning_rate,
@@ -225,7 +230,7 @@ def _cell_row(cell: CellRecord, axes: Iterable[str]) -> dict[str, Any]:
         "split": split,
         "metric": cell.metric.name,
         "value": None if last is None else last.value,
-        **({} if last is None else last.metrics),
+        **metrics,
         "loss": None if last is None else last.loss,
         "own_mean": None if own is None else own.mean,
         "own_worst_tenth": None if own is None else own.worst_tenth,

@@ -20,7 +20,7 @@ __all__ = [
     "varied",
 ]
 
-# What a grid varies on purpose, and where each cell keeps its files.
+# What a grid varies on purpose, where each cell keeps its files, and what changes no result.
 _AXES = (
     "seed",
     "normalizer.",
@@ -28,6 +28,8 @@ _AXES = (
     "train.learning_rate",
     "partition.",
     "checkpoint.",
+    "observers.",
+    "workers",
 )
 _MANY_CHANNELS = 1 << 20
 
@@ -83,7 +85,7 @@ def unequal(cells: Sequence[CellRecord], axes: Collection[str] = ()) -> dict[str
 
 
 def varied(key: str) -> bool:
-    """Whether every grid varies the setting with this dotted key, or says where files are."""
+    """Whether every grid varies the setting with this dotted key, or it changes no result."""
     return key.startswith(_AXES)
 
 

@@ -189,13 +189,15 @@ class RunFolder:
         """Return the cells that have started, or have ended without starting, by first line.
 
         Truncated and malformed lines are passed over; of two lines for one round the later
-        counts. Raises UserError where a cell's configuration is neither in its `start` line nor
-        in its config.json, or is not one of this fedkn.
+        counts. A cell that failed before it began, in a version that did not write down what it
+        was to do, is passed over too. Raises UserError where a cell's configuration is neither in
+        its lines nor in its config.json, or is not one of this fedkn.
         """
         by_cell: dict[str, list[dict[str, Any]]] = {}
         for line in self.tail().poll():
             by_cell.setdefault(line["cell"], []).append(line)
-        return [self._cell(cell, lines) for cell, lines in by_cell.items()]
+        found = (self._cell(cell, lines) for cell, lines in by_cell.items())
+        return [record for record in found if record is not None]
 
     def read(self, name: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the JSON object in the file `name` of the folder.
@@ -213,10 +215,15 @@ class RunFolder:
             raise UserError(f"cannot read '{path}' of the run folder: it is not a JSON object")
         return data
 
-    def _cell(self, cell: str, lines: Sequence[dict[str, Any]]) -> CellRecord:
+    def _cell(self, cell: str, lines: Sequence[dict[str, Any]]) -> CellRecord | None:
         starts = [line for line in lines if line["kind"] == "start"]
         start = starts[-1] if starts else {}
-        flat = start.get("config") or self.read(f"cells/{cell}/config.json")
+        told = [line["config"] for line in lines if "config" in line]
+        never_began = all(line["kind"] == "end" for line in lines)
+        missing: dict[str, Any] | None = {} if never_began else None
+        flat = told[-1] if told else self.read(f"cells/{cell}/config.json", missing=missing)
+        if not flat and never_began:
+            return None
         config = ExperimentConfig.resolve(flat)
         record = CellRecord(
             id=cell,

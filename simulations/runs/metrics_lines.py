@@ -306,6 +306,7 @@ _KINDS: dict[str, tuple[_Checks, _Checks]] = {
             **dict.fromkeys(("rounds", "best_round"), _is_count),
             "weights_sha256": _is_hash,
             "error": _is_text,
+            "config": _is_config,
         },
     ),
 }

@@ -140,6 +140,8 @@ def test_a_failure_in_an_existing_run_folder_is_logged(tmp_path):
     (end,) = log_of(tmp_path)
     assert (end["kind"], end["status"]) == ("end", "failed")
     assert "did you mean 'kernel'" in end["error"]
+    # No line before it says what the run was to do.
+    assert end["config"]["normalizer.name"] == "kernal"
 
 
 def test_missing_clients_end_the_run(tmp_path):
@@ -148,7 +150,9 @@ def test_missing_clients_end_the_run(tmp_path):
     grid.nodes.pop(2)
     with pytest.raises(ClientsMissing, match="partitions 2"):
         run_server(grid, config)
-    assert log_of(tmp_path, "end")[0]["status"] == "failed"
+    (end,) = log_of(tmp_path, "end")
+    assert end["status"] == "failed"
+    assert "config" not in end
 
 
 def test_a_resume_with_another_configuration_is_refused_naming_the_key(tmp_path):

@@ -230,6 +230,9 @@ def test_a_run_that_fails_says_so_and_is_a_result(
     result = fedkn.run(normalizer="none", out=tmp_path / "wild", progress=False, **(TINY | wild))
     assert result.failed == 1
     assert result.cells.status.tolist() == ["failed"]
+    # Not that of its untrained model, which is in the table of rounds.
+    assert result.cells[["value", "accuracy", "loss"]].isna().all(axis=None)
+    assert result.rounds.value.notna().any()
     said = capfd.readouterr().err
     assert "fedkn resume" in said
     assert "\x1b" not in said

@@ -193,6 +193,17 @@ class Idle(Dense):
         self.spare = nn.Linear(2, 2)
 
 
+class Mixed(Dense):
+    """One parameter is of another dtype."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.shift = nn.Parameter(torch.zeros(num_classes, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.shift.float()
+
+
 class Deaf(Dense):
     """No parameter takes part."""
 

@@ -171,6 +171,7 @@ WRONG = {
     "another mean loss": ("Other", "Dense", "leave mean_loss out"),
     "two outputs": ("Quantile", "Pair", "return one tensor of floats"),
     "nan outputs": ("Quantile", "Broken", "the network's outputs are not finite"),
+    "two dtypes": ("Quantile", "Mixed", "must share one dtype and device, but 'shift'"),
     "no parameter": ("Quantile", "Deaf", "no parameter of the network takes part"),
 }
 

@@ -347,6 +347,15 @@ def test_settings_that_differ_though_they_should_not(tmp_path: Path) -> None:
     )
 
 
+def test_settings_that_change_no_result_may_differ(tmp_path: Path) -> None:
+    """A run that went on with another ``--workers``, watched by somebody else."""
+    run = Synthetic(tmp_path / "r", normalizers=("kernel", "group"), batch_sizes=(2,), seeds=1)
+    run.cell("kernel", 2, 0)
+    run.experiment |= {"workers": 1, "observers.names": "tensorboard"}
+    run.cell("group", 2, 0)
+    assert "Not held equal" not in read(build_report(run.folder)).text
+
+
 def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
     run = Synthetic(tmp_path / "r", normalizers=("kernel",), batch_sizes=(2,), seeds=1)
     run.cell(

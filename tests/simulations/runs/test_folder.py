@@ -249,6 +249,17 @@ def test_a_search_cell_that_never_started_is_no_result(folder: RunFolder) -> Non
     assert [cell.purpose for cell in folder.cells()] == ["search"]
 
 
+def test_what_a_cell_that_failed_at_once_was_to_do_stands_in_its_last_line(
+    folder: RunFolder,
+) -> None:
+    end = {"cell": "bn", "kind": "end", "status": "failed", "error": "two dtypes"}
+    append(folder, start(), end | {"config": {"normalizer.name": "batch"}}, end | {"cell": "old"})
+    began, failed = folder.cells()  # of "old", of an older fedkn, nobody knows what it was to do
+    assert (failed.id, failed.status, failed.error) == ("bn", "failed", "two dtypes")
+    assert failed.config.normalizer.name == "batch"
+    assert began.status == "unfinished"
+
+
 def test_a_cell_without_any_config_is_an_error_that_names_the_file(folder: RunFolder) -> None:
     append(folder, a_round(1))
     with pytest.raises(UserError, match=r"cells/c/config\.json"):
