@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedkn import models, normalizers
 from fedkn.errors import UserError
 from fedkn.layers import KNConv2d, dropout_stream, triton_switch
+from fedkn.layers.kernel import dispatch, dropout
+from fedkn.layers.kernel import layer as layer_module
 from fedkn.layers.kernel.backends import triton
 
 HERE = Path(__file__).parent
@@ -44,6 +48,48 @@ def test_kernels_agree_with_the_plain_path_in_the_interpreter() -> None:
 @needs_triton
 def test_clients_of_a_stack_get_their_own_in_as_few_launches_as_one_in_the_interpreter() -> None:
     run("triton_clients.py", TRITON_INTERPRET="1", FEDKN_NATIVE="0")
+
+
+class Operations(TorchDispatchMode):
+    """Writes down PyTorch's operators that a device would launch something for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        if not function.is_view and "empty" not in str(function):
+            self.names.append(str(function))
+        return function(*arguments, **(settings or {}))
+
+
+@needs_triton
+def test_a_step_of_a_network_launches_little_more_than_batch_norms(monkeypatch) -> None:
+    """With its dropout's seed on the device, as a loop or a graph of somebody's own has it."""
+    launched = []
+    monkeypatch.setattr(triton, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    monkeypatch.setattr(triton_switch, "reaches", lambda device: True)
+    rows = tuple(row for row in dispatch.TABLE if row.name == "triton")
+    monkeypatch.setattr(dispatch, "TABLE", rows)
+    monkeypatch.setattr(dropout, "_stream_of", lambda device: 7)
+    monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+    def drawn(device, eager):  # as for maps on a device
+        stream = dropout._active.stream
+        return stream.key(device, eager)
+
+    monkeypatch.setattr(layer_module, "draw_key", drawn)
+    counts = {}
+    for name in ("batch", "kernel"):
+        built = {"num_classes": 10, "in_channels": 3, "final_norm": "none", "width": 4}
+        model = models.build("knresnet18", normalizer=normalizers.create(name), **built).train()
+        launched.clear()
+        with Operations() as operations, dropout_stream(torch.tensor(0)):
+            model(torch.randn(2, 3, 32, 32)).sum().backward()
+        counts[name] = len(operations.names) + len(launched)
+    layers = sum(isinstance(module, KNConv2d) for module in model.modules())
+    assert len(launched) == 5 * layers
+    assert counts["kernel"] < 1.3 * counts["batch"]
 
 
 @needs_triton
