@@ -203,13 +203,11 @@ def engines_table(results: EngineResults) -> Table:
 def engines_json(results: EngineResults, settings: Mapping[str, Any]) -> str:
     """Return results, settings and machine as JSON."""
     rows, failed = results.rows, results.failed
-    tasks = dict.fromkeys(of.task for of in (*rows, *failed))
+    tasks = dict.fromkeys([row.task for row in rows] + [failure.task for failure in failed])
     content = {
         "benchmark": "engines",
         "settings": dict(settings),
-        "tasks": {
-            name: TASKS[name].title for name in dict.fromkeys(of.task for of in (*rows, *failed))
-        },
+        "tasks": {name: TASKS[name].title for name in tasks},
         "machine": machine(),
         "rows": [asdict(row) for row in rows],
         "failed": [asdict(failure) for failure in failed],
