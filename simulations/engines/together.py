@@ -90,6 +90,9 @@ _STACKED = 2
 _RECORDED = 3
 """Graphs of a client, one for each batch size, keep memory of their own; tables beside them."""
 
+_PRODUCTS = 1 << 25
+"""Bytes in which cuBLAS works, at most, of which every graph has its own."""
+
 _COPIES = 6
 """Of the parameters: values, the first ones, momentum, gradients, two for the update's own work."""
 
@@ -121,7 +124,8 @@ def _bytes_of_a_client(config: ExperimentConfig, device: torch.device, way: Toge
     inputs = inputs_of(config, device)
     step = step_memory(model, inputs(some.inputs), some.targets, task_of(config))
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    return max(1, (_STACKED if way == "stacked" else _RECORDED) * step + _COPIES * parameters)
+    held = _STACKED * step if way == "stacked" else _RECORDED * (step + _PRODUCTS)
+    return max(1, held + _COPIES * parameters)
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
