@@ -22,7 +22,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pretended_gpu.order import Order, Stream
-from tests.pretended_gpu.rules import PRODUCTS, WAITS, check_indices, check_places, is_view, written
+from tests.pretended_gpu.rules import (
+    PRODUCTS,
+    WAITS,
+    check_indices,
+    check_places,
+    is_view,
+    takes_a_generator,
+    written,
+)
 from tests.pretended_gpu.streams import Graph, doubles
 from tests.pretended_gpu.tensors import tensors_in
 from tests.pretended_gpu.triton_launches import launches
@@ -168,6 +176,8 @@ class _Operations(TorchDispatchMode):
         on_gpu = any(there)
         if on_gpu:
             self._check(func, args, given, there)
+        if (on_gpu or gpu.implicit) and takes_a_generator(func):
+            kwargs = {"generator": gpu.generator, **kwargs}
         known = {place_of(t) for t in given}
         result = func(*args, **kwargs)
         fresh = [t for t in tensors_in(result) if place_of(t) not in known]

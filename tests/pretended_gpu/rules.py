@@ -13,7 +13,15 @@ from tests.pretended_gpu.tensors import tensors_in
 if TYPE_CHECKING:
     from tests.pretended_gpu.device import Gpu
 
-__all__ = ["PRODUCTS", "WAITS", "check_indices", "check_places", "is_view", "written"]
+__all__ = [
+    "PRODUCTS",
+    "WAITS",
+    "check_indices",
+    "check_places",
+    "is_view",
+    "takes_a_generator",
+    "written",
+]
 
 WAITS = {
     f"aten.{name}"
@@ -105,3 +113,9 @@ def written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             found += tensors_in(value)
     return found
+
+
+def takes_a_generator(func: Any) -> bool:
+    """Whether an operation draws from a generator that it can be given."""
+    drawn = torch.Tag.nondeterministic_seeded in func.tags
+    return drawn and any(argument.name == "generator" for argument in func._schema.arguments)

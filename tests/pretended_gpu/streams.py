@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.pretended_gpu.order import Stream
-from tests.pretended_gpu.tensors import tensors_in
+from tests.pretended_gpu.tensors import as_they_are, tensors_in
 
 if TYPE_CHECKING:
     from tests.pretended_gpu.device import Gpu
@@ -41,8 +41,9 @@ class Graph:
         """Keep an operation that has just been done."""
         if not fresh and not written:
             return  # a view, which is where its memory is
-        made = tensors_in(result) if fresh else []
-        self._done.append((func, *given, made))
+        made = [tensor.detach() for tensor in tensors_in(result)] if fresh else []
+        args, kwargs = as_they_are(given)
+        self._done.append((func, args, kwargs, made))
         for tensor in tensors_in(given):
             self._reads[id(tensor)] = tensor
         for tensor in written:
@@ -55,13 +56,18 @@ class Graph:
             raise RuntimeError("a replay within a capture")
         gpu.note("replay", list(self._reads.values()), list(self._writes.values()))
         gpu.replaying = True
+        try:
+            self._replay()
+        finally:
+            gpu.replaying = False
+
+    def _replay(self) -> None:
         with torch.no_grad():
             for func, args, kwargs, made in self._done:
                 again = tensors_in(func(*args, **kwargs)) if made else func(*args, **kwargs)
                 for before, now in zip(made, again if made else (), strict=True):
                     if before.data_ptr() != now.data_ptr():
                         before.copy_(now)
-        gpu.replaying = False
 
     def reset(self) -> None:
         """Keep nothing."""
