@@ -8,9 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["Captured"]
+__all__ = ["PRODUCTS", "Captured"]
 
 _WARM_UP = 3
+
+PRODUCTS = 1 << 25
+"""Bytes of a graph's own in which cuBLAS computes products, at most: what it takes on an H100."""
 
 
 class Captured:

@@ -13,9 +13,12 @@ import pytest
 from clients import session
 from fedkn import normalizers
 from fedkn.config import ExperimentConfig
+from fedkn.experiment import device_of
 from fedkn.layers import triton_switch
+from fedkn.training.captured import PRODUCTS
 from server.strategies import registry
 from simulations.engines import together
+from simulations.engines.flower_ray import gpu_share
 from simulations.engines.run import run_experiment
 from tests.pretended_gpu import Gpu, pretended_gpu
 from tests.simulations.engines.test_tasks import CASES as TASKS
@@ -144,3 +147,10 @@ def test_a_resumed_run_ends_in_the_bits_of_one_that_went_through(
         path.unlink()
     with pretended_gpu():
         assert run_experiment(kept).weights_sha256 == whole
+
+
+def test_a_client_of_ray_or_of_a_group_takes_what_its_graphs_do(tiny: ExperimentConfig) -> None:
+    config = tiny.overlay(normalizer__name="batch", device="cuda")
+    with pretended_gpu():
+        assert gpu_share(config) == pytest.approx(0.01)
+        assert together._bytes_of_a_client(config, device_of(config), "concurrent") > 3 * PRODUCTS
