@@ -49,7 +49,7 @@ class Gpu:
     Attributes:
         waits: where the host waited for it.
         order: of what its streams do. default, current: streams. capturing: what is captured.
-        replaying: whether a graph does its operations again.
+        replaying: whether a graph does its operations again. strict: whether a wait is an error.
         explicit: the device that the call under way names. implicit: whether what PyTorch makes by
             itself is made on the device.
     """
@@ -60,7 +60,7 @@ class Gpu:
         self.default = self.current = Stream()
         self.capture_stream = Stream()
         self.capturing: Graph | None = None
-        self.replaying = False
+        self.replaying = self.strict = False
         self.generator = torch.Generator()
         self.explicit: torch.device | None = None
         self.implicit = False
@@ -87,6 +87,8 @@ class Gpu:
         """Let the host wait for the current stream. Raises RuntimeError within a capture."""
         if self.capturing is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+        if self.strict:
+            raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
         self.waits.append(what)
         self.order.wait_for(self.current)
 

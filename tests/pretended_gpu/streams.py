@@ -122,7 +122,7 @@ def doubles(gpu: Gpu) -> Iterator[tuple[object, str, object]]:
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: gpu.wait_for_all("synchronize"),
-        "set_sync_debug_mode": lambda mode: None,
+        "set_sync_debug_mode": lambda mode: setattr(gpu, "strict", mode == "error"),
         "get_rng_state_all": lambda: [gpu.generator.get_state()],
         "set_rng_state_all": lambda states: gpu.generator.set_state(states[0]),
         "Stream": Stream,
