@@ -16,7 +16,7 @@ from torch import nn
 
 from fedkn.errors import UserError, unknown_name
 
-__all__ = ["freeze", "is_at_rest", "is_fixed", "matching", "nearby", "patterns"]
+__all__ = ["freeze", "is_at_rest", "is_fixed", "matching", "nearby", "patterns", "train"]
 
 
 def patterns(text: str) -> tuple[str, ...]:
@@ -78,6 +78,18 @@ def is_fixed(module: nn.Module, tensor: str) -> bool:
 def is_at_rest(module: nn.Module) -> bool:
     """Whether `module` is always in evaluation, because its running statistics are frozen."""
     return _rest in module._forward_pre_hooks.values()
+
+
+def train(model: nn.Module) -> None:
+    """Put `model` in training mode, but for what is at rest.
+
+    That is what its forward pass would do itself, but whoever watches one, to record it, would see
+    modules change.
+    """
+    model.train()
+    for module in model.modules():
+        if module._forward_pre_hooks and is_at_rest(module):
+            module.training = False
 
 
 _FIXED = "_fixed_buffers"

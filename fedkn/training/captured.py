@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["Captured"]
+__all__ = ["PRODUCTS", "Captured"]
 
 _WARM_UP = 3
+
+PRODUCTS = 1 << 25
+"""Bytes of a graph's own in which cuBLAS computes products, at most: what it takes on an H100."""
 
 
 class Captured:
@@ -42,7 +46,7 @@ class Captured:
                     put_back()
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with _products_of_its_own(), torch.cuda.graph(self._graph):
                 function()
         finally:
             torch.cuda.current_stream().wait_stream(stream)
@@ -51,3 +55,18 @@ class Captured:
     def replay(self) -> None:
         """Do what the function would."""
         self._graph.replay()
+
+
+@contextmanager
+def _products_of_its_own() -> Iterator[None]:
+    """Let products that are captured inside the block work in memory of their graph alone.
+
+    cuBLAS keeps that memory for a stream, and PyTorch captures all graphs on one. Graphs that are
+    replayed at once would write to it at once, and in some releases one that is given up takes it
+    from the others (pytorch/pytorch#193402).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkn.config import TrainConfig
-from fedkn.normalizers import Forward, Normalizer
+from fedkn.normalizers import Forward, Normalizer, frozen
 from fedkn.seeds import derive
 from fedkn.tasks import CLASSIFICATION, Task
 from fedkn.training.batches import plan_batches
@@ -146,7 +146,7 @@ class LocalRound:
         self.steps = len(self._plan.steps)
         self._rules = BegunRules(optimizer, task)
         self._total = torch.zeros((), dtype=torch.float64, device=workspace.device)
-        workspace.model.train()
+        frozen.train(workspace.model)
         normalizer.begin_training(workspace.model, task.round_)
         self._recorded = None
         self._acting = self._rules.acting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import site
@@ -20,10 +21,19 @@ from rich.table import Table
 
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
+from fedkn.text import printable
 from simulations.benchmarks.engine_tasks import TASKS, prepared
 from simulations.benchmarks.results import machine
 
-__all__ = ["CONTENDERS", "EngineRow", "engine_rows", "engines_json", "engines_table"]
+__all__ = [
+    "CONTENDERS",
+    "EngineFailure",
+    "EngineResults",
+    "EngineRow",
+    "engines_json",
+    "engines_table",
+    "measure_engines",
+]
 
 CONTENDERS = ("auto", "inprocess", "batched", "ray", "loop-1", "loop-2", "pfl-1", "pfl-2")
 """Engines; the loop written by hand, and pfl-research, in one process and in two."""
@@ -45,7 +55,8 @@ class EngineRow:
         cpu_seconds: of a round, over all processes of the contender.
         first_round: seconds from the start of its process to the end of round 1.
         memory: of the server's process after the last round, bytes.
-        ratio: median over the repetitions of its seconds over the first contender's.
+        ratio: median over the repetitions of its seconds over the first contender's; None where
+            that has none.
     """
 
     task: str
@@ -55,7 +66,24 @@ class EngineRow:
     cpu_seconds: float
     first_round: float
     memory: float
-    ratio: float
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class EngineFailure:
+    """A contender that did not get through a task, and why; what it had done before counts."""
+
+    task: str
+    contender: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class EngineResults:
+    """What was measured, and what could not be."""
+
+    rows: Sequence[EngineRow]
+    failed: Sequence[EngineFailure]
 
 
 @dataclass(frozen=True)
@@ -66,7 +94,7 @@ class _Run:
     memory: float
 
 
-def engine_rows(
+def measure_engines(
     tasks: Sequence[str],
     contenders: Sequence[str],
     *,
@@ -76,17 +104,23 @@ def engine_rows(
     pfl_folder: Path | None,
     progress: Callable[[str], None],
     device: str = "cpu",
-) -> list[EngineRow]:
+    seconds: float = math.inf,
+    done: Callable[[EngineResults], None] = lambda _: None,
+) -> EngineResults:
     """Measure `contenders` on `tasks`: A B C, B C A, C A B, …; ratios are to the first of them.
+
+    Every task is measured once before any is measured again, and `done` is called after each run
+    with what there is: whatever ends it early, little is lost. A contender that fails in a task is
+    left out of the rest of it. It ends within about so many `seconds`.
 
     With `allocator_for_all` every contender gets the allocator setting that fedkn's engines give
     themselves. `pfl_folder` is where pfl-research's environment is, or is to be made. All compute
     on `device`, pfl on the CPU alone.
 
     Raises:
-        UserError: pfl is asked for and there is no folder for it, or another device; or a contender
-            failed.
+        UserError: pfl is asked for and there is no folder for it, or another device.
     """
+    end = time.monotonic() + seconds
     python = sys.executable
     if device != "cpu" and any(name.startswith("pfl") for name in contenders):
         raise UserError("pfl-research is measured on the CPU: leave --device out, or pfl-N")
@@ -94,21 +128,34 @@ def engine_rows(
         if pfl_folder is None:
             raise UserError("pfl-research needs an environment of its own: give --pfl FOLDER")
         python = str(pfl_environment(pfl_folder))
-    rows: list[EngineRow] = []
+    runs: dict[str, dict[str, list[_Run]]] = {t: {n: [] for n in contenders} for t in tasks}
+    failed: dict[tuple[str, str], EngineFailure] = {}
+    allocator = "all" if allocator_for_all else "as shipped"
+
+    def results() -> EngineResults:
+        rows = [row for task in tasks for row in _summary(task, runs[task], allocator)]
+        return EngineResults(rows, list(failed.values()))
+
     with tempfile.TemporaryDirectory() as folder:
-        for task in tasks:
-            config = prepared(TASKS[task], Path(folder)).overlay(workers=workers, device=device)
-            path = Path(folder) / f"{task}.json"
-            path.write_text(json.dumps(config.flat()), encoding="utf-8")
-            runs: dict[str, list[_Run]] = {name: [] for name in contenders}
-            for turn in range(repetitions):
-                shift = turn % len(contenders)
+        for turn in range(repetitions):
+            shift = turn % len(contenders)
+            for task in tasks:
+                config = prepared(TASKS[task], Path(folder)).overlay(workers=workers, device=device)
+                path = Path(folder) / f"{task}.json"
+                path.write_text(json.dumps(config.flat()), encoding="utf-8")
                 for name in (*contenders[shift:], *contenders[:shift]):
+                    if (task, name) in failed:
+                        continue
                     progress(f"{task}: {name}, {turn + 1} of {repetitions}")
                     interpreter = python if name.startswith("pfl") else sys.executable
-                    runs[name].append(_run(interpreter, name, path, config, allocator_for_all))
-            rows += _summary(task, runs, "all" if allocator_for_all else "as shipped")
-    return rows
+                    limit = min(_LIMIT, end - time.monotonic())
+                    try:
+                        run = _run(interpreter, name, path, config, allocator_for_all, limit)
+                        runs[task][name].append(run)
+                    except _ContenderFailedError as error:
+                        failed[task, name] = EngineFailure(task, name, str(error))
+                    done(results())
+    return results()
 
 
 def pfl_environment(folder: Path) -> Path:
@@ -128,35 +175,42 @@ def pfl_environment(folder: Path) -> Path:
     return python
 
 
-def engines_table(rows: Sequence[EngineRow]) -> Table:
-    """Return the rows as a table for a terminal."""
+def engines_table(results: EngineResults) -> Table:
+    """Return the results as a table for a terminal."""
     view = Table(title="Engines: seconds a round", title_justify="left")
     for heading in ("task", "contender"):
         view.add_column(heading)
     for heading in ("round", "CPU", "ratio", "end of round 1", "memory"):
         view.add_column(heading, justify="right")
-    for row in rows:
+    for row in results.rows:
         view.add_row(
             row.task,
             row.contender,
             f"{row.seconds:.3f} s",
             f"{row.cpu_seconds:.3f} s",
-            f"{row.ratio:.2f}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
             f"{row.first_round:.1f} s",
             f"{row.memory / 2**20:.0f} MiB",
         )
-    view.caption = "Medians of whole runs taken in turn; ratios to the first contender, by turn."
+    caption = ["Medians of whole runs taken in turn; ratios to the first contender, by turn."]
+    caption += [
+        f"FAILED {of.task}: {of.contender}: {printable(of.reason)}" for of in results.failed
+    ]
+    view.caption = "\n".join(caption)
     return view
 
 
-def engines_json(rows: Sequence[EngineRow], settings: Mapping[str, Any]) -> str:
-    """Return rows, settings and machine as JSON."""
+def engines_json(results: EngineResults, settings: Mapping[str, Any]) -> str:
+    """Return results, settings and machine as JSON."""
+    rows, failed = results.rows, results.failed
+    tasks = dict.fromkeys([row.task for row in rows] + [failure.task for failure in failed])
     content = {
         "benchmark": "engines",
         "settings": dict(settings),
-        "tasks": {name: TASKS[name].title for name in dict.fromkeys(row.task for row in rows)},
+        "tasks": {name: TASKS[name].title for name in tasks},
         "machine": machine(),
         "rows": [asdict(row) for row in rows],
+        "failed": [asdict(failure) for failure in failed],
     }
     return json.dumps(content, indent=1)
 
@@ -173,17 +227,35 @@ def _summary(task: str, runs: Mapping[str, list[_Run]], allocator: str) -> list[
             first_round=statistics.median(run.first for run in own),
             memory=statistics.median(run.memory for run in own),
             ratio=statistics.median(
-                run.seconds / other.seconds for run, other in zip(own, first, strict=True)
-            ),
+                run.seconds / other.seconds for run, other in zip(own, first, strict=False)
+            )
+            if first
+            else None,
         )
         for name, own in runs.items()
+        if own
     ]
 
 
-def _run(
-    python: str, contender: str, path: Path, config: ExperimentConfig, allocator: bool
+class _ContenderFailedError(Exception):
+    """A run did not come to its end; the message says why, in one line."""
+
+
+def _run(  # noqa: PLR0917 - what a run is
+    python: str,
+    contender: str,
+    path: Path,
+    config: ExperimentConfig,
+    allocator: bool,
+    limit: float,
 ) -> _Run:
-    """Run a contender to its end and return its figures, the first half of the rounds left out."""
+    """Run a contender to its end and return its figures, the first half of the rounds left out.
+
+    Raises:
+        _ContenderFailedError: it failed, or took longer than `limit` seconds.
+    """
+    if limit <= 0:
+        raise _ContenderFailedError("there was no time left for it")
     kind, _, number = contender.partition("-")
     ranks = int(number) if kind == "pfl" else 1
     name = kind if kind == "pfl" else contender
@@ -203,7 +275,9 @@ def _run(
         for rank in range(ranks)
     ]
     try:
-        printed = [process.communicate(timeout=_LIMIT) for process in processes]
+        printed = [process.communicate(timeout=limit) for process in processes]
+    except subprocess.TimeoutExpired:
+        raise _ContenderFailedError(f"it did not end within {limit:.0f} s") from None
     finally:
         for process in processes:
             if process.poll() is None:
@@ -212,7 +286,7 @@ def _run(
     logs = [_lines(out) for out, _ in printed]
     if any(process.returncode for process in processes) or len(logs[0]) < config.rounds:
         complaint = (printed[0][1].strip().splitlines() or ["no rounds were run"])[-1]
-        raise UserError(f"{contender} failed: {complaint}")
+        raise _ContenderFailedError(complaint)
     # Workers start, caches fill and memory settles in the first half.
     half = config.rounds // 2
     ends = [line["time"] for line in logs[0]]

@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedkn.errors import UserError, unknown_name
+from fedkn.files import write_atomically
+from fedkn.text import printable
 from simulations.commands.options import Debug, Json
 
 __all__ = ["engines"]
@@ -53,8 +56,12 @@ def engines(
             "--pfl", metavar="FOLDER", help="pfl-research's environment; made there if missing."
         ),
     ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0, help="It ends by then (0: when all is measured).")
+    ] = 0.0,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write the figures there as JSON.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the figures there as JSON, run by run."),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -65,9 +72,10 @@ def engines(
     from simulations.benchmarks.engine_tasks import TASKS
     from simulations.benchmarks.engines import (
         CONTENDERS,
-        engine_rows,
+        EngineResults,
         engines_json,
         engines_table,
+        measure_engines,
     )
     from simulations.terminal import terminal
 
@@ -83,7 +91,20 @@ def engines(
         raise UserError("pfl-research needs an environment of its own: give --pfl FOLDER")
     device_of(ExperimentConfig.resolve({"device": device}))
     progress = terminal(stderr=True, quiet=as_json)
-    rows = engine_rows(
+    settings = {
+        "repetitions": repetitions,
+        "workers": workers,
+        "allocator": allocator,
+        "device": device,
+    }
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(results: EngineResults) -> None:
+        if out is not None:
+            write_atomically(out, (engines_json(results, settings) + "\n").encode())
+
+    results = measure_engines(
         tasks,
         contenders,
         repetitions=repetitions,
@@ -92,18 +113,13 @@ def engines(
         pfl_folder=pfl,
         progress=progress.print,
         device=device,
+        seconds=seconds or math.inf,
+        done=write,
     )
-    settings = {
-        "repetitions": repetitions,
-        "workers": workers,
-        "allocator": allocator,
-        "device": device,
-    }
-    text = engines_json(rows, settings)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+    if not results.rows:
+        first = results.failed[0]
+        raise UserError(f"{first.contender} failed in '{first.task}': {printable(first.reason)}")
     if as_json:
-        typer.echo(text)
+        typer.echo(engines_json(results, settings))
     else:
-        terminal().print(engines_table(rows))
+        terminal().print(engines_table(results))

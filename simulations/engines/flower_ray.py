@@ -30,6 +30,7 @@ from fedkn.errors import UserError
 from fedkn.experiment import build_model, device_of, federated_data, inputs_of, task_of
 from fedkn.machine import usable_cores
 from fedkn.text import printable
+from fedkn.training.captured import PRODUCTS
 from fedkn.training.memory import step_memory
 from server.app import app as server_app
 from simulations.engines.outcome import Outcome, outcome_in, server_context
@@ -87,7 +88,7 @@ def gpu_share(config: ExperimentConfig) -> float:
     step = step_memory(model, x, some.targets, task_of(config))
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     images = train.inputs.numel() * train.inputs.element_size()
-    needed = _CUDA_ITSELF + images + _COPIES * parameters + _RECORDED * step
+    needed = _CUDA_ITSELF + images + _COPIES * parameters + _RECORDED * (step + PRODUCTS)
     _, total = torch.cuda.mem_get_info(device)
     # In hundredths, rounded up: Ray fits as many clients as the fractions allow.
     return min(1.0, math.ceil(100 * needed / total) / 100)

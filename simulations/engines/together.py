@@ -14,6 +14,7 @@ from clients.session import Session
 from clients.trainer import Trained, Wanted
 from fedkn.config import ExperimentConfig
 from fedkn.experiment import build_model, device_of, federated_data, inputs_of, task_of
+from fedkn.training.captured import PRODUCTS
 from fedkn.training.concurrent import ConcurrentWorkspaces, train_concurrently
 from fedkn.training.memory import step_memory
 from fedkn.training.stacked import train_stacked
@@ -121,7 +122,8 @@ def _bytes_of_a_client(config: ExperimentConfig, device: torch.device, way: Toge
     inputs = inputs_of(config, device)
     step = step_memory(model, inputs(some.inputs), some.targets, task_of(config))
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    return max(1, (_STACKED if way == "stacked" else _RECORDED) * step + _COPIES * parameters)
+    held = _STACKED * step if way == "stacked" else _RECORDED * (step + PRODUCTS)
+    return max(1, held + _COPIES * parameters)
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

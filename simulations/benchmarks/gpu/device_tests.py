@@ -53,16 +53,19 @@ def run_marked(case: MarkedFile, device: Gpu) -> MarkedOutcome:
     """
     device.clear()  # they share its memory
     # The checkout's own options may quieten pytest once more, and its last line would be gone.
-    options = ["-o", "addopts=", "-q", "-p", "no:cacheprovider"]
+    options = ["-o", "addopts=", "-v", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", *options]
-    done = subprocess.run(
-        [*command, case.path],
-        cwd=_checkout(),
-        capture_output=True,
-        text=True,
-        timeout=_LIMIT,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [*command, case.path],
+            cwd=_checkout(),
+            capture_output=True,
+            text=True,
+            timeout=_LIMIT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as late:
+        return MarkedOutcome(case, passed=False, summary=_so_far(late.stdout))
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     summary = lines[-1].strip("= ") if lines else ""
     if done.returncode not in (0, 1):  # neither passed nor failed
@@ -70,6 +73,16 @@ def run_marked(case: MarkedFile, device: Gpu) -> MarkedOutcome:
         raise UserError(f"pytest cannot run {case.path}: {complaint}")
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return MarkedOutcome(case, done.returncode == 0, "; ".join((*failed, summary)))
+
+
+def _so_far(output: bytes | str | None) -> str:
+    """Return how the tests ended whose names pytest had printed when its time was over."""
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+    lines = text.splitlines()
+    passed = sum(" PASSED" in line for line in lines)
+    failed = [line.split(" FAILED")[0] for line in lines if " FAILED" in line]
+    named = "".join(f"FAILED {name}; " for name in failed)
+    return f"{named}{passed} passed, then {_LIMIT:.0f} s were over"
 
 
 def _checkout() -> Path:

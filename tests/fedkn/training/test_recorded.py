@@ -14,6 +14,7 @@ from fedkn import normalizers
 from fedkn.algorithms.fedprox import FedProx
 from fedkn.algorithms.scaffold import Scaffold
 from fedkn.config import TrainConfig
+from fedkn.normalizers.frozen import freeze
 from fedkn.training import Inputs, LocalTask, Workspace, recorded, train_locally
 from fedkn.training.captured import Captured
 from fedkn.training.kept_momentum import KeptMomentum
@@ -136,6 +137,23 @@ def test_same_bits_whatever_was_recorded_before() -> None:
     state, update = train(workspace, TASK, name="batch")
     assert all(torch.equal(value, state[name]) for name, value in alone[0].items())
     assert update.loss == alone[1].loss
+
+
+def test_steps_of_a_model_with_layers_at_rest_are_recorded() -> None:
+    def resting() -> nn.Module:
+        model = build("batch")
+        norm = next(name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
+        freeze(model, [f"{norm}.*"])
+        return model
+
+    workspace = recording(resting())
+    for round_ in (1, 2):
+        task = replace(TASK, round_=round_)
+        assert_close(
+            train(Workspace(resting()), task, name="batch"), train(workspace, task, name="batch")
+        )
+    assert workspace.recorder is not None
+    assert workspace.recorder.refusal == ""
 
 
 class Tossing(nn.Module):

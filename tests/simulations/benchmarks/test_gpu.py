@@ -186,6 +186,23 @@ def test_the_checkouts_own_tests_are_found_and_their_failures_told(tmp_path: Pat
     assert "1 failed" in outcome.summary
 
 
+def test_tests_that_take_too_long_are_told_as_far_as_they_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Far more than pytest takes to start, on a busy machine too.
+    monkeypatch.setattr("simulations.benchmarks.gpu.device_tests._LIMIT", 20.0)
+    path = tmp_path / "test_slow.py"
+    path.write_text(
+        "import time\nimport pytest\n\npytestmark = pytest.mark.gpu\n\n"
+        "def test_good(): pass\n\ndef test_bad(): assert False\n\n"
+        "def test_slow(): time.sleep(600)\n"
+    )
+    outcome = run_marked(MarkedFile(str(path)), StandIn(tmp_path))
+    assert not outcome.passed
+    assert outcome.summary.startswith("FAILED ")
+    assert outcome.summary.endswith("::test_bad; 1 passed, then 20 s were over")
+
+
 @pytest.mark.parametrize("name", ["kernel", "batch"])
 def test_checks_hold_on_the_cpu_itself(name: str, tmp_path: Path) -> None:
     check = check_normalizer(CheckCase(name, 4, 8), StandIn(tmp_path))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -74,19 +75,79 @@ def test_all_contenders_compute_on_the_device_that_is_asked_for(
 ) -> None:
     asked: list[tuple[str, str]] = []
 
-    def run(python: str, name: str, path: Path, config: ExperimentConfig, allocator: bool):
+    def run(python: str, name: str, path: Path, config: ExperimentConfig, *more: object):
         assert json.loads(path.read_text())["device"] == config.device
         asked.append((name, config.device))
         return engines._Run(1.0, 1.0, 1.0, 1.0)
 
     monkeypatch.setattr(engines, "_run", run)
     settings = {"repetitions": 1, "allocator_for_all": False, "workers": 1, "progress": str}
-    rows = engines.engine_rows(
+    results = engines.measure_engines(
         ["small"], ["auto", "loop-1"], pfl_folder=None, device="cuda:0", **settings
     )
     assert asked == [("auto", "cuda:0"), ("loop-1", "cuda:0")]
-    assert [row.contender for row in rows] == ["auto", "loop-1"]
+    assert [row.contender for row in results.rows] == ["auto", "loop-1"]
     with pytest.raises(UserError, match="pfl-research is measured on the CPU"):
-        engines.engine_rows(
+        engines.measure_engines(
             ["small"], ["pfl-1"], pfl_folder=Path("nowhere"), device="cuda", **settings
         )
+
+
+def test_a_contender_that_fails_or_a_time_that_is_over_loses_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = {"now": 0.0}
+    asked: list[tuple[str, str]] = []
+
+    def run(python: str, name: str, path: Path, config: ExperimentConfig, *more: float):
+        asked.append((path.stem, name))
+        if more[-1] <= 0:
+            raise engines._ContenderFailedError("there was no time left for it")
+        clock["now"] += 10.0
+        if (path.stem, name) == ("small", "auto"):
+            raise engines._ContenderFailedError("an illegal memory access")
+        return engines._Run(2.0, 1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(engines, "_run", run)
+    monkeypatch.setattr(engines.time, "monotonic", lambda: clock["now"])
+    seen: list[int] = []
+    results = engines.measure_engines(
+        ["small", "fixed"],
+        ["auto", "loop-1"],
+        repetitions=2,
+        allocator_for_all=False,
+        workers=1,
+        pfl_folder=None,
+        progress=str,
+        device="cuda",
+        seconds=55.0,
+        done=lambda found: seen.append(len(found.rows)),
+    )
+    assert asked[:4] == [
+        ("small", "auto"), ("small", "loop-1"), ("fixed", "auto"), ("fixed", "loop-1"),
+    ]  # fmt: skip
+    assert ("small", "auto") not in asked[1:], "it has failed there"
+    assert seen == [0, 1, 2, 3, 3, 3, 3]
+    found = {(row.task, row.contender): row.ratio for row in results.rows}
+    assert found == {("small", "loop-1"): None, ("fixed", "auto"): 1.0, ("fixed", "loop-1"): 1.0}
+    assert [(of.task, of.contender) for of in results.failed] == [
+        ("small", "auto"),
+        ("fixed", "auto"),
+    ]
+    content = json.loads(engines.engines_json(results, {}))
+    assert [of["reason"] for of in content["failed"]] == [
+        "an illegal memory access",
+        "there was no time left for it",
+    ]
+    assert "FAILED small: auto: an illegal memory access" in str(
+        engines.engines_table(results).caption
+    )
+
+
+def test_a_contender_that_does_not_run_says_why(task: ExperimentConfig, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(task.overlay(model__width=0, rounds=2).flat() | {"nothing": 1}))
+    with pytest.raises(engines._ContenderFailedError, match="nothing"):
+        engines._run(sys.executable, "loop-1", path, task, False, 300.0)
+    with pytest.raises(engines._ContenderFailedError, match="no time left"):
+        engines._run(sys.executable, "loop-1", path, task, False, 0.0)
