@@ -27,6 +27,11 @@ class Stream:
         self.tick = 0
         self.given_back: list[tuple[int, int, str]] = []
 
+    @property
+    def cuda_stream(self) -> int:
+        """What a kernel is launched on."""
+        return self.number
+
     def wait_stream(self, other: Stream) -> None:
         """Begin what comes next when `other` has done what it has been given."""
         _join(self.seen, other.seen)

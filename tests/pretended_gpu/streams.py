@@ -112,6 +112,7 @@ def doubles(gpu: Gpu) -> Iterator[tuple[object, str, object]]:
         "init": lambda: None,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "is_current_stream_capturing": lambda: gpu.capturing is not None,
         "set_device": lambda index: None,
         "get_device_name": lambda device=None: "pretended",
         "get_device_properties": lambda device=None: properties,

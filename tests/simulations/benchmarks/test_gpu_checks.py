@@ -20,7 +20,7 @@ def no_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     triton_switch.load.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["kernel", "batch", "lcn", "mabn"])
+@pytest.mark.parametrize("name", ["kernel", "batch"])
 def test_steps_are_recorded_and_nothing_waits_in_a_round(name: str) -> None:
     with pretended_gpu() as gpu:
         check = check_normalizer(CheckCase(name, 4, 8), Gpu("cuda"))
