@@ -84,6 +84,8 @@ class Hostile:
     def close(self) -> None:
         self._ended.set()
         self._thread.join()
+        # Or the device itself is refused for as long as this one counts as online.
+        self.client.DeactivateNode(DeactivateNodeRequest(node_id=self.node.node_id))
         self.client.close()
 
     def instruction(self) -> Message:
