@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedkn.layers import circumstances, side_by_side, triton_switch
-from fedkn.layers.map_layout import in_one_piece, laid_out_as, maps_of
+from fedkn.layers.map_layout import fits, in_one_piece, laid_out_as, maps_of
 from fedkn.layers.native import library
 from fedkn.layers.triton_launch import launch
 
@@ -94,6 +94,7 @@ def _triton_takes(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return (
         x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and x.device == weight.device == bias.device
+        and fits(x, side_by_side.clients_of(weight))
         and not torch.is_autocast_enabled(x.device.type)
         and triton_switch.load()
     )

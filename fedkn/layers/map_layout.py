@@ -7,7 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Maps", "cdiv", "dense", "in_one_piece", "laid_out_as", "maps_of"]
+__all__ = ["MOST", "Maps", "cdiv", "dense", "fits", "in_one_piece", "laid_out_as", "maps_of"]
+
+MOST = 2**16 - 1
+"""Samples, of all clients, that a launch on a GPU can tell apart: CUDA's second and third axis."""
 
 
 class Maps(NamedTuple):
@@ -74,6 +77,11 @@ def maps_of(x: Tensor) -> Maps:
     maps = Maps.of(x)
     assert maps is not None
     return maps
+
+
+def fits(x: Tensor, clients: int = 1) -> bool:
+    """Whether maps (N, C, H, W), of each of so many clients, have no more samples than `MOST`."""
+    return clients * x.shape[0] <= MOST
 
 
 def dense(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from fedkn.layers.kernel.autograd import Saved
 from fedkn.layers.kernel.host_masks import LEVELS
 from fedkn.layers.kernel.settings import Settings
 from fedkn.layers.kernel.statistics import moment_weights
-from fedkn.layers.map_layout import Maps, cdiv, dense, laid_out_as, maps_of
+from fedkn.layers.map_layout import MOST, Maps, cdiv, dense, fits, laid_out_as, maps_of
 from fedkn.layers.triton_launch import launch
 from fedkn.layers.triton_switch import load
 
@@ -37,14 +37,16 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
     return served
 
 
-def takes(x: Tensor, weight: Tensor) -> Served:
-    """Say what `serves` does, but for how the maps are laid out in memory."""
+def takes(x: Tensor, weight: Tensor, clients: int = 1) -> Served:
+    """Say what `serves` does, of maps of each of so many clients, however they lie in memory."""
     if not triton_switch.reaches(x.device):
         return _ELSEWHERE
     if x.dtype not in _DTYPES or weight.dtype != x.dtype:
         return _DTYPE
     if not x.numel():
         return _UNEVEN
+    if not fits(x, clients):
+        return _MANY
     return True if load() else _NONE
 
 
@@ -110,6 +112,7 @@ def norm_gradient(
 _ELSEWHERE = No("the maps are on no CUDA device")
 _DTYPE = No("it takes float32, bfloat16 or float16, the maps' dtype for the filters too")
 _UNEVEN = No("there are no maps, or their pixels are not evenly spaced in memory")
+_MANY = No(f"all clients' samples together are more than a launch's {MOST} rows")
 _NONE = No("the Triton kernels cannot be had: FEDKN_TRITON=0, or Triton is not installed")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

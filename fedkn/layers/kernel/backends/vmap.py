@@ -29,7 +29,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Served:
         return side_by_side.serves(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         return _AUTOCAST
-    return triton.takes(x, weight)
+    return triton.takes(x, weight, side_by_side.clients_of(weight))
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:

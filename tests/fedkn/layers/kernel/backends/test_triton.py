@@ -97,6 +97,18 @@ def test_kernels_compile_for_a_device(tmp_path) -> None:
     run("triton_compiles.py", TRITON_CACHE_DIR=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("samples", "clients", "taken"), [(65535, 1, True), (65536, 1, False), (512, 128, False)]
+)
+def test_no_more_samples_than_a_grid_has_rows(monkeypatch, samples, clients, taken) -> None:
+    monkeypatch.setattr(triton_switch, "reaches", lambda device: True)
+    monkeypatch.setattr(triton, "load", lambda: True)
+    x, weight = torch.empty(samples, 1, 1, 1), torch.empty(1, 1, 1, 1)
+    served = triton.takes(x, weight, clients)
+    assert bool(served) == taken
+    assert taken or "65535" in served
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
