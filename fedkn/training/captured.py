@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ PRODUCTS = 1 << 25
 class Captured:
     """Captures a function, which works by its side effects, to replay it.
 
+    On the device of what it changes, whichever is the current one.
+
     Args:
         function: must neither synchronise with the host nor branch on values. A replay reads the
             tensors that it read, where they were.
@@ -29,6 +31,15 @@ class Captured:
     """
 
     def __init__(self, function: Callable[[], None], changed: Sequence[Tensor]) -> None:
+        device = changed[0].device if changed else None
+        with nullcontext() if device is None else torch.cuda.device(device):
+            self._capture(function, changed)
+
+    def replay(self) -> None:
+        """Do what the function would."""
+        self._graph.replay()
+
+    def _capture(self, function: Callable[[], None], changed: Sequence[Tensor]) -> None:
         before = [tensor.clone() for tensor in changed]
 
         def put_back() -> None:
@@ -51,10 +62,6 @@ class Captured:
         finally:
             torch.cuda.current_stream().wait_stream(stream)
             put_back()
-
-    def replay(self) -> None:
-        """Do what the function would."""
-        self._graph.replay()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +114,7 @@ def doubles(gpu: Gpu) -> Iterator[tuple[object, str, object]]:
         "current_device": lambda: 0,
         "is_current_stream_capturing": lambda: gpu.capturing is not None,
         "set_device": lambda index: None,
+        "device": lambda device: nullcontext(),
         "get_device_name": lambda device=None: "pretended",
         "get_device_properties": lambda device=None: properties,
         "mem_get_info": lambda device=None: (70 * _GIB, 80 * _GIB),
