@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import tempfile
 import warnings
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from fedkn.data.optional import require
 from fedkn.errors import FedknError, UserError, unknown_name
+from fedkn.models.copying import copied
 from fedkn.text import printable
 
 __all__ = ["Format", "export"]
@@ -51,7 +51,7 @@ def export(model: nn.Module, example_input: Tensor, path: str | Path, to: Format
             "eval_mode='stochastic' makes each evaluation another: build the model with 'expected'"
         )
     # On the CPU, so that the file runs on machines without the accelerator.
-    frozen = copy.deepcopy(model).cpu().eval()
+    frozen = copied(model).cpu().eval()
     example = _at_least_two(example_input.detach().cpu())
     try:
         with torch.no_grad():
