@@ -31,11 +31,11 @@ def copied(module: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not is_lazy(value) and not value.is_leaf
     }
     # Of what is lazy torch copies parameters, and refuses buffers.
-    known |= {
-        id(buffer): type(buffer)(buffer.requires_grad, buffer.data.device, buffer.data.dtype)
-        for buffer in module.buffers()
-        if isinstance(buffer, UninitializedBuffer)
-    }
+    lazy = {buffer for buffer in module.buffers() if isinstance(buffer, UninitializedBuffer)}
+    for buffer in lazy:
+        kind: Any = type(buffer)  # its stub has the arguments of another class
+        like = buffer.data
+        known[id(buffer)] = kind(buffer.requires_grad, device=like.device, dtype=like.dtype)
     try:
         twin = copy.deepcopy(module, known)
     except Exception as error:  # torch's, pickle's, and that of anybody's own __deepcopy__
