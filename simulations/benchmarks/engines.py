@@ -16,12 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from simulations.benchmarks.engine_tasks import TASKS, prepared
 from simulations.benchmarks.results import machine
+from simulations.whole_table import WholeTable
 
 __all__ = ["CONTENDERS", "EngineRow", "engine_rows", "engines_json", "engines_table"]
 
@@ -128,9 +127,10 @@ def pfl_environment(folder: Path) -> Path:
     return python
 
 
-def engines_table(rows: Sequence[EngineRow]) -> Table:
+def engines_table(rows: Sequence[EngineRow]) -> WholeTable:
     """Return the rows as a table for a terminal."""
-    view = Table(title="Engines: seconds a round", title_justify="left")
+    view = WholeTable(title="Engines: seconds a round", title_justify="left")
+    view.keys = 2
     for heading in ("task", "contender"):
         view.add_column(heading)
     for heading in ("round", "CPU", "ratio", "end of round 1", "memory"):
