@@ -7,6 +7,8 @@ import os
 from importlib import import_module
 from typing import Any
 
+from fedkn.generators import generators_kept
+
 __all__ = [
     "Event",
     "Observer",
@@ -44,7 +46,8 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'fedkn' has no attribute '{name}'")
     try:
-        return getattr(import_module(_WHERE[name]), name)
+        with generators_kept():
+            return getattr(import_module(_WHERE[name]), name)
     except ModuleNotFoundError as error:
         raise ImportError(
             f"fedkn.{name} needs '{error.name}', which is not installed: "

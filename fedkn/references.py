@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from fedkn.data.vision import with_torchvision
 from fedkn.errors import UserError, raised_at, unknown_name
+from fedkn.generators import generators_kept
 from fedkn.text import printable
 
 __all__ = [
@@ -115,7 +116,8 @@ def where_raised(error: Exception) -> str:
 def _guarded(kind: Kind, name: str, load: Callable[[], Any]) -> Any:
     shown = f"{kind} '{printable(name, 120)}'"
     try:
-        return with_torchvision(load)
+        with generators_kept():
+            return with_torchvision(load)
     except UserError:
         raise
     except ModuleNotFoundError as error:

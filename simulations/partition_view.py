@@ -11,12 +11,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.table import Table
 from rich.text import Text
 
 from fedkn.errors import UserError
 from fedkn.text import printable
 from simulations.runs.records import EXAMPLES, PartitionRecord
+from simulations.whole_table import WholeTable
 
 __all__ = ["partition_table", "save_picture"]
 
@@ -24,9 +24,9 @@ _MOST_NAMED = 60
 _SHADES = ("dim", "", "bold")
 
 
-def partition_table(record: PartitionRecord) -> Table:
+def partition_table(record: PartitionRecord) -> WholeTable:
     """Return the counts of a partition, a row for each client and the sums below."""
-    table = Table(
+    table = WholeTable(
         title=Text(
             f"{printable(record.partition)}, seed {record.seed}: examples by client"
             f"{'' if _unlabelled(record) else ' and label'}",
@@ -39,13 +39,13 @@ def partition_table(record: PartitionRecord) -> Table:
     largest = counts.max()
     table.add_column("client", justify="right", footer="all")
     if record.names:
-        longest = max(len(printable(name, 40)) for name in record.names)
-        table.add_column("whose", no_wrap=True, min_width=min(longest, 16))
+        table.keys = 2
+        table.add_column("whose")
     for name, total in zip(record.classes, counts.sum(axis=0), strict=True):
         # Text, because a bracket in a class's name is not markup.
         table.add_column(Text(printable(name, 40)), justify="right", footer=str(total))
     if not _unlabelled(record):
-        table.add_column("examples", justify="right", footer=str(counts.sum()))
+        table.add_column("all", justify="right", footer=str(counts.sum()))
     for client, row in enumerate(counts):
         whose = [Text(printable(record.names[client], 40))] if record.names else []
         total = [] if _unlabelled(record) else [str(row.sum())]

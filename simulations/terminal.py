@@ -6,10 +6,14 @@ import codecs
 import io
 import logging
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-__all__ = ["name_cell", "plain_where_needed", "terminal"]
+__all__ = ["name_cell", "plain_where_needed", "shown_steps", "terminal"]
 
 _ERRORS = "fedkn-plain"
 
@@ -64,6 +68,24 @@ def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
         highlight=False,
         force_jupyter=False,
     )
+
+
+@contextmanager
+def shown_steps(console: Console) -> Iterator[Callable[[str], None]]:
+    """Yield a function that is told what begins: on a terminal it is shown while it lasts.
+
+    Elsewhere it is a line, with the seconds since the first.
+    """
+    if console.is_terminal:
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False)
+        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as shown:
+            task = shown.add_task("", total=None)
+            yield lambda step: shown.update(task, description=step)
+    else:
+        begin = time.monotonic()
+        yield lambda step: console.print(
+            f"{time.monotonic() - begin:4.0f} s  {step}", soft_wrap=True
+        )
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

@@ -62,6 +62,17 @@ def lazy(num_classes):
     )
 
 
+def lazy_norms(num_classes):
+    """Norms too, whose buffers have no shape yet."""
+    return nn.Sequential(
+        nn.LazyConv2d(4, 3, padding=1),
+        nn.LazyBatchNorm2d(),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(num_classes),
+    )
+
+
 _SHARED = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 

@@ -25,10 +25,11 @@ _NAMED = 12
 def load_arrays(root: Path | None) -> Source:
     """Return the examples of the .npz file `root`; nothing in it is ever unpickled.
 
-    Inputs are ``images`` or ``inputs``. ``images`` is (N, H, W), (N, H, W, C) or (N, C, H, W): of
-    the second and the last axis, the shorter holds the channels. ``inputs`` is as `Examples` has
-    them: (N, F), (N, C, L), (N, C, H, W) or (N, C, D, H, W). Both are taken as they are, in the
-    type that they are stored in.
+    Inputs are ``images`` or ``inputs``. ``images`` is (N, H, W), (N, H, W, C) or (N, C, H, W): the
+    channels are on the second axis or on the last, whichever alone has one to four. Where none has,
+    they are on the one that is at most half as long as the sides of a square. ``inputs`` is as
+    `Examples` has them: (N, F), (N, C, L), (N, C, H, W) or (N, C, D, H, W). Both are taken as they
+    are, in the type that they are stored in.
 
     Targets are ``labels``, N integers from 0, or ``targets``: integers (N,), or (N, H, W) for every
     pixel, are classes; floating point, (N,) or (N, K), are numbers; truth values (N, K) are labels
@@ -100,6 +101,12 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             "numpy.savez with arrays 'images' and 'labels'"
         )
     try:
+        if kind := _kind(path):
+            raise UserError(
+                f"{where} is {kind}, not an .npz file: write arrays by numpy.savez(FILE.npz, "
+                "inputs=…, targets=…), or read it in a function of your own (data.source = "
+                "'module:function')"
+            )
         with zipfile.ZipFile(path) as archive:
             found = [name.removesuffix(".npy") for name in archive.namelist()]
             _check_names(where, archive, found)
@@ -112,6 +119,36 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:
         reason = printable(error) or type(error).__name__
         raise UserError(f"{where} is not an intact .npz file: {reason}") from error
+
+
+def _kind(path: Path) -> str:
+    """Return what a file is that is no .npz; empty where it may be one, or is nothing known."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if head.startswith(b"PK"):
+        return ""
+    for begin, kind in _KINDS.items():
+        if head.startswith(begin):
+            return kind
+    # Bytes changed at random are next to never text.
+    if not head or any(byte < 32 and byte not in b"\t\n\r\f" for byte in head):
+        return ""
+    return "a CSV file" if path.suffix.lower() == ".csv" else "a text file (such as CSV)"
+
+
+_HEAD = 512
+_KINDS = {
+    b"\x93NUMPY": "an .npy file of one array",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow (Feather) file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "a gzip file",
+    **{bytes((0x80, version)): "a pickle file" for version in range(2, 6)},
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"SQLite": "an SQLite file",
+    b"MATLAB": "a MATLAB file",
+}
 
 
 def _declared(archive: zipfile.ZipFile, name: str) -> _Declared:
@@ -180,9 +217,28 @@ def _images(what: str, images: np.ndarray) -> np.ndarray:
         )
     if images.ndim == 3:
         return images[:, None]
-    if images.shape[1] == images.shape[3]:
+    first = _channels_first(images.shape)
+    if first is None:
         raise UserError(
-            f"which axis of {what} {images.shape} holds the channels is ambiguous: "
-            "store grey images as (N, H, W), or call them 'inputs', which are (N, C, H, W)"
+            f"which axis of {what} {images.shape} holds the channels is ambiguous: call them "
+            "'inputs', which are (N, C, H, W) (of (N, H, W, C): inputs=x.transpose(0, 3, 1, 2)), "
+            "or store grey images as (N, H, W)"
         )
-    return images if images.shape[1] < images.shape[3] else np.moveaxis(images, 3, 1)
+    return images if first else np.moveaxis(images, 3, 1)
+
+
+def _channels_first(shape: tuple[int, ...]) -> bool | None:
+    """Whether `shape` is (N, C, H, W), not (N, H, W, C); None where that cannot be told."""
+    _, second, third, last = shape
+    if (second in _FEW) != (last in _FEW):
+        return second in _FEW
+    if second in _FEW:
+        return None
+    # More channels than the third axis is long are as good a reading of some shapes.
+    if third == last and 2 * second <= last:
+        return True
+    return False if second == third and 2 * last <= second else None
+
+
+_FEW = (1, 2, 3, 4)
+"""Channels of nearly all images, and next to no image's height or width."""

@@ -132,8 +132,16 @@ def _source(name: str, where: str, returned: Any) -> Source:
             as_inputs(f"{where}: {part} inputs", data.inputs)
             as_inputs(f"{where}: {part} targets", data.targets.reshape(len(data), -1))
         return replace(returned, name=name)
-    parts, classes = _parts(where, returned)
-    return assembled(name, where, parts, classes)
+    try:
+        parts, classes = _parts(where, returned)
+        return assembled(name, where, parts, classes)
+    except UserError as error:
+        if not _is_pair(returned):
+            raise
+        raise UserError(
+            f"{error} (what it returned, {_kind(returned)}, is taken for (train, test): inputs and "
+            "targets are arrays, tensors or lists of numbers)"
+        ) from error
 
 
 def _parts(where: str, returned: Any) -> tuple[list[Part], Any]:
@@ -142,10 +150,10 @@ def _parts(where: str, returned: Any) -> tuple[list[Part], Any]:
         return parts_of(where, returned)
     if isinstance(returned, Mapping):
         return _of_mapping(where, returned)
-    if isinstance(returned, tuple | list) and not _are_arrays(returned):
-        if len(returned) != 2:
-            raise UserError(f"{where} returned {_kind(returned)}: {_FIX}")
+    if _is_pair(returned):
         return _pair(where, *returned)
+    if isinstance(returned, tuple | list) and not _are_arrays(returned):
+        raise UserError(f"{where} returned {_kind(returned)}: {_FIX}")
     part, classes = _part(where, returned, "")
     return [part], classes
 
@@ -205,9 +213,16 @@ def _part(where: str, given: Any, part: str) -> tuple[Part, Any]:
     if isinstance(given, tuple | list) and _are_arrays(given):
         x, y, *rest = given
         return Part(x, y, rest[0] if rest else None, called), None
-    if is_dataset(given):
-        return read_items(where, given, called), getattr(given, "classes", None)
-    raise UserError(f"{where} returned {_kind(given)}: {_FIX}")
+    if is_dataset(given) and not _is_array(given):
+        shown = f"{where}: {part}" if part else where
+        return read_items(shown, given, called), getattr(given, "classes", None)
+    raise UserError(f"{where} {f'gives as {part}' if part else 'returned'} {_kind(given)}: {_FIX}")
+
+
+def _is_pair(returned: Any) -> bool:
+    """Whether something is taken for (train, test)."""
+    given = isinstance(returned, tuple | list) and len(returned) == 2
+    return given and not _are_arrays(returned)
 
 
 def _are_arrays(given: tuple[Any, ...] | list[Any]) -> bool:
@@ -219,7 +234,10 @@ def _is_array(one: Any) -> bool:
     if isinstance(one, list):
         # Of numbers, names, or lists of them; a list of two arrays is a part.
         return not one or not isinstance(one[0], Tensor | np.ndarray | Mapping | tuple)
-    return isinstance(one, Tensor | np.ndarray)
+    if isinstance(one, Tensor | np.ndarray):
+        return True
+    # Tables and columns of pandas and its like; sparse arrays, to be refused by name.
+    return hasattr(one, "shape") and (hasattr(one, "__array__") or hasattr(one, "toarray"))
 
 
 def _kind(value: Any) -> str:

@@ -83,7 +83,7 @@ def load(
         where, download, image_size, train_limit, test_limit, skip_damaged, options or {}
     )
     source = asked.of(load_own_source(name, found, where, asked.options)) if own else found(asked)
-    source = replace(source, notes=(*source.notes, *_missing_classes(source)))
+    source = replace(source, notes=(*source.notes, *_missing_classes(source), *_turned(source)))
     for note in source.notes:
         _LOG.warning("source '%s': %s", shown, note)
     return source
@@ -103,6 +103,24 @@ def _missing_classes(source: Source) -> tuple[str, ...]:
     return (
         f"no training example of {len(missing)} of {source.num_classes} classes: {shown}{more}",
     )
+
+
+def _turned(source: Source) -> tuple[str, ...]:
+    """Say of images and volumes that look as if their last axis were the channels."""
+    shape = source.shape
+    if len(shape) not in (3, 4) or shape[-1] not in _COLOURS or min(shape[:-1]) <= shape[-1]:
+        return ()
+    order = ", ".join(map(str, (0, len(shape), *range(1, len(shape)))))
+    sides = "x".join(map(str, shape[1:]))
+    return (
+        f"inputs are taken as (N, C, {_SIDES[len(shape)]}), {shape[0]} channels of {sides}: if the "
+        f"{shape[-1]} on the last axis are the channels, give x.transpose({order}) of an array, "
+        f"x.permute({order}) of a tensor",
+    )
+
+
+_COLOURS = (1, 3, 4)
+_SIDES = {3: "H, W", 4: "D, H, W"}
 
 
 @dataclass(frozen=True)

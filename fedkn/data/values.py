@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedkn.errors import UserError
+from fedkn.text import printable
 
 __all__ = [
     "INPUT_DTYPES",
@@ -96,15 +97,28 @@ def as_targets(what: str, value: Any) -> Tensor:
 
 
 def as_array(what: str, value: Any) -> np.ndarray:
-    """Return a tensor, an array or nested lists as an array, or raise UserError naming `what`."""
+    """Return a tensor, an array, a table or nested lists as an array.
+
+    Raises
+    ------
+    UserError
+        It cannot be one; naming `what`.
+    """
+    _refuse_sparse(what, value)
     try:
-        return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     # Of lists of different lengths; and anybody's __array__ may raise anything.
     except Exception as error:
         raise UserError(
             f"{what} is no array: its examples differ in shape, or it is none at all "
             f"({type(error).__name__}); give examples of one shape"
         ) from None
+    # Tables hold names so.
+    if array.dtype == object and array.size and all(isinstance(one, str) for one in array.flat):
+        return array.astype(str)
+    if array.dtype.hasobject and hasattr(value, "columns") and hasattr(value, "dtypes"):
+        _refuse_columns(what, value)
+    return array
 
 
 def check_shape(what: str, inputs: Tensor) -> None:
@@ -122,8 +136,34 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def _refuse_sparse(what: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        dense = "" if value.layout is torch.strided else "to_dense"
+    else:
+        dense = "toarray" if callable(getattr(value, "toarray", None)) else ""
+    if dense:
+        kind = "tensor" if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"{what} is a sparse {kind}: give x.{dense}()")
+
+
+def _refuse_columns(what: str, table: Any) -> None:
+    """Raise UserError naming the columns of a data frame that make it no array of numbers."""
+    kinds = {str(name): str(kind) for name, kind in zip(table.columns, table.dtypes, strict=True)}
+    odd = {name: kind for name, kind in kinds.items() if not kind.startswith(_NUMBERS)} or kinds
+    shown = ", ".join(f"'{printable(n, 40)}' ({printable(k, 40)})" for n, k in [*odd.items()][:5])
+    more = f", and {len(odd) - 5} more" if len(odd) > 5 else ""
+    raise UserError(
+        f"{what} is a {type(table).__name__} whose columns are no numbers of one type: encode or "
+        f"drop {shown}{more}, then give x.to_numpy('float32')"
+    )
+
+
+_NUMBERS = ("int", "uint", "float")
+
+
 def _tensor(what: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
+        _refuse_sparse(what, value)
         found = value.detach().cpu()
         name = dtype_name(found)
         if name not in _WIDER:

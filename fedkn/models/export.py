@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import tempfile
 import warnings
@@ -16,25 +15,36 @@ from torch import Tensor, nn
 
 from fedkn.data.optional import require
 from fedkn.errors import FedknError, UserError, unknown_name
+from fedkn.layers.kernel.definition import without_autocast_regions
+from fedkn.models.copying import copied
 from fedkn.text import printable
 
-__all__ = ["Format", "export"]
+__all__ = ["Format", "Say", "export"]
 
 Format = Literal["onnx", "pt2"]
+
+Say = Callable[[str], None]
 
 # Outputs may differ by the rounding of float32, summed over the depth of the network.
 _TOLERANCE = 1e-4
 _CHECKED_BATCHES = (1, 3)
 
 
-def export(model: nn.Module, example_input: Tensor, path: str | Path, to: Format = "onnx") -> float:
+def export(
+    model: nn.Module,
+    example_input: Tensor,
+    path: str | Path,
+    to: Format = "onnx",
+    say: Say = lambda step: None,
+) -> float:
     """Write `model`, in evaluation mode, to `path`; return by how much its outputs differ.
 
     `to` is "onnx" (any ONNX runtime) or "pt2" (``torch.export.load``). The batch may have any
     size; channels, height and width are those of `example_input` (N, C, H, W). The file is loaded
     again and run on batches of 1 and 3, noise with the mean and the deviation of `example_input`;
     the largest difference from the model's own outputs, relative to their largest, is returned. It
-    appears under `path` only if that is within 1e-4.
+    appears under `path` only if that is within 1e-4. Each step, of which some take minutes for a
+    network of many layers, is told to `say` when it begins.
 
     Raises UserError for an unknown format, a path that cannot be written, a missing package, a
     model whose evaluation is random, or one that this torch cannot convert to ONNX, as those with
@@ -51,7 +61,7 @@ def export(model: nn.Module, example_input: Tensor, path: str | Path, to: Format
             "eval_mode='stochastic' makes each evaluation another: build the model with 'expected'"
         )
     # On the CPU, so that the file runs on machines without the accelerator.
-    frozen = copy.deepcopy(model).cpu().eval()
+    frozen = copied(model).cpu().eval()
     example = _at_least_two(example_input.detach().cpu())
     try:
         with torch.no_grad():
@@ -67,7 +77,8 @@ def export(model: nn.Module, example_input: Tensor, path: str | Path, to: Format
     with _folder_beside(target) as folder:
         draft = folder / f"model.{to}"
         with _quiet(), torch.no_grad():
-            write(frozen, example, draft)
+            write(frozen, example, draft, say)
+        say("comparing the program's outputs with the model's")
         difference = _difference(frozen, load(draft), example)
         if not difference <= _TOLERANCE:
             raise FedknError(
@@ -111,7 +122,8 @@ def _folder_beside(target: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _write_pt2(model: nn.Module, example: Tensor, path: Path) -> None:
+def _write_pt2(model: nn.Module, example: Tensor, path: Path, say: Say) -> None:
+    say(_RECORDING)
     torch.export.save(_program(model, example), path)
 
 
@@ -125,17 +137,25 @@ def _load_pt2(path: Path) -> Run:
     return run
 
 
-def _write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+def _write_onnx(model: nn.Module, example: Tensor, path: Path, say: Say) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, package, "export")
     try:
+        say(_RECORDING)
+        with without_autocast_regions():
+            recorded = _program(model, example)
+        say("converting it to ONNX")
         program = torch.onnx.export(
-            _program(model, example),
+            recorded,
             input_names=["images"],
             output_names=["logits"],
             dynamo=True,
             verbose=False,
+            optimize=False,
         )
+        assert program is not None
+        say("simplifying the program")
+        program.optimize()
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
         reason = printable((str(cause).strip().splitlines() or [type(cause).__name__])[0], 300)
@@ -143,7 +163,6 @@ def _write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
             f"torch {torch.__version__} cannot convert this model to ONNX ({reason}): take a newer "
             "torch, or export to pt2"
         ) from error
-    assert program is not None
     program.save(path)
 
 
@@ -179,7 +198,10 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-_FORMATS: dict[str, tuple[Callable[[nn.Module, Tensor, Path], None], Callable[[Path], Run]]] = {
+_RECORDING = "recording what the model computes"
+_FORMATS: dict[
+    str, tuple[Callable[[nn.Module, Tensor, Path, Say], None], Callable[[Path], Run]]
+] = {
     "onnx": (_write_onnx, _load_onnx),
     "pt2": (_write_pt2, _load_pt2),
 }

@@ -17,13 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from fedkn.config import ExperimentConfig
 from fedkn.errors import UserError
 from fedkn.text import printable
 from simulations.benchmarks.engine_tasks import TASKS, prepared
 from simulations.benchmarks.results import machine
+from simulations.whole_table import WholeTable
 
 __all__ = [
     "CONTENDERS",
@@ -175,9 +174,10 @@ def pfl_environment(folder: Path) -> Path:
     return python
 
 
-def engines_table(results: EngineResults) -> Table:
+def engines_table(results: EngineResults) -> WholeTable:
     """Return the results as a table for a terminal."""
-    view = Table(title="Engines: seconds a round", title_justify="left")
+    view = WholeTable(title="Engines: seconds a round", title_justify="left")
+    view.keys = 2
     for heading in ("task", "contender"):
         view.add_column(heading)
     for heading in ("round", "CPU", "ratio", "end of round 1", "memory"):

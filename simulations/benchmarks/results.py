@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from fedkn.machine import processor
 from simulations.benchmarks.timing import geometric_mean
+from simulations.whole_table import WholeTable
 
 __all__ = ["Row", "as_json_text", "machine", "plot", "ratios", "tables"]
 
@@ -60,7 +60,7 @@ def ratios(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
     return summary
 
 
-def tables(rows: Sequence[Row], baseline: str) -> list[Table]:
+def tables(rows: Sequence[Row], baseline: str) -> list[WholeTable]:
     """Return the geometric means over all rows, and where there are several subjects over each."""
     subjects = list(dict.fromkeys(row.subject for row in rows))
     views = [
@@ -71,9 +71,9 @@ def tables(rows: Sequence[Row], baseline: str) -> list[Table]:
     return [*views, _table("all" if len(subjects) > 1 else subjects[0], rows, baseline)]
 
 
-def _table(title: str, rows: Sequence[Row], baseline: str) -> Table:
+def _table(title: str, rows: Sequence[Row], baseline: str) -> WholeTable:
     batches = sorted({row.batch_size for row in rows})
-    view = Table(title=f"{title}; batch {', '.join(map(str, batches))}", title_justify="left")
+    view = WholeTable(title=f"{title}; batch {', '.join(map(str, batches))}", title_justify="left")
     view.add_column("case")
     for heading in ("time", "kept for backward", "peak memory"):
         view.add_column(heading, justify="right")

@@ -162,16 +162,15 @@ def evaluation(
 
     Example: fedkn bench evaluation runs/NAME --cell kernel-b2-dirichlet0.3-s0
     """
-    from rich.table import Table
-
     from simulations.benchmarks.evaluation_modes import evaluation_modes
     from simulations.terminal import terminal
+    from simulations.whole_table import WholeTable
 
     results = evaluation_modes(run, cell, draws)
     if as_json:
         typer.echo(json.dumps({result.mode: result.accuracies for result in results}))
         return
-    table = Table("evaluation mode", "test accuracy", title=f"{run}, {cell or 'its cell'}")
+    table = WholeTable("evaluation mode", "test accuracy", title=f"{run}, {cell or 'its cell'}")
     for result in results:
         table.add_row(result.mode, ", ".join(f"{100 * a:.2f}%" for a in result.accuracies))
     terminal().print(table)

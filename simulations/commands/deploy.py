@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from simulations.commands.deploy_run import FleetFolder, follow, run, stop
 from simulations.commands.options import Debug, Json
 from simulations.terminal import terminal
+from simulations.whole_table import WholeTable
 
 if TYPE_CHECKING:
     from server.deployment.fleet import Fleet
@@ -108,7 +108,7 @@ def status(fleet: FleetFolder, *, as_json: Json = False, debug: Debug = False) -
         raise typer.Exit(0 if state.answers else 1)
     console = terminal()
     for title, columns, rows in state.tables():
-        table = Table(title=title, title_justify="left", box=None, header_style="dim")
+        table = WholeTable(title=title, title_justify="left", box=None, header_style="dim")
         for column in columns:
             table.add_column(column)
         for row in rows:

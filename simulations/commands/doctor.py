@@ -23,17 +23,17 @@ def doctor(*, as_json: o.Json = False, debug: o.Debug = False) -> None:
 
     Exits with 1 if something fails. A warning is about something that not every run needs.
     """
-    from rich.table import Table
     from rich.text import Text
 
     from simulations.doctor import diagnose
     from simulations.terminal import terminal
+    from simulations.whole_table import WholeTable
 
     findings = diagnose(Path("runs"))
     if as_json:
         sys.stdout.write(json.dumps({"findings": [asdict(f) for f in findings]}) + "\n")
     else:
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table = WholeTable(box=None, show_header=False, padding=(0, 2, 0, 0))
         for finding in findings:
             status = Text(finding.status, style=_STYLES[finding.status])
             fix = f"\n→ {finding.fix}" if finding.fix else ""

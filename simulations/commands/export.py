@@ -69,12 +69,13 @@ def export(
     """
     from simulations.programs.program import write_program
     from simulations.programs.trained_model import load_trained_model
-    from simulations.terminal import terminal
+    from simulations.terminal import shown_steps, terminal
 
     trained = load_trained_model(folder, cell)
     card = trained.card
     path = output or folder / "cells" / card.cell / f"model.{to}"
-    written = write_program(trained, path, to.value)
+    with shown_steps(terminal(stderr=True, quiet=as_json)) as step:
+        written = write_program(trained, path, to.value, step)
     if as_json:
         shown = {
             "program": str(path),

@@ -98,15 +98,15 @@ def _classifier(path: Path, cell: str | None) -> Classifier:
 
 
 def _show(card: Card, files: list[ImageFile], probabilities: Tensor) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from simulations.terminal import terminal
+    from simulations.whole_table import WholeTable
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("image", overflow="fold")
-    table.add_column("class", overflow="fold")
-    table.add_column("probability", justify="right", no_wrap=True)
+    table = WholeTable(box=None, padding=(0, 2, 0, 0))
+    table.add_column("image")
+    table.add_column("class")
+    table.add_column("probability", justify="right")
     best, index = probabilities.max(1)
     for file, probability, label in zip(files, best.tolist(), index.tolist(), strict=True):
         # Text, because a bracket in a file's name is not markup.

@@ -19,6 +19,7 @@ from simulations.comparison.grid import Cell
 from simulations.comparison.scheduler import Board, Watcher
 from simulations.runs.axes import point_label
 from simulations.runs.history import History
+from simulations.whole_table import WholeTable
 
 __all__ = ["RoundLines", "shown_progress"]
 
@@ -121,7 +122,7 @@ class _LiveTable(_Notices):
             ProgressBar(max(board.total, 1), board.ended, width=_BAR_WIDTH),
             f"{duration(time.monotonic() - self._begin)}{_left(left)}",
         )
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table = WholeTable(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for name in ("running", "", "batch", "partition", "round", "accuracy"):
             table.add_column(name, justify="right" if name in ("batch", "round") else "left")
         for cell in board.running:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedkn.data.optional import require
 from fedkn.errors import FedknError, UserError, unknown_name
-from fedkn.models.export import Format, export
+from fedkn.models.export import Format, Say, export
 from simulations.programs.classifier import Card, Classifier
 from simulations.programs.trained_model import TrainedModel
 
@@ -45,13 +45,15 @@ class Written:
     why_drawn: str
 
 
-def write_program(trained: TrainedModel, path: Path, to: Format) -> Written:
+def write_program(
+    trained: TrainedModel, path: Path, to: Format, say: Say = lambda step: None
+) -> Written:
     """Write `trained` to `path`, its pixel scaling in front of it, its card in the metadata.
 
     The program takes float32 (N, C, H, W) of pixels, 0 to 255, called "images", and returns
     "logits". It is read again by `load_program` and run on random inputs and on test images, or on
     images drawn like them where the run's data are gone or changed; it appears under `path` only if
-    no logit differs by more than 1e-4 of the largest.
+    no logit differs by more than 1e-4 of the largest. Each step is told to `say` when it begins.
 
     Raises UserError for a format or path that cannot be, or a missing package; FedknError if the
     outputs differ.
@@ -64,6 +66,9 @@ def write_program(trained: TrainedModel, path: Path, to: Format) -> Written:
         raise UserError(f"cannot write '{path}': folder '{path.parent}' does not exist")
     if path.is_dir():
         raise UserError(f"cannot write '{path}': it is a folder")
+    for package in _FORMATS[to].packages:
+        require(package, package, "export")
+    say("running the model on images")
     some = trained.some_images()
     own = trained.classifier.logits(some.images)
     try:
@@ -72,7 +77,8 @@ def write_program(trained: TrainedModel, path: Path, to: Format) -> Written:
             # Noise of pixels' range, and no image of the data: a pt2 file keeps its example.
             generator = torch.Generator().manual_seed(0)
             example = 255.0 * torch.rand(2, *some.images.shape[1:], generator=generator)
-            difference = export(trained.network, example, draft, to)
+            difference = export(trained.network, example, draft, to, say)
+            say("reading the program again and running it on images")
             _FORMATS[to].attach(draft, trained.card)
             theirs = load_program(draft).logits(some.images)
             scale = max(1.0, own.abs().max().item())
@@ -180,9 +186,10 @@ def _damaged(path: Path, error: Exception) -> UserError:
 class _FileFormat:
     attach: Callable[[Path, Card], None]
     load: Callable[[Path], tuple[Run, str]]
+    packages: tuple[str, ...] = ()
 
 
 _FORMATS = {
-    "onnx": _FileFormat(_attach_onnx, _load_onnx),
+    "onnx": _FileFormat(_attach_onnx, _load_onnx, ("onnx", "onnxscript", "onnxruntime")),
     "pt2": _FileFormat(_attach_pt2, _load_pt2),
 }

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from rich import box
 from rich.console import Group
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from fedkn.tasks.metric import Metric
@@ -22,6 +21,7 @@ from simulations.report.settings import display_name
 from simulations.report.summary import RunSummary, Section, summarize
 from simulations.report.tables import group_counts
 from simulations.runs.folder import RunFolder
+from simulations.whole_table import WholeTable
 
 __all__ = ["summary_table"]
 
@@ -58,7 +58,7 @@ def _section(summary: RunSummary, section: Section) -> Iterator[Text | Padding]:
     title = f"{metric.name} after {after}, mean and 95% interval"
     if len(summary.sections) > 1:
         title = f"{printable(section.label)}: {title}"
-    table = Table(
+    table = WholeTable(
         title=Text(title, style="table.title"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -67,12 +67,13 @@ def _section(summary: RunSummary, section: Section) -> Iterator[Text | Padding]:
         pad_edge=False,
         show_edge=False,
     )
-    table.add_column("batch", justify="right", no_wrap=True)
-    table.add_column("normalizer", overflow="fold")
+    table.keys = 2
+    table.add_column("batch", justify="right")
+    table.add_column("normalizer")
     columns = _OWN_COLUMNS if section.own_contests else _COLUMNS
     for name in columns:
         heading = printable(metric.name) if name == "value" else name
-        table.add_column(Text(heading), justify="right", overflow="fold")
+        table.add_column(Text(heading), justify="right")
     for batch_size in section.batch_sizes:
         table.add_section()
         for entry in section.ranked(batch_size):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.table import Table
 
 from fedkn.tasks.metric import ACCURACY, Metric
 from fedkn.text import printable
@@ -19,6 +18,7 @@ from simulations.reproduction.rows import folder_of
 from simulations.runs.folder import RunFolder
 from simulations.runs.records import CellRecord
 from simulations.runs.statistics import Interval, mean_interval
+from simulations.whole_table import WholeTable
 
 __all__ = [
     "Outcome",
@@ -91,10 +91,10 @@ def outcome_of(row: Row, run: RunFolder) -> Outcome:
     )
 
 
-def rich_table(of: PublishedTable, scale: str, outcomes: Sequence[Outcome]) -> Table:
+def rich_table(of: PublishedTable, scale: str, outcomes: Sequence[Outcome]) -> WholeTable:
     """Return the table for a terminal."""
     best, last = ("*" if of.reading == reading else "" for reading in ("best", "last"))
-    shown = Table(
+    shown = WholeTable(
         title=f"{of.title}, scale {scale}",
         caption="ours: best and last round, * as the paper reads it; minutes by the clock",
         title_justify="left",

@@ -205,10 +205,12 @@ class RunFolder:
         Raises UserError where it cannot be read; a file that is not there is `missing`, if given.
         """
         path = self.path / name
-        if missing is not None and not path.exists():
-            return missing
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            if missing is not None:
+                return missing
+            raise UserError(f"cannot read '{path}' of the run folder: {error}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read '{path}' of the run folder: {error}") from None
         if not isinstance(data, dict):
@@ -219,11 +221,12 @@ class RunFolder:
         starts = [line for line in lines if line["kind"] == "start"]
         start = starts[-1] if starts else {}
         told = [line["config"] for line in lines if "config" in line]
-        never_began = all(line["kind"] == "end" for line in lines)
-        missing: dict[str, Any] | None = {} if never_began else None
-        flat = told[-1] if told else self.read(f"cells/{cell}/config.json", missing=missing)
-        if not flat and never_began:
-            return None
+        try:
+            flat = told[-1] if told else self.read(f"cells/{cell}/config.json")
+        except UserError:
+            if all(line["kind"] == "end" for line in lines):
+                return None
+            raise
         config = ExperimentConfig.resolve(flat)
         record = CellRecord(
             id=cell,

@@ -39,7 +39,9 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-@pytest.mark.parametrize("name", ["Plain", "with_blocks", "asked", "lazy", "Attention"])
+@pytest.mark.parametrize(
+    "name", ["Plain", "with_blocks", "asked", "lazy", "lazy_norms", "Attention"]
+)
 def test_the_initial_weights_are_a_function_of_the_seed_alone(name):
     torch.manual_seed(1)
     first = tensors(network(name, seed=3))
@@ -94,6 +96,14 @@ def test_a_factory_is_given_what_it_asks_for():
     own = network("Plain", options={"num_classes": 4}).module  # an option comes before an offer
     assert own.fc.out_features == 4
     assert network("lazy").module[0].weight.shape == (4, 1, 3, 3)
+
+
+@pytest.mark.parametrize("normalizer", ["none", "batch", "group", "kernel"])
+def test_lazy_norms_learn_their_shapes_and_are_then_converted(normalizer):
+    built = network("lazy_norms", normalizer)
+    assert built.module(torch.rand(2, *SHAPE)).shape == (2, 10)
+    kept = [type(layer).__name__ for layer in built.module if "BatchNorm" in type(layer).__name__]
+    assert kept == (["BatchNorm2d"] if normalizer == "batch" else [])
 
 
 def test_a_network_that_the_factory_keeps_is_not_the_one_trained():

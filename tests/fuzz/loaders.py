@@ -262,7 +262,7 @@ def _write_npz() -> Path:
 
 
 def _images() -> dict[str, Any]:
-    images = np.arange(8 * 3 * 4 * 4, dtype=np.uint8).reshape(8, 4, 4, 3)
+    images = np.arange(8 * 3 * 5 * 5, dtype=np.uint8).reshape(8, 5, 5, 3)
     labels = np.arange(8, dtype=np.int64) % 2
     classes = np.array(["a", "b"])
     return {

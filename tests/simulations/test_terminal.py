@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from simulations import cli
-from simulations.terminal import plain_where_needed, terminal
+from simulations.terminal import plain_where_needed, shown_steps, terminal
 from tests.simulations.report.synthetic import Synthetic
 
 # Mathematics and its end, a page's script, a table's markup, a terminal's commands, a sheet's.
@@ -157,6 +158,19 @@ def test_streams_that_take_any_text_are_left_alone(monkeypatch: pytest.MonkeyPat
     plain_where_needed()
     terminal().print("± [x]")
     assert sys.stdout.getvalue() == "± [x]\n"  # type: ignore[attr-defined]  # a StringIO
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_steps_are_lines_or_shown_while_they_last(is_terminal: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=60, markup=False)
+    with shown_steps(console) as step:
+        step("one [bold]")
+        step("two")
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert is_terminal or shown.count("\n") == 2
+    assert "two" in shown
+    assert is_terminal or "   0 s  one [bold]\n" in shown
 
 
 def test_json_is_ascii(fedkn: Run, data: Path, tmp_path: Path) -> None:

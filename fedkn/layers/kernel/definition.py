@@ -24,7 +24,8 @@ Nasirigerdeh et al., "Kernel Normalized Convolutional Networks", TMLR 2024, arXi
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,15 @@ from fedkn.layers.kernel.settings import Settings
 from fedkn.layers.kernel.small_units import expected_scale_and_shift
 from fedkn.layers.kernel.statistics import statistics
 
-__all__ = ["centred", "convolution", "filter_sums", "norm", "spread", "undisturbed"]
+__all__ = [
+    "centred",
+    "convolution",
+    "filter_sums",
+    "norm",
+    "spread",
+    "undisturbed",
+    "without_autocast_regions",
+]
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
@@ -101,9 +110,27 @@ def undisturbed(x: Tensor) -> AbstractContextManager[object]:
 
     Some know no autocast, as "meta" does, and torch raises where it is switched off for them.
     """
-    if torch.amp.is_autocast_available(x.device.type):
+    if _Regions.wanted and torch.amp.is_autocast_available(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def without_autocast_regions() -> Iterator[None]:
+    """Let `undisturbed` leave no regions in what is recorded meanwhile, unless autocast is on.
+
+    For programs that run where there is no autocast: the recorder makes a graph of every region,
+    and takes half as long again.
+    """
+    _Regions.wanted = torch.is_autocast_enabled("cpu")
+    try:
+        yield
+    finally:
+        _Regions.wanted = True
+
+
+class _Regions:
+    wanted = True
 
 
 def _moments(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,3 +1,4 @@
+import pickle
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -111,7 +112,7 @@ def _flipped(content: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "damage",
-    [_cut, _flipped, lambda _: b"", lambda _: b"not a zip file"],
+    [_cut, _flipped, lambda _: b"", lambda _: b"PK not a zip file"],
     ids=["cut", "flipped", "empty", "text"],
 )
 def test_damaged_file(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
@@ -283,8 +284,60 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 def test_a_lone_npy_is_not_an_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", _IMAGES)
-    with pytest.raises(UserError, match="not an intact"):
+    with pytest.raises(UserError, match=r"is an \.npy file of one array, not an \.npz file"):
         load("arrays", tmp_path / "images.npy")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("t.csv", b"a,b,y\n1,2,3\n", "is a CSV file"),
+        ("t.txt", "größe;y\n1;2\n".encode(), r"is a text file \(such as CSV\)"),
+        ("t.npz", b"a,b,y\n1,2,3\n", "is a text file"),
+        ("t.parquet", b"PAR1" + bytes(50), "is a Parquet file"),
+        ("t.pkl", pickle.dumps({"inputs": 1}), "is a pickle file"),
+    ],
+)
+def test_what_is_another_kind_of_file_is_called_so(
+    name: str, content: bytes, kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{kind}.*numpy.savez.*function of your own"):
+        load("arrays", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("shape", "first"),
+    [
+        ((3, 8, 2), None),
+        ((28, 28, 1), False),
+        ((1, 28, 28), True),
+        ((16, 12, 3), False),
+        ((4, 12, 16), True),
+        ((48, 64, 2), False),
+        ((2, 48, 64), True),
+        ((6, 12, 12), True),
+        ((12, 12, 6), False),
+        ((7, 12, 12), None),
+        ((16, 12, 8), None),
+        ((8, 12, 16), None),
+        ((16, 8, 8), None),
+        ((3, 5, 3), None),
+        ((32, 32, 32), None),
+    ],
+)
+def test_channels_are_found_or_asked_for(
+    shape: tuple[int, ...], first: bool | None, tmp_path: Path
+) -> None:
+    images = _rng.integers(0, 256, (20, *shape), dtype=np.uint8)
+    path = _saved(tmp_path, images=images, labels=_LABELS)
+    if first is None:
+        with pytest.raises(UserError, match=r"ambiguous: call them 'inputs'.*transpose\(0, 3, 1"):
+            load("arrays", path)
+        return
+    source = load("arrays", path)
+    assert source.shape == (shape if first else (shape[2], *shape[:2]))
+    assert source.notes == ()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int16", "int32", "uint16"])

@@ -263,6 +263,11 @@ _NAN[3, 1, 2] = np.nan
         (_item(lambda i: (np.zeros(3), 0, "x")[: 2 + (i < 2)]), "item 2 has 2 parts, those"),
         (_item(lambda i: [][i]), "item 0 cannot be read: IndexError"),
         (_Items(_X[:0], _Y[:0]), "no examples: its data set is empty"),
+        ((torch.from_numpy(_X).to_sparse(), _Y), r"'inputs' is a sparse tensor: .*x\.to_dense\(\)"),
+        ({"train": range(3)}, "train: item 0 is int, not"),
+        ({"train": 3}, "gives as train a int"),
+        ((_Items(_X, _Y), range(3)), r"tuple of 2 \(_Items, range\), is taken for \(train, test\)"),
+        (((_X, _Y), (_X[:, :1], _Y)), r"tuple of 2 \(tuple, tuple\), is taken for \(train, test\)"),
     ],
 )
 def test_what_does_not_fit_is_named_in_one_line(returned: Any, message: str) -> None:
@@ -270,6 +275,36 @@ def test_what_does_not_fit_is_named_in_one_line(returned: Any, message: str) -> 
         load_own_source("mine:data", lambda: returned, None, {})
     assert str(caught.value).isprintable()
     assert "source 'mine:data'" in str(caught.value)
+
+
+def test_tables_are_taken_as_the_numbers_in_them() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(_X[:, 0], columns=list("abcdefg"))
+    owners = pandas.Series(_CLIENTS)
+    for returned in (
+        (frame, pandas.Series(_Y), owners),
+        {"inputs": frame, "targets": pandas.Series(_Y), "clients": owners},
+    ):
+        source = load_own_source("mine:data", lambda returned=returned: returned, None, {})
+        inputs, targets = _whole(source)
+        order = np.argsort(_X[:, 0, 0])
+        assert np.array_equal(inputs, _X[order, 0])
+        assert np.array_equal(targets, _Y[order])
+        assert source.train.origins is not None
+        assert source.train.origins.names == ("ann", "bob", "cy", "dee")
+    mixed = frame.assign(word="x", yes=True)
+    with pytest.raises(UserError, match=r"'inputs' is a DataFrame .* 'word' \(.*'yes' \(bool\)"):
+        load_own_source("mine:data", lambda: (mixed, _Y), None, {})
+    with pytest.raises(UserError, match=r"returned a DataFrame: return \(inputs, targets\)"):
+        load_own_source("mine:data", lambda: frame, None, {})
+
+
+@pytest.mark.parametrize("kind", ["csr_matrix", "csr_array", "coo_array"])
+def test_sparse_arrays_are_told_how_to_be_dense(kind: str) -> None:
+    sparse = getattr(pytest.importorskip("scipy.sparse"), kind)(_X[:, 0])
+    for returned in ((sparse, _Y), {"train": {"inputs": sparse, "targets": _Y}}):
+        with pytest.raises(UserError, match=rf"is a sparse {kind}: give x\.toarray\(\)"):
+            load_own_source("mine:data", lambda returned=returned: returned, None, {})
 
 
 def test_a_function_that_fails_is_named_with_its_line() -> None:

@@ -112,3 +112,29 @@ def test_a_device_needs_none_of_the_optional_packages_to_import_this() -> None:
     assert not {"sklearn", "scipy", "torchvision", "PIL", "datasets", "pyarrow"} & set(
         run.stdout.split()
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((32, 32, 3), "0, 3, 1, 2"),
+        ((9, 6, 1), "0, 3, 1, 2"),
+        ((8, 9, 9, 4), "0, 4, 1, 2, 3"),
+        ((3, 32, 32), ""),
+        ((64, 4, 4), ""),
+        ((512, 3, 3), ""),
+        ((1, 22, 4), ""),
+        ((32, 32, 5), ""),
+        ((100, 3), ""),
+    ],
+)
+def test_inputs_that_look_turned_are_taken_and_named(
+    shape: tuple[int, ...], order: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, inputs=np.zeros((20, *shape), np.uint8), targets=np.arange(20) % 2)
+    source = load("arrays", path)
+    assert source.shape == shape
+    assert len(source.notes) == len(caplog.messages) == (1 if order else 0)
+    if order:
+        assert f"give x.transpose({order}) of an array, x.permute({order})" in caplog.text

@@ -7,6 +7,7 @@ from torch import nn
 
 from fedkn import normalizers
 from fedkn.errors import FedknError, UserError
+from fedkn.models import export as exporting
 from fedkn.models.blocks import Halve
 from fedkn.models.export import export
 
@@ -116,3 +117,31 @@ def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'fedkn\[export\]'"):
         export(net("none"), x, tmp_path / "net.onnx", to="onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(OLD, reason="torch 2.6 writes few networks as ONNX")
+def test_each_step_is_told_when_it_begins(tmp_path):
+    said = []
+    export(net("kernel"), torch.randn(2, 1, 12, 12), tmp_path / "net.onnx", say=said.append)
+    assert said == [
+        "recording what the model computes",
+        "converting it to ONNX",
+        "simplifying the program",
+        "comparing the program's outputs with the model's",
+    ]
+
+
+@pytest.mark.skipif(OLD, reason="torch 2.6 writes few networks as ONNX")
+def test_a_program_for_onnx_is_recorded_without_autocasts_regions(tmp_path, monkeypatch):
+    counts = []
+
+    def program(model, example):
+        recorded = real(model, example)
+        counts.append(sum("autocast" in str(node.target) for node in recorded.graph.nodes))
+        return recorded
+
+    real = exporting._program
+    monkeypatch.setattr(exporting, "_program", program)
+    for name in ("onnx", "pt2"):  # of which the second may be run under autocast
+        export(net("kernel"), torch.randn(2, 1, 12, 12), tmp_path / f"net.{name}", to=name)
+    assert counts[0] == 0 < counts[1]

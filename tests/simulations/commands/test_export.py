@@ -72,6 +72,22 @@ def agree(ours: Tensor, theirs: Tensor) -> bool:
     return bool((ours - theirs).abs().max() <= 1e-4 * max(1.0, float(ours.abs().max())))
 
 
+@pytest.mark.parametrize("to", [pytest.param("onnx", marks=needs_newer), "pt2"])
+def test_steps_are_told_as_they_begin(
+    to: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"animals.{to}"
+    assert fedkn("export", run, "--to", to, "--output", path) == 0
+    said = capsys.readouterr()
+    assert "Program: " in said.out
+    steps = [line.split(" s  ")[1] for line in said.err.splitlines()]
+    assert "recording what the model computes" in steps
+    assert ("simplifying the program" in steps) == (to == "onnx")
+    assert steps[-1] == "reading the program again and running it on images"
+    assert fedkn("export", run, "--to", to, "--output", path, "--json") == 0
+    assert capsys.readouterr().err == ""
+
+
 @needs_newer
 def test_an_onnx_program_takes_pixels_as_they_are(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
