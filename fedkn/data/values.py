@@ -99,10 +99,7 @@ def as_targets(what: str, value: Any) -> Tensor:
 def as_array(what: str, value: Any) -> np.ndarray:
     """Return a tensor, an array, a table or nested lists as an array.
 
-    Raises
-    ------
-    UserError
-        It cannot be one; naming `what`.
+    Raises UserError, naming `what`, where it cannot be one.
     """
     _refuse_sparse(what, value)
     try:
