@@ -12,6 +12,8 @@ import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -60,18 +62,22 @@ def start(fleet: Fleet, program: Program) -> int:
     finally:
         os.close(descriptor)
     # It is to outlive us: nobody waits for it here.
-    _OURS.append(process)
+    _OURS.append(_Ours(process, fleet.path, program.name))
     return process.pid
 
 
 def running(fleet: Fleet) -> list[Running]:
     """Return all processes of `fleet`, those that its programs started among them."""
-    for process in _OURS:
-        process.poll()
+    ours = {
+        one.process.pid: one.name
+        for one in _OURS
+        if one.process.poll() is None and one.fleet == fleet.path
+    }
     found = []
     for process in psutil.process_iter(["pid", "create_time"]):
         try:
-            name = _program_of(fleet, process)
+            # One that has just begun has no environment yet.
+            name = ours.get(process.pid) or _program_of(fleet, process)
             if name:
                 leader = os.getsid(process.pid) == process.pid
                 found.append(Running(name, process.pid, process.info["create_time"], leader))
@@ -136,5 +142,11 @@ def _signal(processes: Sequence[Running], number: int) -> None:
             continue
 
 
+class _Ours(NamedTuple):
+    process: subprocess.Popen[bytes]
+    fleet: Path
+    name: str
+
+
 # Kept so that a process that ended is not left a zombie while this one lives.
-_OURS: list[subprocess.Popen[bytes]] = []
+_OURS: list[_Ours] = []

@@ -8,7 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+
+from server.deployment.creation import create_fleet
+from server.deployment.processes import main_processes, start, stop
+from server.deployment.programs import Program, flower_environment
 
 ROOT = Path(__file__).parents[3]
 
@@ -62,3 +67,19 @@ def test_a_users_superexec_is_found_and_ended(tmp_path):
         command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_program_that_has_just_begun_is_there(tmp_path, monkeypatch):
+    """Between exec and the end of its setup the kernel tells no environment of a process."""
+    fleets = [create_fleet(tmp_path / name, 1, "localhost", 18443) for name in ("one", "two")]
+    command = (sys.executable, "-c", "import time; time.sleep(60)")
+    settings = flower_environment(tmp_path)
+    try:
+        start(fleets[0], Program("device-0", command, settings))
+        monkeypatch.setattr(psutil.Process, "environ", lambda process: {})
+        assert main_processes(fleets[0]).keys() == {"device-0"}
+        assert not main_processes(fleets[1])
+    finally:
+        monkeypatch.undo()
+        assert stop(fleets[0]) == ["device-0"]
+    assert not main_processes(fleets[0])
