@@ -18,6 +18,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3),
+    reason="before Triton 3.3 it launches by itself",
+)
+
 
 @triton.jit(do_not_specialize=["key"])
 def scaled(x, key, y, COUNT, scale, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # noqa: PLR0917
