@@ -106,10 +106,11 @@ def _takes_all(compiled: Any) -> bool:
 def _compiled_kind() -> type[Any] | None:
     """Return the class, None where launches must go by Triton.
 
-    Before 3.3 it leaves constants out, and for AMD it compiles for how large tensors are as well.
+    Before 3.5 nothing holds them to its own (before 3.3 it leaves constants out), and for AMD it
+    compiles for how large tensors are as well.
     """
     import triton  # noqa: PLC0415 - Triton is optional
 
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5)
     kind: type[Any] = triton.compiler.CompiledKernel
     return None if old or torch.version.hip is not None else kind

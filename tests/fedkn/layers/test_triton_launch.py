@@ -19,8 +19,8 @@ from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3),
-    reason="before Triton 3.3 it launches by itself",
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5),
+    reason="Triton before 3.5 launches by itself",
 )
 
 
@@ -187,7 +187,7 @@ def test_where_triton_leaves_constants_out_it_launches(monkeypatch):
         assert state.examined == len(state.launches) == 3
 
 
-@pytest.mark.parametrize(("version", "hip"), [("3.2.0", None), ("3.6.0", "6.4")])
+@pytest.mark.parametrize(("version", "hip"), [("3.2.0", None), ("3.4.0", None), ("3.6.0", "6.4")])
 def test_which_launches_go_by_triton(monkeypatch, version, hip):
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(torch.version, "hip", hip)
