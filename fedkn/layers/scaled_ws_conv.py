@@ -98,18 +98,9 @@ class _Standardized(torch.autograd.Function):
         weight, gain, mean, energy = ctx.saved_tensors
         dw, dgain = torch.empty_like(weight), torch.empty_like(gain)
         launch(
-            kernels.standardize_back,
-            (gain.numel(),),
-            g.contiguous(),
-            weight,
-            gain,
-            mean,
-            energy,
-            dw,
-            dgain,
-            weight[0, 0].numel(),
-            _LEAST,
-        )
+            kernels.standardize_back, (gain.numel(),),
+            g.contiguous(), weight, gain, mean, energy, dw, dgain, weight[0, 0].numel(), _LEAST,
+        )  # fmt: skip
         return dw, dgain
 
 

@@ -19,7 +19,7 @@ from fedkn.layers.kernel.definition import without_autocast_regions
 from fedkn.models.copying import copied
 from fedkn.text import printable
 
-__all__ = ["Format", "Say", "export"]
+__all__ = ["Format", "Say", "export", "require_packages"]
 
 Format = Literal["onnx", "pt2"]
 
@@ -97,6 +97,12 @@ def _at_least_two(example: Tensor) -> Tensor:
     return example if len(example) > 1 else torch.cat([example, example])
 
 
+def require_packages(to: Format) -> None:
+    """Raise UserError where a package is missing that a program of format `to` is written with."""
+    for package in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
+        require(package, package, "export")
+
+
 def _difference(model: nn.Module, run: Run, example: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
     # Of the images' own range: others may be next to constant for the model, whose normalizers
@@ -138,8 +144,7 @@ def _load_pt2(path: Path) -> Run:
 
 
 def _write_onnx(model: nn.Module, example: Tensor, path: Path, say: Say) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package, package, "export")
+    require_packages("onnx")
     try:
         say(_RECORDING)
         with without_autocast_regions():

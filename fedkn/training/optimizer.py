@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from fedkn.errors import UserError
 
-__all__ = ["FlatSGD", "shared_kind"]
+__all__ = ["FlatSGD", "shared_kind", "trainable"]
 
 
 class FlatSGD:
@@ -32,7 +32,7 @@ class FlatSGD:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        named = _trainable(model)
+        named = trainable(model)
         self.parameters = list(named.values())
         dtype, device = shared_kind(named)
         size = sum(p.numel() for p in self.parameters)
@@ -153,6 +153,11 @@ class FlatSGD:
         return self.values, self.gradients, self._velocity
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def shared_kind(named: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
     """Return the one dtype and device that parameters, by name, are to be trained with.
 
@@ -176,10 +181,6 @@ def shared_kind(named: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.d
     if first is None:
         raise UserError("the model has no parameter to train: requires_grad is off for all")
     return first[1:]
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _laid_out(flat: Tensor, parameter: Tensor) -> Tensor:

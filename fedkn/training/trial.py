@@ -13,7 +13,7 @@ from fedkn.errors import UserError
 from fedkn.tasks import Task
 from fedkn.text import printable
 from fedkn.training.draws import own_draws
-from fedkn.training.optimizer import shared_kind
+from fedkn.training.optimizer import shared_kind, trainable
 
 __all__ = ["trial_step"]
 
@@ -37,7 +37,7 @@ def trial_step(
             or not finite; losses that are not one number for each example, depend on the others,
             are not finite or have no gradient; metrics that are not what the task says, or no sums.
     """
-    shared_kind({name: p for name, p in model.named_parameters() if p.requires_grad})
+    shared_kind(trainable(model))
     with own_draws(x.device, 0) as draws, draws.seeded(0):
         model.train()
         found = _guarded("the network", lambda: model(x))
@@ -109,7 +109,7 @@ def _check_finite(values: Tensor, what: str, where: str) -> None:
 
 
 def _check_gradients(model: nn.Module, loss: Tensor) -> list[str]:
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = trainable(model)
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     unused = [name for name, g in zip(named, gradients, strict=True) if g is None]
     if not unused:

@@ -59,15 +59,16 @@ def _pushed(grid: Grid, messages: Sequence[Message]) -> set[str]:
     all parts after three minutes: pushed again, the messages are the same, and it asks for the
     parts that it lacks.
     """
-    for left in reversed(range(_PUSHES)):
+    pushes = 0
+    while True:
+        pushes += 1
         try:
             # A message that the SuperLink did not take has an empty id: nobody will answer it.
             return {one for one in grid.push_messages(messages) if one}
         except ObjectPushError as error:
-            if not left:
+            if pushes == _PUSHES:
                 raise
             _LOG.warning("the messages are pushed again: %s", error)
-    raise AssertionError
 
 
 def _arriving(grid: Grid, waiting: set[str], deadline: float, largest: int) -> Iterator[Arrived]:

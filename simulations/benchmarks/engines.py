@@ -136,12 +136,15 @@ def measure_engines(
         return EngineResults(rows, list(failed.values()))
 
     with tempfile.TemporaryDirectory() as folder:
+        prepared_tasks = []
+        for task in tasks:
+            config = prepared(TASKS[task], Path(folder)).overlay(workers=workers, device=device)
+            path = Path(folder) / f"{task}.json"
+            path.write_text(json.dumps(config.flat()), encoding="utf-8")
+            prepared_tasks.append((task, config, path))
         for turn in range(repetitions):
             shift = turn % len(contenders)
-            for task in tasks:
-                config = prepared(TASKS[task], Path(folder)).overlay(workers=workers, device=device)
-                path = Path(folder) / f"{task}.json"
-                path.write_text(json.dumps(config.flat()), encoding="utf-8")
+            for task, config, path in prepared_tasks:
                 for name in (*contenders[shift:], *contenders[:shift]):
                     if (task, name) in failed:
                         continue

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedkn.data.optional import require
 from fedkn.errors import FedknError, UserError, unknown_name
-from fedkn.models.export import Format, Say, export
+from fedkn.models.export import Format, Say, export, require_packages
 from simulations.programs.classifier import Card, Classifier
 from simulations.programs.trained_model import TrainedModel
 
@@ -66,8 +66,7 @@ def write_program(
         raise UserError(f"cannot write '{path}': folder '{path.parent}' does not exist")
     if path.is_dir():
         raise UserError(f"cannot write '{path}': it is a folder")
-    for package in _FORMATS[to].packages:
-        require(package, package, "export")
+    require_packages(to)
     say("running the model on images")
     some = trained.some_images()
     own = trained.classifier.logits(some.images)
@@ -186,10 +185,9 @@ def _damaged(path: Path, error: Exception) -> UserError:
 class _FileFormat:
     attach: Callable[[Path, Card], None]
     load: Callable[[Path], tuple[Run, str]]
-    packages: tuple[str, ...] = ()
 
 
 _FORMATS = {
-    "onnx": _FileFormat(_attach_onnx, _load_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "onnx": _FileFormat(_attach_onnx, _load_onnx),
     "pt2": _FileFormat(_attach_pt2, _load_pt2),
 }

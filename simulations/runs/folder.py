@@ -205,12 +205,10 @@ class RunFolder:
         Raises UserError where it cannot be read; a file that is not there is `missing`, if given.
         """
         path = self.path / name
+        if missing is not None and not path.exists():
+            return missing
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            if missing is not None:
-                return missing
-            raise UserError(f"cannot read '{path}' of the run folder: {error}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read '{path}' of the run folder: {error}") from None
         if not isinstance(data, dict):

@@ -169,12 +169,15 @@ def drop_level(p: float) -> int:
     return level
 
 
-def next_key(device: torch.device) -> Tensor:
-    """Return the key of the next dropout call, an int64 tensor without dimensions."""
+def next_key(device: torch.device, eager: bool = False) -> Tensor:
+    """Return the key of the next dropout call, an int64 tensor without dimensions.
+
+    `eager` as in `Stream.key`.
+    """
     stream = _active.stream
     if stream is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-    return stream.key(device)
+    return stream.key(device, eager)
 
 
 def next_number() -> int:
@@ -193,8 +196,7 @@ def draw_key(device: torch.device, eager: bool) -> int | Tensor:
     """
     if eager and (device.type == "cpu" or _seeded_on_host()):
         return next_number()
-    stream = _active.stream
-    return next_key(device) if stream is None else stream.key(device, eager)
+    return next_key(device, eager)
 
 
 def draw_mask(x: Tensor, settings: Settings) -> Tensor | None:
